@@ -1,0 +1,115 @@
+"""Contextual affinity and cosine distance maps, differentiable in the student.
+
+Usable in any PyTorch project: CPU or GPU, under autocast and torch.compile. Neither function stores an N x N matrix.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dskd_fast.ops import operators
+from dskd_fast.ops.dispatch import resolve_backend, resolve_precision
+
+TEMPERATURE_RANGE = (0.01, 100.0)
+
+
+def contextual_affinity(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    *,
+    precision: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Per-position contextual affinity loss: the KL map of the paper's eq. 6 (arXiv 2307.03101).
+
+    For each position i, the affinities of the student's and of the teacher's vector with all of the teacher's vectors
+    (cosines, eq. 3-4) become distributions by a softmax with temperature T (eq. 5); the map is
+    T^2 KL(p_teacher_i || p_student_i). A vector of zeros has cosine 0 with everything and takes no gradient.
+
+    Args:
+        student: (B, C, H, W) or (B, N, C), floating, any strides. Differentiable.
+        teacher: same shape and device, any floating dtype. Must not require grad: it is a constant here.
+        temperature: T, from 0.01 to 100.
+        precision: type to which the operands of the matrix products are rounded; accumulation is in float32 at least.
+            "ieee" (float32; float64 for float64 inputs), "tf32", "bf16" or "fp16". None follows PyTorch: the autocast
+            dtype if autocast is on, the dtype of half-precision inputs, else `torch.get_float32_matmul_precision()`.
+        backend: "auto" or the name of one ("torch").
+
+    Returns:
+        (B, H, W) or (B, N), float32, whatever the inputs' dtype: values reach below the range of half precision
+        (float64 if an input is float64 and the precision "ieee").
+
+    Raises:
+        TypeError: an input is not a floating tensor.
+        ValueError: shapes, devices, temperature, precision or backend outside of the above, or the teacher requires
+            grad.
+    """
+    s, t, shape = _as_rows(student, teacher)
+    if not (isinstance(temperature, int | float) and math.isfinite(temperature)) or not (
+        TEMPERATURE_RANGE[0] <= temperature <= TEMPERATURE_RANGE[1]
+    ):
+        raise ValueError(
+            f"temperature={temperature!r} is outside the supported range: use a number from "
+            f"{TEMPERATURE_RANGE[0]} to {TEMPERATURE_RANGE[1]:g}"
+        )
+    kl, _ = operators.contextual_affinity(
+        s,
+        t,
+        float(temperature),
+        resolve_precision(precision, s, t),
+        resolve_backend(backend),
+        torch.is_grad_enabled() and student.requires_grad,
+    )
+    return kl.reshape(shape)
+
+
+def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") -> Tensor:
+    """Per-position cosine distance 1 - <s_i, t_i>/(|s_i||t_i|), the paper's eq. 1.
+
+    Args:
+        student: (B, C, H, W) or (B, N, C), floating, any strides. Differentiable.
+        teacher: same shape and device, any floating dtype. Must not require grad.
+        backend: "auto" or the name of one ("torch").
+
+    Returns:
+        (B, H, W) or (B, N), float32 (float64 if an input is float64). 1 where either vector is zero.
+
+    Raises:
+        TypeError: an input is not a floating tensor.
+        ValueError: shapes, devices or backend outside of the above, or the teacher requires grad.
+    """
+    s, t, shape = _as_rows(student, teacher)
+    distance, _ = operators.cosine_distance(
+        s, t, resolve_backend(backend), torch.is_grad_enabled() and student.requires_grad
+    )
+    return distance.reshape(shape)
+
+
+def _as_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+    """Check the pair; return both as (B, N, C) and the shape of the map."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}: pass a floating-point tensor")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} has dtype {x.dtype}: pass a floating-point tensor")
+        if x.dim() not in (3, 4):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: pass (B, C, H, W) or (B, N, C)")
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"teacher has shape {tuple(teacher.shape)} and student {tuple(student.shape)}: they must be the same"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"teacher is on {teacher.device} and student on {student.device}: they must be on the same device"
+        )
+    if teacher.requires_grad:
+        raise ValueError(
+            "teacher requires grad, but the loss is differentiable in the student alone: "
+            "run the teacher under torch.no_grad() or pass teacher.detach()"
+        )
+    if student.dim() == 3:
+        return student, teacher, student.shape[:2]
+    shape = torch.Size((student.shape[0], *student.shape[2:]))
+    return student.flatten(2).mT, teacher.flatten(2).mT, shape

@@ -1,0 +1,119 @@
+"""Losses between a student's and a teacher's feature maps, at one level or summed over several."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dskd_fast import functional
+
+Features = Tensor | Sequence[Tensor]
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda values: values,
+    "mean": torch.mean,
+    "sum": torch.sum,
+}
+
+
+class ContextualAffinityLoss(nn.Module):
+    """Contextual affinity loss (paper eq. 3-7): the global student learns each position's relation to the whole image.
+
+    Called with `(student, teacher)`, each a tensor (B, C, H, W) or (B, N, C) or a list of such levels.
+
+    Args:
+        temperature: T of the softmax, from 0.01 to 100.
+        reduction: "mean" averages over images and positions, "sum" adds them up, "none" returns the map; levels are
+            then added (eq. 7). With "none" and a list of levels, whose maps differ in size, a list of maps is returned.
+        precision: "ieee", "tf32", "bf16", "fp16" or None, see `dskd_fast.functional.contextual_affinity`.
+        backend: "auto" or the name of one.
+
+    Raises:
+        ValueError, TypeError: when called, as `dskd_fast.functional.contextual_affinity` does; in particular for a
+            teacher that requires grad.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        reduction: str = "mean",
+        precision: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_reduction(reduction)
+        self.temperature = temperature
+        self.reduction = reduction
+        self.precision = precision
+        self.backend = backend
+
+    def forward(self, student: Features, teacher: Features) -> Tensor | list[Tensor]:
+        """Loss, float32: a scalar, or the map(s) (B, H, W) or (B, N) with reduction "none"."""
+
+        def level(s: Tensor, t: Tensor) -> Tensor:
+            return functional.contextual_affinity(
+                s, t, self.temperature, precision=self.precision, backend=self.backend
+            )
+
+        return _over_levels(level, student, teacher, self.reduction)
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, reduction={self.reduction!r}, "
+            f"precision={self.precision!r}, backend={self.backend!r}"
+        )
+
+
+class CosineDistanceLoss(nn.Module):
+    """Cosine distance between student and teacher features: the local student's loss (paper eq. 1-2).
+
+    Called like `ContextualAffinityLoss`.
+
+    Args:
+        reduction: "mean", "sum" or "none", as there.
+        flatten: False, the paper's form: one cosine per position. True, the form of RD4AD's code: one cosine per image,
+            over the flattened feature map (the map then has one entry per image).
+        backend: "auto" or the name of one.
+    """
+
+    def __init__(self, reduction: str = "mean", flatten: bool = False, backend: str = "auto") -> None:
+        super().__init__()
+        _check_reduction(reduction)
+        self.reduction = reduction
+        self.flatten = flatten
+        self.backend = backend
+
+    def forward(self, student: Features, teacher: Features) -> Tensor | list[Tensor]:
+        """Loss, float32: a scalar, or the map(s) with reduction "none": (B, H, W), (B, N), or (B, 1) flattened."""
+
+        def level(s: Tensor, t: Tensor) -> Tensor:
+            if self.flatten:
+                s, t = s.flatten(1).unsqueeze(1), t.flatten(1).unsqueeze(1)
+            return functional.cosine_distance(s, t, backend=self.backend)
+
+        return _over_levels(level, student, teacher, self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, flatten={self.flatten}, backend={self.backend!r}"
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in _REDUCTIONS:
+        accepted = ", ".join(repr(name) for name in _REDUCTIONS)
+        raise ValueError(f"reduction={reduction!r} is not known: use one of {accepted}")
+
+
+def _over_levels(
+    level: Callable[[Tensor, Tensor], Tensor], student: Features, teacher: Features, reduction: str
+) -> Tensor | list[Tensor]:
+    reduce = _REDUCTIONS[reduction]
+    if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+        return reduce(level(student, teacher))
+    if isinstance(student, Tensor) or isinstance(teacher, Tensor):
+        raise TypeError("student and teacher must both be tensors or both be lists of levels")
+    if len(student) != len(teacher) or not student:
+        raise ValueError(
+            f"student has {len(student)} levels and teacher {len(teacher)}: pass the same number, at least one"
+        )
+    values = [reduce(level(s, t)) for s, t in zip(student, teacher, strict=True)]
+    return values if reduction == "none" else torch.stack(values).sum()

@@ -1,0 +1,5 @@
+"""The networks of DSKD: a frozen teacher, a local and a global student."""
+
+from dskd_fast.models.dskd import DSKD, Features
+
+__all__ = ["DSKD", "Features"]

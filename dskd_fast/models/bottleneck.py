@@ -1,0 +1,71 @@
+"""The bottlenecks between teacher and students: OCBE of the local branch, OCBE with GCCB of the global one."""
+
+import torch
+from torch import Tensor, nn
+
+from dskd_fast.models.blocks import conv_bn_relu, stage
+from dskd_fast.models.teacher import Level
+
+
+class LocalBottleneck(nn.Module):
+    """OCBE_loc: multi-scale fusion of the three levels, then a one-class embedding (as in Reverse Distillation).
+
+    Level 1 passes two 3x3 convolutions with stride 2, level 2 one; concatenated with level 3 they enter a ResNet stage
+    of three bottleneck blocks that halves the size and gives twice level 3's channels.
+    """
+
+    def __init__(self, levels: list[Level]) -> None:
+        super().__init__()
+        c1, c2, c3 = (level.channels for level in levels)
+        self.fuse1 = nn.Sequential(conv_bn_relu(_halving(c1, c2)), conv_bn_relu(_halving(c2, c3)))
+        self.fuse2 = conv_bn_relu(_halving(c2, c3))
+        self.embed = stage(3, 3 * c3, 2 * levels[2].width, 2 * c3, "down")
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        f1, f2, f3 = features
+        return self.embed(torch.cat([self.fuse1(f1), self.fuse2(f2), f3], dim=1))
+
+
+class GlobalBottleneck(nn.Module):
+    """OCBE_glo: a trainable ResNet stage 4 on level 3, then the global context condensing block.
+
+    Args:
+        levels: the teacher's.
+        size: height and width of the embedding (the image size divided by twice level 3's stride).
+        gccb: g, channels of the condensed vector; 0 leaves the block out; as many as the embedding's channels leave its
+            1x1 convolutions out.
+    """
+
+    def __init__(self, levels: list[Level], size: int, gccb: int) -> None:
+        super().__init__()
+        c3 = levels[2].channels
+        self.embed = stage(3, c3, 2 * levels[2].width, 2 * c3, "down")
+        self.condense = GlobalContextCondensing(2 * c3, size, gccb) if gccb else nn.Identity()
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return self.condense(self.embed(features[2]))
+
+
+class GlobalContextCondensing(nn.Module):
+    """GCCB: the whole map is condensed into one vector of g channels and restored from it.
+
+    1x1 convolution to g, a convolution as large as the map, a transposed one back, 1x1 convolution from g. The vector
+    itself is linear, without norm or activation: batch norm over one value per image would make every image's vector
+    depend on its batch. The other convolutions are followed by batch norm and ReLU. (The paper names neither kernels
+    nor norms.)
+    """
+
+    def __init__(self, channels: int, size: int, g: int) -> None:
+        super().__init__()
+        same = g == channels
+        self.reduce = nn.Identity() if same else conv_bn_relu(nn.Conv2d(channels, g, 1, bias=False))
+        self.condense = nn.Conv2d(g, g, size)
+        self.restore = conv_bn_relu(nn.ConvTranspose2d(g, g, size, bias=False))
+        self.expand = nn.Identity() if same else conv_bn_relu(nn.Conv2d(g, channels, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expand(self.restore(self.condense(self.reduce(x))))
+
+
+def _halving(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)

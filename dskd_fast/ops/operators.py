@@ -1,0 +1,65 @@
+"""The registered operators: `torch.ops.dskd_fast.contextual_affinity` and `torch.ops.dskd_fast.cosine_distance`.
+
+Both return a map (B, N) and, if wanted, the map's gradient (B, N, C), computed in the same visit. Each entry of the map
+depends on its own student vector alone, so the gradient for any grad_output is the saved one times a scalar per
+position: the backward is one multiplication, and running it again gives the same.
+"""
+
+import torch
+from torch import Tensor
+
+from dskd_fast.ops.dispatch import BACKENDS
+
+
+@torch.library.custom_op("dskd_fast::contextual_affinity", mutates_args=())
+def contextual_affinity(
+    student: Tensor, teacher: Tensor, temperature: float, precision: str, backend: str, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(B, N, C) twice -> KL (B, N) and its gradient (B, N, C), the latter empty unless `with_gradient`."""
+    kl, gradient = BACKENDS[backend].contextual_affinity(
+        student, teacher, temperature, precision, with_gradient
+    )
+    return kl, kl.new_empty(0) if gradient is None else gradient
+
+
+@torch.library.custom_op("dskd_fast::cosine_distance", mutates_args=())
+def cosine_distance(
+    student: Tensor, teacher: Tensor, backend: str, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(B, N, C) twice -> distance (B, N) and its gradient (B, N, C), the latter empty unless `with_gradient`."""
+    distance, gradient = BACKENDS[backend].cosine_distance(student, teacher, with_gradient)
+    return distance, distance.new_empty(0) if gradient is None else gradient
+
+
+def _fake_map(student, dtype, with_gradient):
+    values = student.new_empty(student.shape[:2], dtype=dtype)
+    return values, torch.empty_like(student, dtype=dtype) if with_gradient else values.new_empty(0)
+
+
+@contextual_affinity.register_fake
+def _(student, teacher, temperature, precision, backend, with_gradient):
+    dtype = BACKENDS[backend].accumulation_dtype(student, teacher, precision)
+    return _fake_map(student, dtype, with_gradient)
+
+
+@cosine_distance.register_fake
+def _(student, teacher, backend, with_gradient):
+    dtype = BACKENDS[backend].accumulation_dtype(student, teacher, "ieee")
+    return _fake_map(student, dtype, with_gradient)
+
+
+def _save_gradient(ctx, inputs, output):
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _scale_gradient(ctx, grad_map, _):
+    (gradient,) = ctx.saved_tensors
+    grad = None if grad_map is None else (grad_map.unsqueeze(-1) * gradient).to(ctx.dtype)
+    return (grad, *(None for _ in ctx.needs_input_grad[1:]))
+
+
+for _operator in (contextual_affinity, cosine_distance):
+    _operator.register_autograd(_scale_gradient, setup_context=_save_gradient)
