@@ -82,9 +82,7 @@ def contextual_affinity(
     return kl, gradient
 
 
-def cosine_distance(
-    student: Tensor, teacher: Tensor, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
+def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Cosine distance map and, if wanted, its gradient with respect to the raw student features.
 
     1 - <s, t> = |s - t|^2 / 2 for unit vectors: the right-hand side keeps its digits when s is close to t.

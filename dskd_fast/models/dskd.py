@@ -103,12 +103,15 @@ class DSKD(nn.Module):
         )
 
     @torch.no_grad()
-    def anomaly_maps(self, images: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def anomaly_maps(
+        self, images: Tensor, temperature: float = 1.0, *, align_corners: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Each branch's anomaly map before normalisation (paper eq. 8): levels upsampled bilinearly and added.
 
         Args:
             images: (B, 3, S, S), RGB, float in [0, 1].
             temperature: T of the contextual affinity, as in training.
+            align_corners: of the upsampling, on which the paper is silent.
 
         Returns:
             Local map (cosine distance, eq. 1) and global map (contextual affinity, eq. 6), each (B, S, S), float32.
@@ -117,8 +120,9 @@ class DSKD(nn.Module):
         size = images.shape[-2:]
 
         def add_levels(level_maps: list[Tensor]) -> Tensor:
-            # The paper does not say whether corners align; pixel centres do here.
-            upsampled = [nnf.interpolate(m[:, None], size, mode="bilinear") for m in level_maps]
+            upsampled = [
+                nnf.interpolate(m[:, None], size, mode="bilinear", align_corners=align_corners) for m in level_maps
+            ]
             return torch.cat(upsampled, dim=1).sum(1)
 
         pairs = list(zip(features.local_student, features.teacher, strict=True))

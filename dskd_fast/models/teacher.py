@@ -55,9 +55,7 @@ class Teacher(nn.Module):
         self.name = name
         if name == LITE:
             self.net = _LiteFeatures()
-            self.levels = [
-                Level(c, c // 4, s) for c, s in zip(self.net.channels, _PREFERRED_STRIDES, strict=True)
-            ]
+            self.levels = [Level(c, c // 4, s) for c, s in zip(self.net.channels, _PREFERRED_STRIDES, strict=True)]
             self.rectified = True
             self.is_bottleneck_resnet = False
             mean, std = (127 / 255,) * 3, (128 / 255,) * 3
@@ -82,7 +80,7 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002
+    def train(self, mode: bool = True) -> "Teacher":
         """Frozen: stays in eval mode whatever the parent module is set to."""
         return super().train(False)
 
@@ -147,9 +145,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _select(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, model: str
-) -> dict[str, Tensor]:
+def _select(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, model: str) -> dict[str, Tensor]:
     """The entries of `state` under the names of `wanted`; every one must be there, with its shape."""
 
     # timm's feature wrappers rename "blocks.0.1" to "blocks_0.1" and may put "model." in front.
@@ -191,9 +187,7 @@ def _timm_features(name: str) -> tuple[nn.Module, list[Level]]:
             out_indices=[info.out_indices[i] for i in indices] if indices else (),
         )
     except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
-        raise UserError(
-            f"timm's {name!r} gives no feature maps ({str(error)[:120]}): choose another teacher"
-        ) from None
+        raise UserError(f"timm's {name!r} gives no feature maps ({str(error)[:120]}): choose another teacher") from None
     if indices is None:
         raise UserError(
             f"timm's {name!r} has feature maps at strides {strides}, but three are needed of which each is half the "

@@ -16,16 +16,12 @@ def contextual_affinity(
     student: Tensor, teacher: Tensor, temperature: float, precision: str, backend: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """(B, N, C) twice -> KL (B, N) and its gradient (B, N, C), the latter empty unless `with_gradient`."""
-    kl, gradient = BACKENDS[backend].contextual_affinity(
-        student, teacher, temperature, precision, with_gradient
-    )
+    kl, gradient = BACKENDS[backend].contextual_affinity(student, teacher, temperature, precision, with_gradient)
     return kl, kl.new_empty(0) if gradient is None else gradient
 
 
 @torch.library.custom_op("dskd_fast::cosine_distance", mutates_args=())
-def cosine_distance(
-    student: Tensor, teacher: Tensor, backend: str, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
+def cosine_distance(student: Tensor, teacher: Tensor, backend: str, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """(B, N, C) twice -> distance (B, N) and its gradient (B, N, C), the latter empty unless `with_gradient`."""
     distance, gradient = BACKENDS[backend].cosine_distance(student, teacher, with_gradient)
     return distance, distance.new_empty(0) if gradient is None else gradient

@@ -1,0 +1,1 @@
+"""Images on disk, the categories they form, and the tensors made of them."""

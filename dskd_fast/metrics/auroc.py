@@ -1,0 +1,47 @@
+"""Area under the ROC curve of image scores."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from dskd_fast.errors import UserError
+
+
+def auroc(good_scores: Sequence[float], anomalous_scores: Sequence[float]) -> float | None:
+    """Area under the ROC curve of image scores, anomalous images being the positive class.
+
+    It equals the probability that an anomalous image scores higher than a good one, a tie counting one half
+    (the Mann-Whitney convention).
+
+    Args:
+        good_scores: scores of the good images, shape (n,), any real numbers, higher meaning more anomalous.
+        anomalous_scores: scores of the anomalous images, shape (m,).
+
+    Returns:
+        A number from 0 to 1, or None if either kind has no images: there is no such area then.
+
+    Raises:
+        UserError: a score is NaN or infinite. An infinite score could be ranked, but a detector that gives
+            one has overflowed, and its area would mean nothing.
+        ValueError: the scores are not one-dimensional.
+    """
+    good = _as_scores("good_scores", good_scores)
+    anomalous = _as_scores("anomalous_scores", anomalous_scores)
+    if good.size == 0 or anomalous.size == 0:
+        return None
+    labels = np.repeat([0, 1], [good.size, anomalous.size])
+    return float(roc_auc_score(labels, np.concatenate([good, anomalous])))
+
+
+def _as_scores(name: str, values: Sequence[float]) -> np.ndarray:
+    scores = np.asarray(values, dtype=np.float64)
+    if scores.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, one score per image, but has shape {scores.shape}")
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if bad.size:
+        raise UserError(
+            f"{name}[{bad[0]}] is {scores[bad[0]]}: {bad.size} of {scores.size} image scores are not finite, "
+            "so they cannot be ranked; check the maps or the model that gave them"
+        )
+    return scores

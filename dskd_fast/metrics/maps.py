@@ -1,0 +1,187 @@
+"""Anomaly maps on disk, and every figure that is computed from the maps of a test set.
+
+Maps lie where MVTec LOCO AD's own evaluation expects them: MAPS/CATEGORY/test/TYPE/NNN.tiff, one 32-bit float
+per pixel.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import tifffile
+
+from dskd_fast.errors import UserError
+from dskd_fast.metrics.auroc import auroc
+from dskd_fast.metrics.spro import ANOMALY_KINDS, FPR_LIMITS, KINDS, SPRO, Defect, as_scores, mean_of_kinds
+
+SUFFIXES = (".tiff", ".tif")
+
+
+class ScoredMap(NamedTuple):
+    """What a detector says of one test image, beside what is true of it.
+
+    Attributes:
+        key: "test/TYPE/NNN", names the image in messages.
+        kind: "good", "structural" or "logical".
+        anomaly_map: real numbers, shape (H, W) at the image's own resolution, higher meaning more anomalous.
+        score: the image score, higher meaning more anomalous.
+        defects: the image's defects, masks of shape (H, W); empty for a good image, None where nobody marked
+            them.
+    """
+
+    key: str
+    kind: str
+    anomaly_map: np.ndarray
+    score: float
+    defects: Sequence[Defect] | None
+
+
+class LabelledImage(Protocol):
+    """A test image: its file, its kind ("good", "structural" or "logical") and its key "test/TYPE/NNN"."""
+
+    path: Path
+    kind: str
+    key: str
+
+
+class Category(Protocol):
+    """A category's name, its test images, and the defects of each at the image's own resolution."""
+
+    name: str
+    test: Sequence[LabelledImage]
+
+    def defects(self, item: LabelledImage) -> Sequence[Defect] | None: ...
+
+
+def save_map(path: str | os.PathLike, anomaly_map: np.ndarray) -> None:
+    """Write an anomaly map as an uncompressed single-channel float32 TIFF, making its folders.
+
+    The file appears under its name only once it is whole; an older one is replaced.
+
+    Args:
+        path: ends in .tiff or .tif.
+        anomaly_map: finite real numbers, shape (H, W); other types than float32 are rounded to it.
+
+    Raises:
+        ValueError: another ending.
+        UserError: not a map (see as_scores), scores beyond the range of float32, or the file cannot be
+            written.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"an anomaly map's file name must end in .tiff or .tif, but this is {path}")
+    with np.errstate(over="ignore"):
+        scores = as_scores(anomaly_map, f"the map for {path}").astype(np.float32)
+    as_scores(scores, f"the map for {path}, as float32,")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            tifffile.imwrite(temporary, scores, photometric="minisblack", metadata=None)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the anomaly map {path}: {error}") from error
+
+
+def read_map(path: str | os.PathLike) -> np.ndarray:
+    """Read an anomaly map of any method from a single-channel TIFF.
+
+    Args:
+        path: a TIFF of integers or floats of any width, not compressed or compressed by deflate or PackBits.
+
+    Returns:
+        Finite scores, shape (H, W): float32 where that holds every value of the file's type exactly, else
+        float64.
+
+    Raises:
+        UserError: the file is missing, broken, has more than one channel or page, or has NaN or infinite
+            scores.
+    """
+    try:
+        scores = tifffile.imread(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no anomaly map at {path}") from None
+    # A broken file can make the reader fail in any way: TiffFileError, ValueError, struct.error, zlib.error.
+    except Exception as error:
+        raise UserError(f"the anomaly map {path} cannot be read: {error}") from error
+    if scores.ndim == 3 and 1 in (scores.shape[0], scores.shape[-1]):
+        scores = scores[0] if scores.shape[0] == 1 else scores[..., 0]
+    return as_scores(scores, f"the anomaly map {path}")
+
+
+def read_maps(
+    maps_folder: str | os.PathLike, category: Category, image_size: Callable[[Path], tuple[int, int]]
+) -> Iterator[ScoredMap]:
+    """Read the maps of a category's test set one after the other, the image score being the map's maximum.
+
+    The maximum is the image score of MVTec's own evaluation, too.
+
+    Args:
+        maps_folder: holds CATEGORY/test/TYPE/NNN.tiff (or .tif) for each test image; other files are
+            ignored.
+        category: whose maps to read.
+        image_size: gives an image file's height and width, which its map must have as well.
+
+    Raises:
+        UserError: there are no test images, some have no map (both raised before any map is read), a map
+            cannot be read (see read_map), or it has another size than its image.
+    """
+    folder = Path(maps_folder, category.name)
+    if not category.test:
+        raise UserError(f"category {category.name} has no test images, so there are no maps to score")
+    found, missing = [], []
+    for image in category.test:
+        candidates = [folder / f"{image.key}{suffix}" for suffix in SUFFIXES]
+        path = next((path for path in candidates if path.is_file()), None)
+        if path is None:
+            missing.append(str(candidates[0]))
+        else:
+            found.append((image, path))
+    if missing:
+        named = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
+        raise UserError(f"{len(missing)} of {len(category.test)} test images have no anomaly map: {named}")
+    return (_read_scored(path, image, category, image_size) for image, path in found)
+
+
+def _read_scored(
+    path: Path, image: LabelledImage, category: Category, image_size: Callable[[Path], tuple[int, int]]
+) -> ScoredMap:
+    anomaly_map = read_map(path)
+    height, width = image_size(image.path)
+    if anomaly_map.shape != (height, width):
+        raise UserError(
+            f"the anomaly map {path} is {anomaly_map.shape[1]} x {anomaly_map.shape[0]} pixels, but its "
+            f"image {image.path} is {width} x {height}; write maps at the resolution of the original images"
+        )
+    return ScoredMap(image.key, image.kind, anomaly_map, float(anomaly_map.max()), category.defects(image))
+
+
+def score_maps(scored_maps: Iterable[ScoredMap]) -> dict[str, dict]:
+    """Every figure of a test set: AUROC of the image scores and sPRO of the maps, exact.
+
+    Args:
+        scored_maps: one for each test image, taken one at a time.
+
+    Returns:
+        "auroc" and "spro" (up to an FPR of 0.05), each {"structural": figure, "logical": figure, "mean":
+        figure}, and "spro_at", the same for each FPR limit: {"0.01": {...}, "0.05": {...}, "0.1": {...},
+        "0.3": {...}, "1.0": {...}}. A figure that cannot be computed is None, see auroc and SPRO.compute.
+
+    Raises:
+        UserError: scores that are not finite, or a map whose shape is not that of its defects' masks.
+    """
+    spro = SPRO()
+    scores: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for scored in scored_maps:
+        spro.add(scored.anomaly_map, scored.defects, scored.kind, name=f"the map of {scored.key}")
+        scores[scored.kind].append(scored.score)
+
+    areas = {kind: auroc(scores["good"], scores[kind]) for kind in ANOMALY_KINDS}
+    areas["mean"] = mean_of_kinds(**areas)
+    curves = spro.compute(FPR_LIMITS)
+    spro_at = {str(limit): {kind: curves[kind][limit] for kind in curves} for limit in FPR_LIMITS}
+    return {"auroc": areas, "spro": dict(spro_at["0.05"]), "spro_at": spro_at}

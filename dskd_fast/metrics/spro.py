@@ -1,0 +1,223 @@
+"""Saturated per-region overlap (sPRO), exact.
+
+Bergmann et al., "Beyond Dents and Scratches: Logical Constraints in Unsupervised Anomaly Detection and
+Localization", IJCV 2022. For a threshold t a pixel is positive if its score is > t. With s the saturation
+threshold of a defect,
+
+    sPRO(t) = average over defects of min(|defect and positive pixels| / s, 1),
+
+and FPR(t) is the positive share of the pixels outside all defects, pooled over all images. The figure
+reported is the area under the curve of sPRO against FPR over all thresholds, up to an FPR limit and divided
+by that limit.
+
+The curve is a sum of ramps. Lowering the threshold past the score v of a pixel of a defect that is not yet
+saturated adds 1 / s to that defect's overlap while the FPR goes from that of "score > v" to that of
+"score >= v": a vertical step if no negative pixel has the score v, else a straight line (the Mann-Whitney
+convention for ties). The area under a sum of ramps is the sum of their areas, so each pixel contributes on
+its own and the exact area needs no list of thresholds, only the rank of each defect pixel's score among the
+negative pixels.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from dskd_fast.errors import UserError
+
+FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
+ANOMALY_KINDS = ("structural", "logical")
+KINDS = ("good", *ANOMALY_KINDS)
+
+
+class Defect(Protocol):
+    """One annotated defect.
+
+    Attributes:
+        mask: bool, shape (H, W), True on the defect.
+        saturation: pixels of the defect that have to be found for it to count as wholly found, a number > 0.
+    """
+
+    mask: np.ndarray
+    saturation: float
+
+
+class SPRO:
+    """Collects anomaly maps one by one and gives the exact area under the sPRO curve.
+
+    Only the scores of the negative pixels and each defect's highest scores up to its saturation are kept.
+    Scores are compared exactly: as float32 (4 bytes each) if that holds every value of the types of all maps
+    added (float16, float32, integers of up to 16 bits), else as float64 (8 bytes), which rounds nothing but
+    64-bit integers beyond 2**53.
+    """
+
+    def __init__(self) -> None:
+        self._negatives: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+        self._defects: dict[str, list[_SaturatedDefect]] = {kind: [] for kind in ANOMALY_KINDS}
+        self._unlabelled: set[str] = set()
+
+    def add(
+        self,
+        anomaly_map: np.ndarray,
+        defects: Sequence[Defect] | None,
+        kind: str,
+        name: str = "anomaly map",
+    ) -> None:
+        """Add the anomaly map of one test image.
+
+        Args:
+            anomaly_map: scores, shape (H, W), real numbers, higher meaning more anomalous.
+            defects: the image's defects; masks of shape (H, W), which may overlap (a shared pixel then counts
+                for each of them). Must be empty or None for a good image. Empty or None for an anomalous
+                image means that nobody marked where its defects are: the figures of that kind then cannot be
+                computed.
+            kind: "good", "structural" or "logical".
+            name: what error messages call this map.
+
+        Raises:
+            UserError: the map is not a two-dimensional array of finite numbers, a mask has another shape or
+                is empty, or a saturation is not a finite number > 0.
+            ValueError: unknown kind, or a good image with defects.
+            TypeError: a mask is not bool.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        scores = as_scores(anomaly_map, name)
+        if kind == "good":
+            if defects:
+                raise ValueError(f"{name}: a good image has no defects, but {len(defects)} were given")
+            self._negatives[kind].append(scores.flatten())
+            return
+        if not defects:
+            self._unlabelled.add(kind)
+            return
+
+        outside = np.ones(scores.shape, dtype=bool)
+        saturated = []
+        for number, defect in enumerate(defects, start=1):
+            _check_defect(defect, scores.shape, f"defect {number} of {name}")
+            saturated.append(_SaturatedDefect(scores[defect.mask], float(defect.saturation)))
+            outside &= ~defect.mask
+        self._defects[kind] += saturated
+        self._negatives[kind].append(scores[outside])
+
+    def compute(self, limits: Iterable[float] = FPR_LIMITS) -> dict[str, dict[float, float | None]]:
+        """Area under the sPRO curve up to each FPR limit, divided by the limit: 1 is best.
+
+        "structural" and "logical" each take the images of that kind and all good images; all defects of a
+        kind weigh the same. "mean" is half of each. A value is None where it does not exist: there is no
+        image of that kind, one of them has no marked defects, or there is no pixel outside the defects; the
+        mean needs both kinds.
+
+        Args:
+            limits: FPR limits, each > 0 and <= 1.
+
+        Returns:
+            {"structural": {limit: area}, "logical": {...}, "mean": {...}}.
+
+        Raises:
+            ValueError: a limit is out of range.
+        """
+        limits = tuple(limits)
+        for limit in limits:
+            if not 0 < limit <= 1:
+                raise ValueError(f"limits must be > 0 and <= 1, but one is {limit!r}")
+
+        dtypes = {scores.dtype for kept in self._negatives.values() for scores in kept}
+        dtypes |= {defect.scores.dtype for kept in self._defects.values() for defect in kept}
+        dtype = np.result_type(np.float32, *dtypes)
+        for kind in KINDS:
+            self._negatives[kind] = [_sorted_pool(self._negatives[kind], dtype)]
+
+        areas = {kind: self._areas(kind, limits) for kind in ANOMALY_KINDS}
+        areas["mean"] = {limit: mean_of_kinds(areas["structural"][limit], areas["logical"][limit]) for limit in limits}
+        return areas
+
+    def _areas(self, kind: str, limits: tuple[float, ...]) -> dict[float, float | None]:
+        pools = [*self._negatives["good"], *self._negatives[kind]]
+        negatives = sum(pool.size for pool in pools)
+        defects = self._defects[kind]
+        if negatives == 0 or not defects or kind in self._unlabelled:
+            return dict.fromkeys(limits)
+
+        sizes = [defect.scores.size for defect in defects]
+        scores = np.concatenate([defect.scores for defect in defects], dtype=pools[0].dtype)
+        gains = np.repeat([1 / defect.saturation for defect in defects], sizes)
+        gains[np.cumsum(sizes) - sizes] = [defect.last_gain for defect in defects]
+        # In ascending order, neighbouring look-ups below touch neighbouring memory: several times faster.
+        order = np.argsort(scores)
+        scores, gains = scores[order], gains[order]
+
+        # False positives just before and just after each pixel becomes positive.
+        before = sum(pool.size - np.searchsorted(pool, scores, side="right") for pool in pools)
+        after = sum(pool.size - np.searchsorted(pool, scores, side="left") for pool in pools)
+        double_width = 2 * np.maximum(after - before, 1)
+        areas = {}
+        for limit in limits:
+            last = float(limit) * negatives
+            # A ramp from 0 to 1, then level up to the limit.
+            ramps = (np.clip(last, before, after) - before) ** 2 / double_width + np.maximum(last - after, 0)
+            area = (gains * ramps).sum() / len(defects) / last
+            # The sum of many 1 / s can pass 1 by a rounding error.
+            areas[limit] = min(float(area), 1.0)
+        return areas
+
+
+class _SaturatedDefect:
+    """The highest scores of a defect up to its saturation, the lowest of them first."""
+
+    def __init__(self, scores: np.ndarray, saturation: float) -> None:
+        kept = min(scores.size, math.ceil(saturation))
+        self.scores = np.partition(scores, scores.size - kept)[scores.size - kept :].copy()
+        self.saturation = saturation
+        # The pixel that saturates the defect adds only what is missing.
+        self.last_gain = min(kept / saturation, 1.0) - (kept - 1) / saturation
+
+
+def _sorted_pool(scores: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    pool = np.concatenate([np.empty(0, dtype), *scores], dtype=dtype)
+    pool.sort()
+    return pool
+
+
+def mean_of_kinds(structural: float | None, logical: float | None) -> float | None:
+    """Half of each kind's figure, or None unless both exist."""
+    return None if structural is None or logical is None else (structural + logical) / 2
+
+
+def as_scores(anomaly_map: np.ndarray, name: str) -> np.ndarray:
+    """The anomaly map, shape (H, W), as float32 or, where that could round it, as float64.
+
+    Raises:
+        UserError: the map is not two-dimensional, has no pixels, is not of real numbers, or has a score that
+            is NaN or infinite.
+    """
+    scores = np.asarray(anomaly_map)
+    if scores.ndim != 2 or scores.size == 0:
+        raise UserError(f"{name} has the shape {scores.shape}, but an anomaly map has one score per pixel: (H, W)")
+    dtype = next((dtype for dtype in (np.float32, np.float64) if np.can_cast(scores.dtype, dtype)), None)
+    if dtype is None:
+        raise UserError(
+            f"{name} has values of type {scores.dtype}, but scores are integers or floats of at most 64 bits"
+        )
+    bad = scores.size - np.count_nonzero(np.isfinite(scores))
+    if bad:
+        raise UserError(
+            f"{name} has {bad} NaN or infinite scores, which have no rank; check the model that made the map"
+        )
+    return scores.astype(dtype, copy=False)
+
+
+def _check_defect(defect: Defect, shape: tuple[int, ...], name: str) -> None:
+    if defect.mask.dtype != bool:
+        raise TypeError(f"the mask of {name} must be bool, not {defect.mask.dtype}")
+    if defect.mask.shape != shape:
+        raise UserError(
+            f"the mask of {name} is {defect.mask.shape[-1]} x {defect.mask.shape[0]} pixels, but the map is "
+            f"{shape[1]} x {shape[0]}; maps must have the resolution of the original image"
+        )
+    if not defect.mask.any():
+        raise UserError(f"the mask of {name} marks no pixel; remove it or redraw it")
+    if not (math.isfinite(defect.saturation) and defect.saturation > 0):
+        raise UserError(f"the saturation of {name} is {defect.saturation}, but must be a number of pixels > 0")

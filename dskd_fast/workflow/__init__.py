@@ -1,0 +1,1 @@
+"""What a user does: train, evaluate, predict, and the demo that does all three."""

@@ -1,0 +1,192 @@
+"""A trained detector: the networks, the statistics that make their maps comparable, and the decision threshold."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from dskd_fast.models import DSKD
+from dskd_fast.workflow.device import numerics
+
+BRANCHES = ("local", "global")
+Variant = Literal["combined", "local", "global"]
+VARIANTS: tuple[Variant, ...] = ("combined", "local", "global")
+
+THRESHOLD_RULE = (
+    "smallest score of a normal validation image such that the expected share of false alarms is at most 1 %, "
+    "or the largest score where there are too few images to tell 1 %"
+)
+_FALSE_ALARM_RATE = 0.01
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How maps and image scores are made of features: what the paper leaves open, recorded with each run.
+
+    Attributes:
+        temperature: T of the contextual affinity.
+        sigma: standard deviation, in pixels of the image as the network sees it, of the Gaussian filter before the
+            maximum that is the image score.
+        filter_maps: whether the localisation map is filtered, too.
+        align_corners: of the bilinear upsampling.
+    """
+
+    temperature: float
+    sigma: float
+    filter_maps: bool = False
+    align_corners: bool = False
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation over all pixels of all normal images (paper eq. 8)."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The decision threshold: an image is anomalous if its score is above `value`."""
+
+    value: float
+    rule: str
+    n_images: int
+    expected_false_alarm_rate: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is learned from normal images after training.
+
+    Attributes:
+        statistics: of the "local" and the "global" branch's maps.
+        source: which images they come from: "validation", or "train" where there are none.
+        n_images: how many.
+        threshold: None where there are no validation images: training images score too low to set it.
+    """
+
+    statistics: dict[str, Statistics]
+    source: Literal["validation", "train"]
+    n_images: int
+    threshold: Threshold | None = None
+
+
+class Maps(NamedTuple):
+    """Anomaly maps of a batch, each (B, S, S), float32, in standard deviations above the normal mean."""
+
+    combined: NDArray[np.float32]
+    local: NDArray[np.float32]
+    global_: NDArray[np.float32]
+
+    def of(self, variant: Variant) -> NDArray[np.float32]:
+        return self.global_ if variant == "global" else getattr(self, variant)
+
+
+@dataclass
+class Detector:
+    """DSKD with everything that turns its features into maps, scores and decisions."""
+
+    model: DSKD
+    scoring: Scoring
+    precision: str = "fp32"
+    calibration: Calibration | None = field(default=None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.teacher.mean.device
+
+    def raw_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Local and global map before normalisation, for uint8 RGB images (B, 3, S, S)."""
+        self.model.eval()
+        batch = to_float(images, self.device)
+        with torch.inference_mode(), numerics(self.precision, self.device):
+            return self.model.anomaly_maps(batch, self.scoring.temperature, align_corners=self.scoring.align_corners)
+
+    def maps(self, images: Tensor) -> Maps:
+        """Normalised maps for uint8 RGB images (B, 3, S, S): each branch's, and their sum (paper eq. 8)."""
+        if self.calibration is None:
+            raise ValueError("the detector has no calibration yet: call calibrate first")
+        local, global_ = (
+            (raw.double() - self.calibration.statistics[name].mean) / self.calibration.statistics[name].std
+            for name, raw in zip(BRANCHES, self.raw_maps(images), strict=True)
+        )
+        return Maps(*(m.float().cpu().numpy() for m in (local + global_, local, global_)))
+
+    def image_scores(self, maps: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Image scores (B,) of maps (B, S, S): the maximum after a Gaussian filter."""
+        return self._filtered(maps).max(axis=(1, 2)).astype(np.float64)
+
+    def localisation_map(self, anomaly_map: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+        """A map (S, S) at the image's own resolution (height, width), bilinear; filtered if the run says so."""
+        if self.scoring.filter_maps:
+            anomaly_map = self._filtered(anomaly_map[None])[0]
+        source = torch.from_numpy(anomaly_map)[None, None]
+        resized = nnf.interpolate(
+            source,
+            size,
+            mode="bilinear",
+            align_corners=self.scoring.align_corners,
+            # Smaller than the map on a side: average, do not skip.
+            antialias=min(size) < min(anomaly_map.shape),
+        )
+        return resized[0, 0].numpy()
+
+    def calibrate(self, batches: Iterable[Tensor], source: Literal["validation", "train"]) -> None:
+        """Set the statistics and, from validation images, the threshold.
+
+        Args:
+            batches: uint8 RGB images of normal objects, (B, 3, S, S) each; visited once for the statistics and, for
+                validation images, once more for the scores.
+            source: what they are.
+        """
+        count, total, squares = 0, np.zeros(2), np.zeros(2)
+        n_images = 0
+        for images in batches:
+            raw = torch.stack(self.raw_maps(images)).double().flatten(1)
+            # Sums of deviations from the first batch's mean: squares of the values themselves would cancel.
+            if n_images == 0:
+                origin = raw.mean(1, keepdim=True)
+            deviation = raw - origin
+            count += raw.shape[1]
+            total += deviation.sum(1).cpu().numpy()
+            squares += deviation.square().sum(1).cpu().numpy()
+            n_images += len(images)
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        mean += origin[:, 0].cpu().numpy()
+        statistics = {
+            name: Statistics(float(mean[i]), float(std[i]) if std[i] > 0 else 1.0) for i, name in enumerate(BRANCHES)
+        }
+        self.calibration = Calibration(statistics, source, n_images)
+        if source == "validation":
+            scores = np.concatenate([self.image_scores(self.maps(images).combined) for images in batches])
+            self.calibration = Calibration(statistics, source, n_images, threshold_from(scores))
+
+    def _filtered(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
+        return ndimage.gaussian_filter(maps, sigma=(0, self.scoring.sigma, self.scoring.sigma))
+
+
+def threshold_from(scores: Iterable[float]) -> Threshold:
+    """Threshold from the image scores of normal images that were not trained on.
+
+    A new normal image is equally likely to rank anywhere among n validation images, so the k-th largest of their
+    scores is exceeded with probability k / (n + 1), whatever the distribution (split conformal prediction).
+    """
+    ranked = np.sort(np.asarray(list(scores), dtype=np.float64))[::-1]
+    n = len(ranked)
+    k = max(1, math.floor(_FALSE_ALARM_RATE * (n + 1)))
+    return Threshold(float(ranked[k - 1]), THRESHOLD_RULE, n, k / (n + 1))
+
+
+def to_float(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 images to float32 in [0, 1] on `device`, in the memory format that convolutions like."""
+    moved = images.to(device, non_blocking=True)
+    return moved.float().div_(255).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,199 @@
+"""Training: read top to bottom, this is all there is to it (paper section 4.1)."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dskd_fast.data.augment import Augmentation
+from dskd_fast.data.layout import Category
+from dskd_fast.data.store import ImageStore
+from dskd_fast.errors import UserError
+from dskd_fast.losses import ContextualAffinityLoss, CosineDistanceLoss
+from dskd_fast.models import DSKD
+from dskd_fast.workflow.detector import Detector, Scoring, to_float
+from dskd_fast.workflow.device import numerics, resolve_device
+
+LOCAL_LOSSES = ("cosine", "flattened-cosine")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Everything that decides the result, with the paper's recipe as defaults.
+
+    Attributes:
+        teacher, teacher_weights, image_size, gccb, stage4_init: see `dskd_fast.DSKD`.
+        epochs, batch_size, lr: Adam with betas (0.5, 0.999), no schedule.
+        temperature: T of the contextual affinity.
+        local_loss: "cosine" (per position, the paper's) or "flattened-cosine" (one per image, as in RD4AD's code).
+        augmentation: in `Augmentation.parse`'s form.
+        sigma: of the image score's Gaussian filter, in pixels of the S x S image; None is 4 at 256, in proportion.
+        filter_maps, align_corners: see `Scoring`.
+        precision: "fp32", "tf32" or "bf16".
+        device: "auto", "cpu" or "cuda".
+        seed: of the initial weights, the order and the augmentation.
+    """
+
+    teacher: str
+    teacher_weights: str | None = None
+    image_size: int = 256
+    gccb: int | None = None
+    stage4_init: str = "imagenet"
+    epochs: int = 200
+    batch_size: int = 16
+    lr: float = 0.005
+    temperature: float = 1.0
+    local_loss: str = "cosine"
+    augmentation: str = "none"
+    sigma: float | None = None
+    filter_maps: bool = False
+    align_corners: bool = False
+    precision: str = "fp32"
+    device: str = "auto"
+    seed: int = 0
+
+    @property
+    def scoring(self) -> Scoring:
+        sigma = 4 * self.image_size / 256 if self.sigma is None else self.sigma
+        return Scoring(self.temperature, sigma, self.filter_maps, self.align_corners)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch's mean losses and speed."""
+
+    local_loss: float
+    global_loss: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State after a step, for a progress bar."""
+
+    step: int
+    steps: int
+    epoch: int
+    local_loss: float
+    global_loss: float
+    images_per_second: float
+
+
+def train(
+    category: Category,
+    options: TrainingOptions,
+    report: Callable[[Progress], None] = lambda _: None,
+    status: Callable[[str], None] = lambda _: None,
+) -> tuple[Detector, list[Epoch]]:
+    """Train both students on a category's good images, then calibrate on its validation images.
+
+    Args:
+        category: from `dskd_fast.data.layout.open_category`.
+        options: the recipe.
+        report: called after every step.
+        status: called with a sentence when a stage starts.
+
+    Returns:
+        The calibrated detector, and the history.
+
+    Raises:
+        ImageError: names every image that cannot be read, before training starts.
+        UserError: options that do not fit, weights that cannot be had, a loss that is no longer finite.
+    """
+    device = resolve_device(options.device)
+    torch.manual_seed(options.seed)
+    status(f"reading {len(category.train) + len(category.validation)} images")
+    images = ImageStore([*category.train, *category.validation], options.image_size)
+    train_indices = list(range(len(category.train)))
+    validation_indices = list(range(len(category.train), len(images)))
+
+    status(f"building the networks with the teacher {options.teacher}")
+    model = DSKD(
+        options.teacher,
+        image_size=options.image_size,
+        gccb=options.gccb,
+        stage4_init=options.stage4_init,
+        teacher_weights=options.teacher_weights,
+    ).to(device, memory_format=torch.channels_last)
+    history = _fit(model, images, train_indices, options, device, report)
+
+    detector = Detector(model, options.scoring, options.precision)
+    source = "validation" if validation_indices else "train"
+    status(f"calibrating on the {source} images")
+    detector.calibrate(_Batches(images, validation_indices or train_indices, options.batch_size), source)
+    return detector, history
+
+
+def _fit(
+    model: DSKD,
+    images: ImageStore,
+    indices: list[int],
+    options: TrainingOptions,
+    device: torch.device,
+    report: Callable[[Progress], None],
+) -> list[Epoch]:
+    local_loss_fn = CosineDistanceLoss(flatten=options.local_loss == "flattened-cosine")
+    global_loss_fn = ContextualAffinityLoss(options.temperature)
+    augment = Augmentation.parse(options.augmentation)
+    random = torch.Generator().manual_seed(options.seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=options.lr, betas=(0.5, 0.999), fused=True)
+    steps_per_epoch = math.ceil(len(indices) / options.batch_size)
+    history = []
+    model.train()
+    for epoch in range(options.epochs):
+        order = torch.randperm(len(indices), generator=random).tolist()
+        started = time.perf_counter()
+        totals = torch.zeros(2, dtype=torch.float64)
+        seen = 0
+        for step in range(steps_per_epoch):
+            chosen = order[step * options.batch_size : (step + 1) * options.batch_size]
+            batch = augment(to_float(images.batch(indices[i] for i in chosen), device), random)
+            with numerics(options.precision, device):
+                features = model(batch)
+                local_loss = local_loss_fn(features.local_student, features.teacher)
+                global_loss = global_loss_fn(features.global_student, features.teacher)
+                loss = local_loss + global_loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+            losses = torch.stack([local_loss.detach(), global_loss.detach()]).double().cpu()
+            if not torch.isfinite(losses).all():
+                raise UserError(
+                    f"the loss is no longer finite at epoch {epoch + 1}, step {step + 1} (local {losses[0]:.3g}, "
+                    f"global {losses[1]:.3g}): lower --lr (now {options.lr:g})"
+                    + (" or use --precision fp32" if options.precision != "fp32" else "")
+                )
+            totals += losses * len(chosen)
+            seen += len(chosen)
+            speed = seen / (time.perf_counter() - started)
+            report(
+                Progress(
+                    epoch * steps_per_epoch + step + 1,
+                    options.epochs * steps_per_epoch,
+                    epoch + 1,
+                    *(totals / seen).tolist(),
+                    speed,
+                )
+            )
+        history.append(Epoch(*(totals / seen).tolist(), speed))
+    return history
+
+
+class _Batches:
+    """A re-iterable sequence of uint8 batches."""
+
+    def __init__(self, images: ImageStore, indices: list[int], batch_size: int) -> None:
+        self.images = images
+        self.indices = indices
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for i in range(0, len(self.indices), self.batch_size):
+            yield self.images.batch(self.indices[i : i + self.batch_size])
