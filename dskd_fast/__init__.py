@@ -1,8 +1,22 @@
 """Contextual Affinity Distillation (DSKD, arXiv 2307.03101) for image anomaly detection."""
 
+from typing import TYPE_CHECKING
+
 from dskd_fast import functional
 from dskd_fast.losses import ContextualAffinityLoss, CosineDistanceLoss
 
+if TYPE_CHECKING:
+    from dskd_fast.models import DSKD
+
 __version__ = "0.1.0"
 
-__all__ = ["ContextualAffinityLoss", "CosineDistanceLoss", "__version__", "functional"]
+__all__ = ["DSKD", "ContextualAffinityLoss", "CosineDistanceLoss", "__version__", "functional"]
+
+
+def __getattr__(name: str) -> object:
+    # timm takes a second or two to import, which the losses alone do not need.
+    if name == "DSKD":
+        from dskd_fast.models import DSKD
+
+        return DSKD
+    raise AttributeError(f"module 'dskd_fast' has no attribute {name!r}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 # On a CPU a slab's working set should stay in the second-level cache; on a GPU it should fill the device.
-_SLAB_ELEMENTS = {"cpu": 1 << 17}
+_SLAB_ELEMENTS = {"cpu": 1 << 18}
 _SLAB_ELEMENTS_ELSEWHERE = 1 << 23
 
 # |d| up to which expm1(d) - d is summed as a series.

@@ -1,0 +1,5 @@
+"""The command line: `dskd-fast`."""
+
+from dskd_fast.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,216 @@
+"""The commands. Each takes the parsed arguments and returns the exit code."""
+
+import argparse
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dskd_fast.cli.display import console, counter, results_table, training_progress
+from dskd_fast.data.augment import Augmentation, for_category
+from dskd_fast.data.images import image_size
+from dskd_fast.data.layout import default_data_root, open_category
+from dskd_fast.errors import UserError
+from dskd_fast.metrics.maps import read_maps, score_maps
+from dskd_fast.workflow import run as runs
+from dskd_fast.workflow.demo import make_data, options_for_demo, pick_examples
+from dskd_fast.workflow.evaluate import absences
+from dskd_fast.workflow.evaluate import evaluate as evaluate_detector
+from dskd_fast.workflow.predict import predict as predict_images
+from dskd_fast.workflow.train import TrainingOptions
+from dskd_fast.workflow.train import train as train_detector
+
+
+def train(arguments: argparse.Namespace) -> int:
+    category = open_category(
+        arguments.data_root or default_data_root(),
+        arguments.category,
+        holdout=arguments.holdout,
+        seed=arguments.seed,
+    )
+    augment = for_category(category.name) if arguments.augment == "auto" else Augmentation.parse(arguments.augment)
+    options = TrainingOptions(
+        teacher=arguments.teacher,
+        teacher_weights=None if arguments.teacher_weights is None else str(arguments.teacher_weights),
+        image_size=arguments.image_size,
+        gccb=arguments.gccb,
+        stage4_init=arguments.stage4_init,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        temperature=arguments.temperature,
+        local_loss=arguments.local_loss,
+        augmentation=augment.to_text(),
+        sigma=arguments.sigma,
+        filter_maps=arguments.filter_maps,
+        align_corners=arguments.align_corners,
+        precision=arguments.precision,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
+    out = arguments.out or Path("runs", f"{category.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    _train_into(out, category, options)
+    console.print(f"\nnext: dskd-fast evaluate {out}   or   dskd-fast predict {out} IMAGES", highlight=False)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    _evaluate_run(arguments.run, arguments.data_root, arguments.device, arguments.threshold, arguments.save_maps)
+    return 0
+
+
+def evaluate_maps(arguments: argparse.Namespace) -> int:
+    category = open_category(arguments.data_root or default_data_root(), arguments.category)
+    with counter("scoring maps") as progress:
+        maps = read_maps(arguments.maps, category, image_size)
+        figures = score_maps(_counted(maps, len(category.test), progress))
+    result = {"category": category.name, **figures, "image_score": "maximum of the map"}
+    result |= {"n_images": _test_counts(category), "absent": absences(category)}
+    if arguments.out is not None:
+        runs.write_json(arguments.out, result)
+    console.print(results_table(f"{category.name}, maps in {arguments.maps}", {"maps": figures}))
+    _print_absent(result)
+    return 0
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    detector, _, _ = runs.load_run(arguments.run, arguments.device)
+    threshold = _threshold(detector, arguments.threshold)
+    if threshold is None:
+        console.print(
+            "no decisions: the run had no validation images to set a threshold with; pass --threshold", style="yellow"
+        )
+    with counter("predicting") as progress:
+        predictions = predict_images(
+            detector,
+            arguments.images,
+            arguments.out,
+            threshold=threshold,
+            save_maps=arguments.save_maps,
+            progress=lambda done, total: progress("predicting", done, total),
+        )
+    failed = [p for p in predictions if p.error is not None]
+    anomalous = sum(p.decision == "anomalous" for p in predictions)
+    console.print(f"{len(predictions) - len(failed)} images scored", end="", highlight=False)
+    if threshold is not None:
+        console.print(f", {anomalous} anomalous (score above {threshold:.4g})", end="", highlight=False)
+    console.print(f"; results in {arguments.out}", highlight=False)
+    for p in failed:
+        console.print(f"not read: {p.path}: {p.error}", style="red", markup=False, highlight=False)
+    return 1 if failed else 0
+
+
+def info(arguments: argparse.Namespace) -> int:
+    config = runs.read_config(arguments.run)
+    calibration = runs.read_json(arguments.run / runs.CALIBRATION)
+    history = runs.read_json(arguments.run / runs.HISTORY)
+    content = {**config, "calibration": calibration, "last_epoch": history[-1] if history else None}
+    console.print_json(json.dumps(content))
+    metrics = arguments.run / runs.METRICS
+    if metrics.is_file():
+        _print_metrics(runs.read_json(metrics))
+    return 0
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    out = arguments.out
+    console.print(f"1. drawing synthetic images into {out / 'data'}", highlight=False)
+    category = make_data(out / "data", arguments.seed)
+    options = options_for_demo(arguments.device, arguments.seed)
+    run = out / "run"
+    console.print("2. training", highlight=False)
+    _train_into(run, category, options)
+    console.print("3. evaluating", highlight=False)
+    metrics = _evaluate_run(run, category.root.parent, arguments.device, None, None)
+    console.print("4. drawing heat maps", highlight=False)
+    detector, _, _ = runs.load_run(run, arguments.device)
+    examples = pick_examples(category)
+    predict_images(detector, examples, out / "heat_maps", threshold=metrics["threshold"])
+    console.print(
+        f"\nheat maps: {out / 'heat_maps' / 'overlays'}\nrun:       {run}\n"
+        f"your own images: dskd-fast train --data-root FOLDER_OF_GOOD_IMAGES --teacher lite",
+        highlight=False,
+    )
+    return 0
+
+
+def _train_into(out: Path, category: Any, options: TrainingOptions) -> None:
+    with runs.new_folder(out) as folder:
+        with training_progress() as (report, status):
+            detector, history = train_detector(category, options, report, status)
+        runs.save_run(folder, detector, options, category, history)
+    calibration = detector.calibration
+    if calibration.threshold is None:
+        told = "no threshold: there are no validation images (training images score too low to set one)"
+    else:
+        told = (
+            f"threshold {calibration.threshold.value:.4g} from {calibration.threshold.n_images} normal validation "
+            f"images, expected false alarms {calibration.threshold.expected_false_alarm_rate:.1%}"
+        )
+    console.print(f"trained on {len(category.train)} images, run in {out}\n{told}", highlight=False)
+
+
+def _evaluate_run(
+    folder: Path, data_root: Path | None, device: str, threshold: float | None, save_maps: Path | None
+) -> dict[str, Any]:
+    detector, options, config = runs.load_run(folder, device)
+    if data_root is None:
+        data_root = Path(config["data_root"])
+        if not data_root.exists():
+            raise UserError(f"the data of this run is not at {data_root} any more: say where it is with --data-root")
+        category = open_category(data_root, None, holdout=0)
+    else:
+        try:
+            category = open_category(data_root, config["category"], holdout=0)
+        except UserError:
+            # The same data under a folder of another name.
+            category = open_category(data_root, None, holdout=0)
+    with counter("evaluating") as progress:
+        metrics = evaluate_detector(
+            detector,
+            category,
+            threshold=_threshold(detector, threshold),
+            batch_size=options.batch_size,
+            save_maps=save_maps,
+            scores_file=folder / "scores.csv",
+            progress=progress,
+        )
+    runs.write_json(folder / runs.METRICS, metrics)
+    _print_metrics(metrics)
+    console.print(
+        f"figures in {folder / runs.METRICS}, scores of each image in {folder / 'scores.csv'}", highlight=False
+    )
+    return metrics
+
+
+def _threshold(detector: Any, given: float | None) -> float | None:
+    if given is not None:
+        return given
+    return None if detector.calibration.threshold is None else detector.calibration.threshold.value
+
+
+def _test_counts(category: Any) -> dict[str, int]:
+    return {k.removeprefix("test/"): n for k, n in category.n_images.items() if k.startswith("test/")}
+
+
+def _counted(items: Any, total: int, progress: Any) -> Any:
+    for done, item in enumerate(items, start=1):
+        yield item
+        progress("scoring maps", done, total)
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    rows = {"both students": metrics, "local alone": metrics["local"], "global alone": metrics["global"]}
+    counts = ", ".join(f"{n} {kind}" for kind, n in metrics["n_images"].items())
+    console.print(results_table(f"{metrics['category']}: {counts} test images", rows))
+    if metrics["decisions"] is not None:
+        decided = ", ".join(
+            f"{metrics['decisions'][kind]} of {n} {kind}" for kind, n in metrics["n_images"].items() if n
+        )
+        console.print(f"called anomalous at threshold {metrics['threshold']:.4g}: {decided}", highlight=False)
+    _print_absent(metrics)
+
+
+def _print_absent(result: dict[str, Any]) -> None:
+    for reason in result["absent"]:
+        console.print(f"absent: {reason}", style="yellow", markup=False, highlight=False)

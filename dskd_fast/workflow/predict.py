@@ -1,0 +1,162 @@
+"""Scores, decisions and heat maps for images that nobody has labelled."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, list_images, read_image, resize_square
+from dskd_fast.errors import UserError
+from dskd_fast.metrics.maps import save_map
+from dskd_fast.workflow.detector import Detector
+from dskd_fast.workflow.evaluate import decide
+from dskd_fast.workflow.overlay import overlay
+from dskd_fast.workflow.run import write_file
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's result; `error` says why there is none."""
+
+    path: str
+    score: float | None = None
+    threshold: float | None = None
+    decision: str | None = None
+    overlay: str | None = None
+    map: str | None = None
+    error: str | None = None
+
+
+def predict(
+    detector: Detector,
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    threshold: float | None,
+    save_maps: bool = False,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> list[Prediction]:
+    """Score images and write predictions.csv, predictions.jsonl and an overlay per image.
+
+    Args:
+        detector: calibrated.
+        inputs: image files, and folders that are searched with their subfolders.
+        out: folder of the results; files of an earlier call are replaced.
+        threshold: of the decisions; None makes none.
+        save_maps: also write maps/NAME.tiff, float32 at the image's size.
+        batch_size: images per pass.
+        progress: called as progress(done, total).
+
+    Returns:
+        One entry per image, in order. An image that cannot be read has its `error` set and does not stop the rest.
+
+    Raises:
+        UserError: an input does not exist or holds no images, or the results cannot be written.
+    """
+    named = _with_names(inputs)
+    predictions: list[Prediction] = []
+    for start in range(0, len(named), batch_size):
+        batch = named[start : start + batch_size]
+        predictions += _predict_batch(detector, batch, out, threshold, save_maps)
+        progress(start + len(batch), len(named))
+    _write_results(out, predictions)
+    return predictions
+
+
+def _predict_batch(
+    detector: Detector, batch: list[tuple[Path, str]], out: Path, threshold: float | None, save_maps: bool
+) -> list[Prediction]:
+    images, errors = {}, {}
+    for path, _ in batch:
+        try:
+            images[path] = read_image(path)
+        except ImageError as error:
+            errors[path] = "; ".join(reason for _, reason in error.failures)
+    if images:
+        size = detector.model.image_size
+        resized = torch.stack([torch.from_numpy(resize_square(x, size)).permute(2, 0, 1) for x in images.values()])
+        maps = detector.maps(resized).combined
+        scores = dict(zip(images, detector.image_scores(maps).tolist(), strict=True))
+        maps = dict(zip(images, maps, strict=True))
+
+    predictions = []
+    for path, name in batch:
+        if path in errors:
+            predictions.append(Prediction(str(path), error=errors[path]))
+            continue
+        image, score, decision = images[path], scores[path], decide(scores[path], threshold)
+        anomaly_map = detector.localisation_map(maps[path], image.shape[:2])
+        # A score of 0 is the normal mean. The threshold is where the colours are half way, so what is bright decided.
+        high = 2 * threshold if threshold is not None and threshold > 0 else max(1.0, float(anomaly_map.max()))
+        caption = f"score {score:.2f}"
+        if threshold is not None:
+            caption += f"   threshold {threshold:.2f}   {decision}"
+        picture = overlay(image, anomaly_map, caption, low=0.0, high=high)
+        overlay_path = out / "overlays" / f"{name}.png"
+        write_file(overlay_path, lambda temporary, picture=picture: picture.save(temporary))
+        map_path = out / "maps" / f"{name}.tiff" if save_maps else None
+        if map_path is not None:
+            save_map(map_path, anomaly_map)
+        predictions.append(
+            Prediction(
+                str(path),
+                score,
+                threshold,
+                decision,
+                overlay_path.relative_to(out).as_posix(),
+                None if map_path is None else map_path.relative_to(out).as_posix(),
+            )
+        )
+    return predictions
+
+
+def _with_names(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Each image once, with a name for its results: its path below the input folder, without suffix, made unique."""
+    found: dict[Path, str] = {}
+    for given in inputs:
+        if given.is_dir():
+            folder = Path(given)
+            folders = sorted([folder, *(p for p in folder.rglob("*") if p.is_dir() and not p.name.startswith("."))])
+            paths = [path for f in folders for path in list_images(f)]
+            if not paths:
+                raise UserError(
+                    f"{given} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): pass image files or a folder "
+                    "with images"
+                )
+            for path in paths:
+                found.setdefault(path, path.relative_to(folder).with_suffix("").as_posix())
+        elif given.exists():
+            found.setdefault(given, given.stem)
+        else:
+            raise UserError(f"there is no image or folder {given}: check the path")
+    taken: set[str] = set()
+    named = []
+    for path, name in found.items():
+        unique, number = name, 1
+        while unique.casefold() in taken:
+            number += 1
+            unique = f"{name}-{number}"
+        taken.add(unique.casefold())
+        named.append((path, unique))
+    return named
+
+
+def _write_results(out: Path, predictions: Iterable[Prediction]) -> None:
+    rows = [asdict(prediction) for prediction in predictions]
+
+    def write_csv(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write_jsonl(temporary: Path) -> None:
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+    write_file(out / "predictions.csv", write_csv)
+    write_file(out / "predictions.jsonl", write_jsonl)

@@ -1,0 +1,5 @@
+"""Packages of dskd-fast; metadata and tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(packages=find_packages(include=["dskd_fast", "dskd_fast.*"]))
