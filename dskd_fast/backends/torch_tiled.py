@@ -24,10 +24,10 @@ _SLAB_ELEMENTS_ELSEWHERE = 1 << 23
 
 # |d| up to which expm1(d) - d is summed as a series.
 _SERIES_RADIUS = 1.0
-# Below this temperature a row's softmax is all but one-hot at j = i. The KL then comes from the other, tiny weights, and
-# d_ii is subtracted from the row (a constant, which a softmax ignores), so that the large weight contributes exactly 0.
+# Below this temperature a row's softmax is all but one-hot at j = i. The KL then comes from the other, tiny weights,
+# and d_ii is subtracted from the row (a constant, which a softmax ignores), so that the large weight adds exactly 0.
 _PEAKED_TEMPERATURE = 0.1
-# |d| from which a row is evaluated through its own log-sum-exp: exp(d) may overflow, and cancellation is no issue there.
+# |d| from which a row is evaluated through its own log-sum-exp: exp(d) may overflow, and nothing cancels there.
 _DIFFERENCE_LIMIT = 30.0
 
 
@@ -128,7 +128,7 @@ def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(a: Tensor, d: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """KL / T^2 of each row and, if wanted, the weights p_s - p_t. `a` holds a_ij - a_ii; `a` and `d` are overwritten."""
+    """KL / T^2 of each row and, if wanted, the weights p_s - p_t; `a` (a_ij - a_ii) and `d` are overwritten."""
     # Reading two scalars back costs nothing on a CPU and saves most of the passes once the student is close. Elsewhere
     # it would stall the queue, so the general form is used.
     if d.device.type == "cpu":

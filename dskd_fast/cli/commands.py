@@ -38,6 +38,7 @@ def train(arguments: argparse.Namespace) -> int:
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         lr=arguments.lr,
+        schedule=arguments.schedule,
         temperature=arguments.temperature,
         local_loss=arguments.local_loss,
         augmentation=augment.to_text(),
@@ -158,13 +159,9 @@ def _evaluate_run(
         data_root = Path(config["data_root"])
         if not data_root.exists():
             raise UserError(f"the data of this run is not at {data_root} any more: say where it is with --data-root")
-        category = open_category(data_root, None, holdout=0)
-    else:
-        try:
-            category = open_category(data_root, config["category"], holdout=0)
-        except UserError:
-            # The same data under a folder of another name.
-            category = open_category(data_root, None, holdout=0)
+    # Either the data set's folder or the category's own, under whatever name it has now.
+    inside = (data_root / config["category"]).is_dir()
+    category = open_category(data_root, config["category"] if inside else None, holdout=0)
     with counter("evaluating") as progress:
         metrics = evaluate_detector(
             detector,

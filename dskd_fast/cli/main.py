@@ -36,6 +36,12 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         print(f"dskd-fast: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        reason = (str(error).splitlines() or ["no details"])[0][:150]
+        print(f"dskd-fast: out of memory ({reason}): lower --batch-size or --image-size", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("dskd-fast: interrupted; nothing was left half written", file=sys.stderr)
         return 130
@@ -84,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     maps = command(
         "evaluate-maps",
         "Score saved anomaly maps of any method: exact AUROC and sPRO.",
-        "\n\nThe image score is the maximum of the map, as in MVTec's evaluator. (`evaluate` filters the map first,\nso its "
-        "AUROC differs; sPRO is the same.)",
+        "\n\nThe image score is the maximum of the map, as in MVTec's evaluator. (`evaluate` filters the map "
+        "first,\nso its AUROC differs; sPRO is the same.)",
     )
     maps.add_argument("maps", type=Path, metavar="MAPS", help="folder with CATEGORY/test/TYPE/NNN.tiff")
     _add_data_root(maps)
@@ -178,7 +184,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=_positive, default=200, metavar="N", help="(default: 200)")
     recipe.add_argument("--batch-size", type=_positive, default=16, metavar="B", help="(default: 16)")
-    recipe.add_argument("--lr", type=_positive_number, default=0.005, help="of Adam, constant (default: 0.005)")
+    recipe.add_argument("--lr", type=_positive_number, default=0.005, help="of Adam (default: 0.005)")
+    recipe.add_argument(
+        "--schedule",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="of the learning rate; cosine, to 0, gets more out of a short training (default: constant, the paper's)",
+    )
     recipe.add_argument(
         "--temperature", type=_temperature, default=1.0, metavar="T", help="of the affinities, 0.01 to 100 (default: 1)"
     )

@@ -8,8 +8,8 @@ class Bottleneck(nn.Module):
 
     Args:
         in_channels, width, out_channels: of the input, the 3x3 convolution and the output.
-        resample: "none", "down" (the 3x3 convolution and the shortcut have stride 2) or "up" (both become 2x2 transposed
-            convolutions with stride 2, as in Reverse Distillation).
+        resample: "none", "down" (the 3x3 convolution and the shortcut have stride 2) or "up" (both become 2x2
+            transposed convolutions with stride 2, as in Reverse Distillation).
         rectified: whether a ReLU follows the sum.
 
     Names of the parts are torchvision's, so that a teacher's stage 4 can be loaded.

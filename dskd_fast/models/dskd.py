@@ -58,7 +58,8 @@ class DSKD(nn.Module):
         if image_size <= 0 or image_size % stride:
             nearest = max(stride, round(image_size / stride) * stride)
             raise UserError(
-                f"image size {image_size} does not fit the teacher {teacher}: use a multiple of {stride}, such as {nearest}"
+                f"image size {image_size} does not fit the teacher {teacher}: use a multiple of {stride}, such as "
+                f"{nearest}"
             )
         embedding = 2 * levels[2].channels
         self.gccb = embedding // 2 if gccb is None else gccb

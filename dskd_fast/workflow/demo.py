@@ -19,7 +19,7 @@ def make_data(folder: Path, seed: int) -> Category:
 
 
 def options_for_demo(device: str, seed: int) -> TrainingOptions:
-    """A recipe for minutes, not for figures: small images, the bundled teacher, a narrow condensing block, few steps."""
+    """A recipe for minutes, not for records: small images, the bundled teacher, a narrow condensing block."""
     return TrainingOptions(
         teacher=LITE,
         image_size=128,

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-# Black-red-yellow-white, dark where nothing is wrong; opacity rises with the score, so that the photograph shows through.
+# Violet to red, orange and white. Opacity rises with the score: where nothing is wrong the photograph shows through.
 _STOPS = np.array([0.0, 0.35, 0.7, 1.0])
 _COLOURS = np.array([[40, 0, 90], [200, 20, 60], [255, 160, 0], [255, 255, 190]], dtype=np.float64)
 _OPACITY = 0.75

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def predict(
     Raises:
         UserError: an input does not exist or holds no images, or the results cannot be written.
     """
-    named = _with_names(inputs)
+    named = _with_names(inputs, out)
     predictions: list[Prediction] = []
     for start in range(0, len(named), batch_size):
         batch = named[start : start + batch_size]
@@ -114,21 +115,19 @@ def _predict_batch(
     return predictions
 
 
-def _with_names(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
+def _with_names(inputs: Sequence[Path], out: Path) -> list[tuple[Path, str]]:
     """Each image once, with a name for its results: its path below the input folder, without suffix, made unique."""
     found: dict[Path, str] = {}
     for given in inputs:
         if given.is_dir():
-            folder = Path(given)
-            folders = sorted([folder, *(p for p in folder.rglob("*") if p.is_dir() and not p.name.startswith("."))])
-            paths = [path for f in folders for path in list_images(f)]
+            paths = _images_below(given, out)
             if not paths:
                 raise UserError(
                     f"{given} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): pass image files or a folder "
                     "with images"
                 )
             for path in paths:
-                found.setdefault(path, path.relative_to(folder).with_suffix("").as_posix())
+                found.setdefault(path, path.relative_to(given).with_suffix("").as_posix())
         elif given.exists():
             found.setdefault(given, given.stem)
         else:
@@ -143,6 +142,17 @@ def _with_names(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
         taken.add(unique.casefold())
         named.append((path, unique))
     return named
+
+
+def _images_below(folder: Path, out: Path) -> list[Path]:
+    """Images in a folder and its subfolders, but for hidden ones and the results of an earlier call."""
+    results = {out.resolve(), out.resolve() / "overlays", out.resolve() / "maps"}
+    images = []
+    for name, subfolders, _ in os.walk(folder):
+        here = Path(name)
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and (here / s).resolve() not in results)
+        images += list_images(here)
+    return images
 
 
 def _write_results(out: Path, predictions: Iterable[Prediction]) -> None:

@@ -57,17 +57,21 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise UserError(f"{target} already exists: choose another name, or move it away")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
+        temporary = tempfile.TemporaryDirectory(
             prefix=f".{target.name}.", suffix=".partial", dir=target.parent, ignore_cleanup_errors=True
-        ) as temporary:
-            content = Path(temporary, "content")
-            content.mkdir()
-            yield content
+        )
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    with temporary as name:
+        content = Path(name, "content")
+        content.mkdir()
+        yield content
+        try:
             if target.exists():
                 target.rmdir()
             content.rename(target)
-    except OSError as error:
-        raise UserError(f"cannot write {target} ({error.strerror or error}): choose a writable place") from error
+        except OSError as error:
+            raise _unwritable(target, error) from error
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -89,7 +93,7 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}): choose a writable place") from error
+        raise _unwritable(path, error) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -206,6 +210,10 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is missing: train again, or copy the whole run folder") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): train again, or restore the file") from None
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path} ({error.strerror or error}): choose a writable place with enough room")
 
 
 def _commit() -> str | None:

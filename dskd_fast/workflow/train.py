@@ -25,7 +25,8 @@ class TrainingOptions:
 
     Attributes:
         teacher, teacher_weights, image_size, gccb, stage4_init: see `dskd_fast.DSKD`.
-        epochs, batch_size, lr: Adam with betas (0.5, 0.999), no schedule.
+        epochs, batch_size, lr: of Adam with betas (0.5, 0.999).
+        schedule: of the learning rate: "constant" (the paper's) or "cosine", to 0 over the training.
         temperature: T of the contextual affinity.
         local_loss: "cosine" (per position, the paper's) or "flattened-cosine" (one per image, as in RD4AD's code).
         augmentation: in `Augmentation.parse`'s form.
@@ -44,6 +45,7 @@ class TrainingOptions:
     epochs: int = 200
     batch_size: int = 16
     lr: float = 0.005
+    schedule: str = "constant"
     temperature: float = 1.0
     local_loss: str = "cosine"
     augmentation: str = "none"
@@ -141,6 +143,9 @@ def _fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=options.lr, betas=(0.5, 0.999), fused=True)
     steps_per_epoch = math.ceil(len(indices) / options.batch_size)
+    scheduler = None
+    if options.schedule == "cosine":
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * steps_per_epoch)
     history = []
     model.train()
     for epoch in range(options.epochs):
@@ -159,6 +164,8 @@ def _fit(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
 
             losses = torch.stack([local_loss.detach(), global_loss.detach()]).double().cpu()
             if not torch.isfinite(losses).all():
