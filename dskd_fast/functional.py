@@ -3,8 +3,6 @@
 Usable in any PyTorch project: CPU or GPU, under autocast and torch.compile. Neither function stores an N x N matrix.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -47,9 +45,8 @@ def contextual_affinity(
             grad.
     """
     s, t, shape = _as_rows(student, teacher)
-    if not (isinstance(temperature, int | float) and math.isfinite(temperature)) or not (
-        TEMPERATURE_RANGE[0] <= temperature <= TEMPERATURE_RANGE[1]
-    ):
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not is_number or not TEMPERATURE_RANGE[0] <= temperature <= TEMPERATURE_RANGE[1]:
         raise ValueError(
             f"temperature={temperature!r} is outside the supported range: use a number from "
             f"{TEMPERATURE_RANGE[0]} to {TEMPERATURE_RANGE[1]:g}"

@@ -2,13 +2,15 @@
 
 What is computed, per position i with unit vectors s_i and t_i, centred keys k_j = t_j - mean_j t_j and m = 1/T:
 
-    a_ij = <t_i, k_j> m        d_ij = <s_i - t_i, k_j> m        E = exp(a - a_ii)
-    Z = sum_j E                u = sum_j E expm1(d) / Z         v = sum_j E (expm1(d) - d) / Z
-    KL_i = T^2 (log1p(u) - u + v)                               dKL_i/ds_i = T sum_j (p_s - p_t)_ij k_j
+    a_ij = <t_i, k_j> m                           p_ij = exp(a_ij - a_ii) / sum_j exp(a_ij - a_ii)
+    d_ij = <s_i - t_i, k_j> m, less its mean      v_i = sum_j p_ij (expm1(d_ij) - d_ij)
+    over j with weights p_ij
+    KL_i = T^2 log1p(v_i)                         dKL_i/ds_i = T sum_j p_ij (expm1(d_ij) - v_i) / (1 + v_i) k_j
 
-Equal to the textbook form (a softmax row ignores a constant, so the keys may be centred), but every term is of the
-KL's own order, where the textbook subtracts two log-sum-exps that agree in all their digits. A slab holds whole rows,
-so one visit yields both the KL and its gradient, with three products instead of the five of a recomputing backward.
+Equal to the textbook form (a softmax row ignores a constant, so the keys and d may be centred), but every term is
+positive and of the KL's own order, where the textbook subtracts two log-sum-exps that agree in all their digits. A slab
+holds whole rows, so one visit yields both the KL and its gradient, with three products instead of the five of a
+recomputing backward.
 """
 
 import contextlib
@@ -24,11 +26,9 @@ _SLAB_ELEMENTS_ELSEWHERE = 1 << 23
 
 # |d| up to which expm1(d) - d is summed as a series.
 _SERIES_RADIUS = 1.0
-# Below this temperature a row's softmax is all but one-hot at j = i. The KL then comes from the other, tiny weights,
-# and d_ii is subtracted from the row (a constant, which a softmax ignores), so that the large weight adds exactly 0.
-_PEAKED_TEMPERATURE = 0.1
-# |d| from which a row is evaluated through its own log-sum-exp: exp(d) may overflow, and nothing cancels there.
-_DIFFERENCE_LIMIT = 30.0
+# Largest logit, relative to the teacher's own position, that is exponentiated as it is; a row beyond it has a large KL
+# and is evaluated through its log-sum-exp, where nothing overflows and nothing cancels.
+_LOGIT_LIMIT = 30.0
 
 
 def contextual_affinity(
@@ -62,16 +62,19 @@ def contextual_affinity(
             s, t, delta, inverse_norm = directions(student[part], teacher[part])
             keys = t - t.mean(dim=1, keepdim=True)
             # float64 up to here, where it costs N*C; the N*N work below is in `dtype`.
-            shift = (t * keys).sum(-1).to(dtype)
-            s, t, delta, keys, inverse_norm = (x.to(dtype) for x in (s, t, delta, keys, inverse_norm))
+            a_own, d_own = (((x * keys).sum(-1) / temperature).to(dtype) for x in (t, delta))
+            s, t, delta, keys = (x.to(dtype) for x in (s, t, delta, keys))
+            # 1/|student| beyond the largest float32 would turn a gradient of 0 into NaN.
+            inverse_norm = inverse_norm.clamp(max=torch.finfo(dtype).max).to(dtype)
             right = product.operand(keys, scale_dims=(1, 2))
             for r in range(0, n, rows):
                 row = slice(r, r + rows)
                 a = product(product.operand(t[:, row], (2,)), right, transpose=True).div_(temperature)
-                a.sub_(shift[:, row, None] / temperature)
                 d = product(product.operand(delta[:, row], (2,)), right, transpose=True).div_(temperature)
-                if temperature < _PEAKED_TEMPERATURE:
-                    d.sub_(d.diagonal(offset=r, dim1=1, dim2=2).unsqueeze(-1).clone())
+                # Where T is small, the softmax is all but one-hot at j = i and the KL comes from the other, tiny
+                # weights: relative to j = i, whose entries are then exactly 0, they keep their digits.
+                for x, own in ((a, a_own), (d, d_own)):
+                    x.sub_(own[:, row, None]).diagonal(offset=r, dim1=1, dim2=2).zero_()
                 row_kl, weight = _rows(a, d, with_gradient)
                 kl[part, row] = row_kl.mul_(temperature**2)
                 if gradient is not None:
@@ -128,48 +131,45 @@ def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(a: Tensor, d: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """KL / T^2 of each row and, if wanted, the weights p_s - p_t; `a` (a_ij - a_ii) and `d` are overwritten."""
+    """KL / T^2 of each row and, if wanted, the weights p_s - p_t; `a` and `d`, up to a constant, are overwritten."""
+    teacher = a.exp()
+    z = teacher.sum(-1, keepdim=True)
+    d.sub_(torch.linalg.vecdot(teacher, d).unsqueeze(-1).div_(z))
     # Reading two scalars back costs nothing on a CPU and saves most of the passes once the student is close. Elsewhere
     # it would stall the queue, so the general form is used.
     if d.device.type == "cpu":
         radius = max(abs(x.item()) for x in d.aminmax())
         if radius <= _SERIES_RADIUS:
-            return _rows_near(a, d, radius, with_gradient)
-    return _rows_general(a, d, with_gradient)
+            return _rows_near(teacher, z, d, radius, with_gradient)
+    return _rows_general(teacher, z, a.add_(d), d, with_gradient)
 
 
-def _rows_near(a: Tensor, d: Tensor, radius: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    teacher = a.exp_()
-    z = teacher.sum(-1, keepdim=True)
+def _rows_near(
+    teacher: Tensor, z: Tensor, d: Tensor, radius: float, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     tail = _expm1_tail_series(d, radius)
-    v = torch.linalg.vecdot(teacher, tail).unsqueeze(-1) / z
-    expm1 = tail.add_(d)
-    u = torch.linalg.vecdot(teacher, expm1).unsqueeze(-1) / z
-    kl = (_log1p_tail(u) + v).squeeze(-1)
-    return kl, expm1.sub_(u).mul_(teacher).div_(z * (1 + u)) if with_gradient else None
+    v = torch.linalg.vecdot(teacher, tail).unsqueeze(-1).div_(z)
+    weight = tail.add_(d).sub_(v).mul_(teacher).div_(z * (1 + v)) if with_gradient else None
+    return v.log1p().squeeze(-1), weight
 
 
-def _rows_general(a: Tensor, d: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _rows_general(
+    teacher: Tensor, z: Tensor, logit: Tensor, d: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """The same for any d: rows that have drifted far are evaluated through the student's own log-sum-exp."""
-    teacher = a.exp()
-    z = teacher.sum(-1, keepdim=True)
-    logit = a.add_(d)
     top = logit.amax(-1, keepdim=True)
-    student = logit.sub_(top).exp_()
+    student = (logit - top).exp_()
     student_z = student.sum(-1, keepdim=True)
-    log_ratio = top + student_z.log() - z.log()
+    is_near = top <= _LOGIT_LIMIT
 
-    near = d.clamp(-_DIFFERENCE_LIMIT, _DIFFERENCE_LIMIT)
-    tail = torch.where(near.abs() <= _SERIES_RADIUS, _expm1_tail_series(near, _SERIES_RADIUS), near.exp() - 1 - near)
-    u = (teacher * (near + tail)).sum(-1, keepdim=True) / z
-    v = (teacher * tail).sum(-1, keepdim=True) / z
-    is_near = (d.abs().amax(-1, keepdim=True) <= _DIFFERENCE_LIMIT) & (u.abs() <= 0.5)
-    mean_d = (teacher * d).sum(-1, keepdim=True) / z
-    kl = torch.where(is_near, _log1p_tail(u) + v, log_ratio - mean_d).squeeze(-1)
+    series = teacher * _expm1_tail_series(d.clamp(-_SERIES_RADIUS, _SERIES_RADIUS), _SERIES_RADIUS)
+    direct = student * top.clamp(max=_LOGIT_LIMIT).exp() - teacher * (1 + d)
+    tail = torch.where(d.abs() <= _SERIES_RADIUS, series, direct)
+    v = tail.sum(-1, keepdim=True).div_(z)
+    kl = torch.where(is_near, v.log1p(), top + student_z.log() - z.log()).squeeze(-1)
     if not with_gradient:
         return kl, None
-    u = u.clamp(-0.5, 0.5)  # other rows take the other branch; this keeps inf and nan out of the unused one
-    ratio_form = (near + tail - u).mul_(teacher / z).div_(1 + u)
+    ratio_form = (tail + teacher * (d - v)).div_(z * (1 + v))
     return kl, torch.where(is_near, ratio_form, student / student_z - teacher / z)
 
 
@@ -183,15 +183,6 @@ def _expm1_tail_series(d: Tensor, radius: float) -> Tensor:
     for k in range(last - 1, 1, -1):
         torch.addcmul(d.new_tensor(1 / math.factorial(k)), tail, d, out=tail)
     return tail.mul_(d).mul_(d)
-
-
-def _log1p_tail(u: Tensor) -> Tensor:
-    """log1p(u) - u for u > -1, keeping its digits near 0."""
-    # Horner on -u^2 (1/2 - u/3 + u^2/4 - ...); 0.125^18 is below float64's rounding.
-    series = torch.zeros_like(u)
-    for k in range(20, 1, -1):
-        series = 1 / k - u * series
-    return torch.where(u.abs() <= 0.125, -u.square() * series, torch.log1p(u) - u)
 
 
 class _Product:

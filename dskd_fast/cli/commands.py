@@ -51,7 +51,7 @@ def train(arguments: argparse.Namespace) -> int:
     )
     out = arguments.out or Path("runs", f"{category.name}-{datetime.now():%Y%m%d-%H%M%S}")
     _train_into(out, category, options)
-    console.print(f"\nnext: dskd-fast evaluate {out}   or   dskd-fast predict {out} IMAGES", highlight=False)
+    console.print(f"\nnext: dskd-fast evaluate {out}   or   dskd-fast predict {out} IMAGES")
     return 0
 
 
@@ -69,7 +69,7 @@ def evaluate_maps(arguments: argparse.Namespace) -> int:
     result |= {"n_images": _test_counts(category), "absent": absences(category)}
     if arguments.out is not None:
         runs.write_json(arguments.out, result)
-    console.print(results_table(f"{category.name}, maps in {arguments.maps}", {"maps": figures}))
+    console.print(results_table(f"{category.name}, maps in {arguments.maps}", {"maps": figures}), soft_wrap=False)
     _print_absent(result)
     return 0
 
@@ -92,12 +92,12 @@ def predict(arguments: argparse.Namespace) -> int:
         )
     failed = [p for p in predictions if p.error is not None]
     anomalous = sum(p.decision == "anomalous" for p in predictions)
-    console.print(f"{len(predictions) - len(failed)} images scored", end="", highlight=False)
+    console.print(f"{len(predictions) - len(failed)} images scored", end="")
     if threshold is not None:
-        console.print(f", {anomalous} anomalous (score above {threshold:.4g})", end="", highlight=False)
-    console.print(f"; results in {arguments.out}", highlight=False)
+        console.print(f", {anomalous} anomalous (score above {threshold:.4g})", end="")
+    console.print(f"; results in {arguments.out}")
     for p in failed:
-        console.print(f"not read: {p.path}: {p.error}", style="red", markup=False, highlight=False)
+        console.print(f"not read: {p.path}: {p.error}", style="red")
     return 1 if failed else 0
 
 
@@ -105,32 +105,36 @@ def info(arguments: argparse.Namespace) -> int:
     config = runs.read_config(arguments.run)
     calibration = runs.read_json(arguments.run / runs.CALIBRATION)
     history = runs.read_json(arguments.run / runs.HISTORY)
-    content = {**config, "calibration": calibration, "last_epoch": history[-1] if history else None}
+    if not isinstance(history, list) or not history:
+        raise UserError(f"{arguments.run / runs.HISTORY} is not the history of a training: restore the file")
+    content = {**config, "calibration": calibration, "last_epoch": history[-1]}
     console.print_json(json.dumps(content))
     metrics = arguments.run / runs.METRICS
     if metrics.is_file():
-        _print_metrics(runs.read_json(metrics))
+        try:
+            _print_metrics(runs.read_json(metrics))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise UserError(f"{metrics} was not written by this program: run evaluate again") from None
     return 0
 
 
 def demo(arguments: argparse.Namespace) -> int:
     out = arguments.out
-    console.print(f"1. drawing synthetic images into {out / 'data'}", highlight=False)
+    console.print(f"1. drawing synthetic images into {out / 'data'}")
     category = make_data(out / "data", arguments.seed)
     options = options_for_demo(arguments.device, arguments.seed)
     run = out / "run"
-    console.print("2. training", highlight=False)
+    console.print("2. training")
     _train_into(run, category, options)
-    console.print("3. evaluating", highlight=False)
+    console.print("3. evaluating")
     metrics = _evaluate_run(run, category.root.parent, arguments.device, None, None)
-    console.print("4. drawing heat maps", highlight=False)
+    console.print("4. drawing heat maps")
     detector, _, _ = runs.load_run(run, arguments.device)
     examples = pick_examples(category)
     predict_images(detector, examples, out / "heat_maps", threshold=metrics["threshold"])
     console.print(
         f"\nheat maps: {out / 'heat_maps' / 'overlays'}\nrun:       {run}\n"
         f"your own images: dskd-fast train --data-root FOLDER_OF_GOOD_IMAGES --teacher lite",
-        highlight=False,
     )
     return 0
 
@@ -148,7 +152,7 @@ def _train_into(out: Path, category: Any, options: TrainingOptions) -> None:
             f"threshold {calibration.threshold.value:.4g} from {calibration.threshold.n_images} normal validation "
             f"images, expected false alarms {calibration.threshold.expected_false_alarm_rate:.1%}"
         )
-    console.print(f"trained on {len(category.train)} images, run in {out}\n{told}", highlight=False)
+    console.print(f"trained on {len(category.train)} images, run in {out}\n{told}")
 
 
 def _evaluate_run(
@@ -174,9 +178,7 @@ def _evaluate_run(
         )
     runs.write_json(folder / runs.METRICS, metrics)
     _print_metrics(metrics)
-    console.print(
-        f"figures in {folder / runs.METRICS}, scores of each image in {folder / 'scores.csv'}", highlight=False
-    )
+    console.print(f"figures in {folder / runs.METRICS}, scores of each image in {folder / 'scores.csv'}")
     return metrics
 
 
@@ -197,17 +199,17 @@ def _counted(items: Any, total: int, progress: Any) -> Any:
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    rows = {"both students": metrics, "local alone": metrics["local"], "global alone": metrics["global"]}
+    columns = {"both students": metrics, "local alone": metrics["local"], "global alone": metrics["global"]}
     counts = ", ".join(f"{n} {kind}" for kind, n in metrics["n_images"].items())
-    console.print(results_table(f"{metrics['category']}: {counts} test images", rows))
+    console.print(results_table(f"{metrics['category']}: {counts} test images", columns), soft_wrap=False)
     if metrics["decisions"] is not None:
         decided = ", ".join(
             f"{metrics['decisions'][kind]} of {n} {kind}" for kind, n in metrics["n_images"].items() if n
         )
-        console.print(f"called anomalous at threshold {metrics['threshold']:.4g}: {decided}", highlight=False)
+        console.print(f"called anomalous at threshold {metrics['threshold']:.4g}: {decided}")
     _print_absent(metrics)
 
 
 def _print_absent(result: dict[str, Any]) -> None:
     for reason in result["absent"]:
-        console.print(f"absent: {reason}", style="yellow", markup=False, highlight=False)
+        console.print(f"absent: {reason}", style="yellow")

@@ -1,9 +1,10 @@
 """What people see: progress bars and tables."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -11,7 +12,8 @@ from rich.table import Table
 from dskd_fast.metrics.spro import FPR_LIMITS
 from dskd_fast.workflow.train import Progress as TrainingState
 
-console = Console()
+# What is printed is mostly paths: brackets and colons in them are not markup, and a line break would spoil them.
+console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -40,10 +42,10 @@ def training_progress() -> Iterator[tuple[Callable[[TrainingState], None], Calla
             bar.update(task, completed=state.step, losses=losses, description=f"epoch {state.epoch}")
         elif state.step * 10 // state.steps > told:
             told = state.step * 10 // state.steps
-            console.print(f"step {state.step}/{state.steps}  epoch {state.epoch}  {losses}", highlight=False)
+            console.print(f"step {state.step}/{state.steps}  epoch {state.epoch}  {losses}")
 
     def status(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
+        console.print(text)
 
     with bar:
         yield report, status
@@ -70,24 +72,23 @@ def counter(title: str) -> Iterator[Callable[[str, int, int], None]]:
         yield progress
 
 
-def results_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
-    """AUROC and sPRO of several sets of figures, as `score_maps` gives them; "-" for what cannot be computed."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for measure in ("AUROC", "sPRO@0.05"):
+def results_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:
+    """AUROC and sPRO of several sets of figures, as `score_maps` gives them; "-" for what cannot be computed.
+
+    One row per figure: that fits a narrow terminal, where a wide table would lose digits.
+    """
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+
+    def add(label: str, values: Iterable[float | None], end_section: bool = False) -> None:
+        table.add_row(label, *("-" if v is None else f"{v:.3f}" for v in values), end_section=end_section)
+
+    for key, label in (("auroc", "AUROC"), ("spro", "sPRO@0.05")):
         for kind in ("structural", "logical", "mean"):
-            table.add_column(f"{measure}\n{kind}", justify="right")
+            add(f"{label} {kind}", (figures[key][kind] for figures in columns.values()), end_section=kind == "mean")
     for limit in FPR_LIMITS:
         if limit != 0.05:
-            table.add_column(f"sPRO@{limit:g}\nmean", justify="right")
-
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    for name, figures in rows.items():
-        table.add_row(
-            name,
-            *(cell(figures[key][kind]) for key in ("auroc", "spro") for kind in ("structural", "logical", "mean")),
-            *(cell(figures["spro_at"][str(limit)]["mean"]) for limit in FPR_LIMITS if limit != 0.05),
-        )
+            add(f"sPRO@{limit:g} mean", (figures["spro_at"][str(limit)]["mean"] for figures in columns.values()))
     return table

@@ -1,6 +1,7 @@
 """Arguments and exit codes. What the commands do is in `dskd_fast.cli.commands`."""
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -26,6 +27,9 @@ Each command explains itself: dskd-fast COMMAND --help"""
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 if some images could not be read, 2 for an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names may hold what the terminal's encoding does not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     # Imported late: timm, scipy and scikit-learn would slow down --help.
     from dskd_fast.cli import commands
@@ -49,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output has gone, as in `| head`; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"dskd-fast: {error.filename or 'the system'} cannot be used: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -218,7 +225,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("fp32", "tf32", "bf16"),
         default="fp32",
-        help="of the networks and of the operands of the affinities (default: fp32)",
+        help="of the networks and the affinities in training; scoring is always in fp32 (default: fp32)",
     )
     running.add_argument(
         "--out", type=Path, metavar="RUN", help="run folder, must not exist yet (default: runs/CATEGORY-DATE-TIME)"

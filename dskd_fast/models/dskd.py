@@ -15,6 +15,10 @@ from dskd_fast.models.student import Student
 from dskd_fast.models.teacher import DEFAULT, Teacher
 
 
+# Training takes 16 bytes for each: beyond this a machine would rather kill the process than say why.
+_MAX_CONDENSING_PARAMETERS = 1e9
+
+
 class Features(NamedTuple):
     """Feature maps of one batch, three per network, finest first."""
 
@@ -54,6 +58,11 @@ class DSKD(nn.Module):
         super().__init__()
         self.teacher = Teacher(teacher)
         levels = self.teacher.levels
+        if self.teacher.fixed_size not in (None, image_size):
+            raise UserError(
+                f"image size {image_size} does not fit the teacher {teacher}, which takes one size only: use "
+                f"{self.teacher.fixed_size}"
+            )
         stride = 2 * levels[2].stride
         if image_size <= 0 or image_size % stride:
             nearest = max(stride, round(image_size / stride) * stride)
@@ -66,6 +75,12 @@ class DSKD(nn.Module):
         if not 0 <= self.gccb <= embedding:
             raise UserError(
                 f"gccb={gccb} does not fit the teacher {teacher}: use 0 (no condensing block) to {embedding}"
+            )
+        condensing = 2 * self.gccb**2 * (image_size // stride) ** 2
+        if condensing > _MAX_CONDENSING_PARAMETERS:
+            raise UserError(
+                f"at image size {image_size} and gccb={self.gccb} the condensing block would have {condensing:.1e} "
+                f"parameters, more than {_MAX_CONDENSING_PARAMETERS:.0e}: lower the image size or gccb"
             )
         if stage4_init not in ("imagenet", "random"):
             raise ValueError(f"stage4_init={stage4_init!r} is not known: use 'imagenet' or 'random'")

@@ -2,13 +2,14 @@
 
 Both return a map (B, N) and, if wanted, the map's gradient (B, N, C), computed in the same visit. Each entry of the map
 depends on its own student vector alone, so the gradient for any grad_output is the saved one times a scalar per
-position: the backward is one multiplication, and running it again gives the same.
+position: the backward is one multiplication, and running it again gives the same. A second derivative is refused.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from dskd_fast.ops.dispatch import BACKENDS
+from dskd_fast.ops.dispatch import AMBIENT, BACKENDS, ambient_precision
 
 
 @torch.library.custom_op("dskd_fast::contextual_affinity", mutates_args=())
@@ -16,6 +17,8 @@ def contextual_affinity(
     student: Tensor, teacher: Tensor, temperature: float, precision: str, backend: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """(B, N, C) twice -> KL (B, N) and its gradient (B, N, C), the latter empty unless `with_gradient`."""
+    if precision == AMBIENT:
+        precision = ambient_precision(student.device.type)
     kl, gradient = BACKENDS[backend].contextual_affinity(student, teacher, temperature, precision, with_gradient)
     return kl, kl.new_empty(0) if gradient is None else gradient
 
@@ -51,6 +54,7 @@ def _save_gradient(ctx, inputs, output):
     ctx.save_for_backward(output[1])
 
 
+@once_differentiable
 def _scale_gradient(ctx, grad_map, _):
     (gradient,) = ctx.saved_tensors
     grad = None if grad_map is None else (grad_map.unsqueeze(-1) * gradient).to(ctx.dtype)

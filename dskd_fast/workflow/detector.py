@@ -12,6 +12,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 from dskd_fast.workflow.device import numerics
 
@@ -51,6 +52,10 @@ class Statistics:
     mean: float
     std: float
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+            raise UserError(f"mean {self.mean} and standard deviation {self.std} cannot normalise a map")
+
 
 @dataclass(frozen=True)
 class Threshold:
@@ -60,6 +65,10 @@ class Threshold:
     rule: str
     n_images: int
     expected_false_alarm_rate: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise UserError(f"the threshold {self.value} is not a finite number")
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,6 @@ class Detector:
 
     model: DSKD
     scoring: Scoring
-    precision: str = "fp32"
     calibration: Calibration | None = field(default=None)
 
     @property
@@ -104,11 +112,22 @@ class Detector:
         return self.model.teacher.mean.device
 
     def raw_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Local and global map before normalisation, for uint8 RGB images (B, 3, S, S)."""
+        """Local and global map before normalisation, for uint8 RGB images (B, 3, S, S).
+
+        Raises:
+            UserError: they are not finite.
+        """
         self.model.eval()
         batch = to_float(images, self.device)
-        with torch.inference_mode(), numerics(self.precision, self.device):
-            return self.model.anomaly_maps(batch, self.scoring.temperature, align_corners=self.scoring.align_corners)
+        # Always float32, however the students were trained: a score should not depend on what the machine can round.
+        with torch.inference_mode(), numerics("fp32", self.device):
+            maps = self.model.anomaly_maps(batch, self.scoring.temperature, align_corners=self.scoring.align_corners)
+            if not torch.isfinite(torch.stack(maps)).all():
+                raise UserError(
+                    "the networks give anomaly maps with NaN or infinite values: the weights are damaged, or the "
+                    "training diverged, so train again, with a lower --lr if it was raised"
+                )
+            return maps
 
     def maps(self, images: Tensor) -> Maps:
         """Normalised maps for uint8 RGB images (B, 3, S, S): each branch's, and their sum (paper eq. 8)."""
@@ -162,8 +181,10 @@ class Detector:
         mean = total / count
         std = np.sqrt(np.maximum(squares / count - mean**2, 0))
         mean += origin[:, 0].cpu().numpy()
+        # Values that differ by no more than float32 rounding are constant: their noise must not be blown up.
+        constant = std <= np.finfo(np.float32).eps * np.abs(mean)
         statistics = {
-            name: Statistics(float(mean[i]), float(std[i]) if std[i] > 0 else 1.0) for i, name in enumerate(BRANCHES)
+            name: Statistics(float(mean[i]), 1.0 if constant[i] else float(std[i])) for i, name in enumerate(BRANCHES)
         }
         self.calibration = Calibration(statistics, source, n_images)
         if source == "validation":

@@ -24,13 +24,25 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 in hardware; where it does not, bf16 is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Older torch cannot tell: then float32, which is right everywhere.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 @contextlib.contextmanager
 def numerics(precision: str, device: torch.device) -> Iterator[None]:
-    """Run networks and losses in `precision`: "fp32", "tf32" (matrix products only) or "bf16" (autocast)."""
-    before = torch.get_float32_matmul_precision()
+    """Run networks and losses in `precision`: "fp32", "tf32" (where the device has it) or "bf16" (autocast)."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    # Convolutions have a setting of their own, which is on by default.
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -108,7 +108,7 @@ def _write_scores(
     path: Path, category: Category, scores: dict[str, NDArray[np.float64]], threshold: float | None
 ) -> None:
     def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow(["image", "type", "score", "local_score", "global_score", "threshold", "decision"])
             for i, item in enumerate(category.test):

@@ -159,14 +159,14 @@ def _write_results(out: Path, predictions: Iterable[Prediction]) -> None:
     rows = [asdict(prediction) for prediction in predictions]
 
     def write_csv(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
 
     def write_jsonl(temporary: Path) -> None:
         lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
     write_file(out / "predictions.csv", write_csv)
     write_file(out / "predictions.jsonl", write_jsonl)

@@ -52,11 +52,15 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: `target` exists and is not an empty folder, or cannot be written.
     """
-    target = target.absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target} already exists: choose another name, or move it away")
     try:
+        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+            raise UserError(f"{target} already exists: choose another name, or move it away")
+        # Through a link to an empty folder, the run goes where the link leads.
+        target = target.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            # A mount point, say, cannot be replaced: better known before hours of training than after.
+            target.rmdir()
         temporary = tempfile.TemporaryDirectory(
             prefix=f".{target.name}.", suffix=".partial", dir=target.parent, ignore_cleanup_errors=True
         )
@@ -67,8 +71,6 @@ def new_folder(target: Path) -> Iterator[Path]:
         content.mkdir()
         yield content
         try:
-            if target.exists():
-                target.rmdir()
             content.rename(target)
         except OSError as error:
             raise _unwritable(target, error) from error
@@ -84,7 +86,8 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         UserError: it cannot be written; an older file is then still there.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # Without the stem: a longer name than the file's own could exceed what the file system takes.
+    temporary = path.with_name(f".{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -99,7 +102,8 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically. NaN and infinity are not JSON: they raise ValueError."""
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    # A path that is not valid Unicode has lone surrogates in Python; JSON can hold them as escapes.
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def save_run(
@@ -154,6 +158,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG} has format {found}, but this version reads format {_FORMAT}: use the version of "
             "dskd-fast that wrote it"
         )
+    for name in ("category", "data_root"):
+        if not isinstance(config.get(name), str):
+            raise UserError(f"{folder / CONFIG} has no {name}: train again, or restore the file")
     return config
 
 
@@ -172,7 +179,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
             **content | {"statistics": {name: Statistics(**content["statistics"][name]) for name in BRANCHES}},
             threshold=None if threshold is None else Threshold(**threshold),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             f"the run {folder} has a {CONFIG} or {CALIBRATION} that was not written by this program ({error}): train "
             "again, or restore the files"
@@ -195,7 +202,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
             f"{weights} is damaged or belongs to another run ({reason[:150]}): train again, or restore the file"
         ) from None
     model = model.to(resolve_device(device), memory_format=torch.channels_last)
-    return Detector(model, options.scoring, options.precision, calibration), options, config
+    return Detector(model, options.scoring, calibration), options, config
 
 
 def read_json(path: Path) -> Any:

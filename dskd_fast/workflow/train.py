@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import get_type_hints
 
 import torch
 
@@ -14,9 +15,17 @@ from dskd_fast.errors import UserError
 from dskd_fast.losses import ContextualAffinityLoss, CosineDistanceLoss
 from dskd_fast.models import DSKD
 from dskd_fast.workflow.detector import Detector, Scoring, to_float
-from dskd_fast.workflow.device import numerics, resolve_device
+from dskd_fast.workflow.device import DEVICES, PRECISIONS, numerics, resolve_device
 
 LOCAL_LOSSES = ("cosine", "flattened-cosine")
+
+_CHOICES = {
+    "stage4_init": ("imagenet", "random"),
+    "schedule": ("constant", "cosine"),
+    "local_loss": LOCAL_LOSSES,
+    "precision": PRECISIONS,
+    "device": DEVICES,
+}
 
 
 @dataclass(frozen=True)
@@ -32,9 +41,13 @@ class TrainingOptions:
         augmentation: in `Augmentation.parse`'s form.
         sigma: of the image score's Gaussian filter, in pixels of the S x S image; None is 4 at 256, in proportion.
         filter_maps, align_corners: see `Scoring`.
-        precision: "fp32", "tf32" or "bf16".
+        precision: of training: "fp32", "tf32" or "bf16". Scoring is always in float32.
         device: "auto", "cpu" or "cuda".
         seed: of the initial weights, the order and the augmentation.
+
+    Raises:
+        UserError: a value of the wrong type or out of range. (Whether `image_size` and `gccb` fit the teacher shows
+            when the networks are built.)
     """
 
     teacher: str
@@ -55,6 +68,25 @@ class TrainingOptions:
     precision: str = "fp32"
     device: str = "auto"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        def check(name: str, valid: bool, accepted: str) -> None:
+            if not valid:
+                raise UserError(f"{name} is {getattr(self, name)!r}: use {accepted}")
+
+        for name, hint in get_type_hints(TrainingOptions).items():
+            value = getattr(self, name)
+            whole_for_real = type(value) is int and isinstance(1.0, hint)
+            check(name, isinstance(value, hint) or whole_for_real, f"a value of type {getattr(hint, '__name__', hint)}")
+        for name, choices in _CHOICES.items():
+            check(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
+        for name in ("image_size", "epochs", "batch_size"):
+            check(name, getattr(self, name) >= 1, "a whole number from 1 up")
+        check("seed", 0 <= self.seed < 2**63, "a whole number from 0 up")
+        check("lr", 0 < self.lr < math.inf, "a number above 0")
+        check("temperature", 0.01 <= self.temperature <= 100, "a number from 0.01 to 100")
+        check("sigma", self.sigma is None or 0 < self.sigma <= self.image_size, "a number above 0, up to image_size")
+        Augmentation.parse(self.augmentation)
 
     @property
     def scoring(self) -> Scoring:
@@ -121,7 +153,7 @@ def train(
     ).to(device, memory_format=torch.channels_last)
     history = _fit(model, images, train_indices, options, device, report)
 
-    detector = Detector(model, options.scoring, options.precision)
+    detector = Detector(model, options.scoring)
     source = "validation" if validation_indices else "train"
     status(f"calibrating on the {source} images")
     detector.calibrate(_Batches(images, validation_indices or train_indices, options.batch_size), source)
@@ -143,6 +175,13 @@ def _fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=options.lr, betas=(0.5, 0.999), fused=True)
     steps_per_epoch = math.ceil(len(indices) / options.batch_size)
+    embedding_size = options.image_size // (2 * model.teacher.levels[2].stride)
+    if embedding_size == 1 and (len(indices) % options.batch_size == 1 or options.batch_size == 1):
+        raise UserError(
+            f"{len(indices)} training images in batches of {options.batch_size} leave a batch of one, whose embedding "
+            f"at image size {options.image_size} is a single value per channel, which batch norm cannot train on: use "
+            "a larger --image-size or another --batch-size"
+        )
     scheduler = None
     if options.schedule == "cosine":
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * steps_per_epoch)

@@ -1,0 +1,207 @@
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import dskd_fast
+import dskd_fast.cli.commands as commands
+from dskd_fast.errors import UserError
+
+SCRIPT = Path(sysconfig.get_path("scripts"), "dskd-fast")
+MODULE = (sys.executable, "-m", "dskd_fast")
+
+COMMANDS = ("train", "evaluate", "evaluate-maps", "predict", "info", "demo")
+
+
+def process(*arguments, program=(SCRIPT,), **options):
+    return subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def test_the_version_from_outside():
+    result = process("--version")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"dskd-fast {dskd_fast.__version__}\n", "")
+
+
+def test_a_user_error_from_outside_is_one_sentence_and_code_2(tmp_path):
+    result = process("train", cwd=tmp_path, program=MODULE)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("dskd-fast: the data root mvtec_loco_anomaly_detection does not exist; ")
+    for way_out in ("CC BY-NC-SA 4.0", "--data-root", "$DSKD_FAST_DATA", "demo"):
+        assert way_out in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_from_outside_leaves_nothing_half_written(tmp_path, data_root, tiny_arguments):
+    arguments = ["train", "--data-root", str(data_root / "screw_bag"), *tiny_arguments, "--epochs", "1000000"]
+    training = subprocess.Popen(
+        [SCRIPT, *arguments, "--out", "run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        for line in training.stdout:
+            if line.startswith("building the networks"):
+                break
+        assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+        training.send_signal(signal.SIGINT)
+        _, err = training.communicate(timeout=60)
+    finally:
+        training.kill()
+    assert training.returncode == 130
+    assert err == "dskd-fast: interrupted; nothing was left half written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_goes_away_is_no_error_message(tiny_run):
+    reading = subprocess.Popen([SCRIPT, "info", tiny_run], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    reading.stdout.close()
+    err = reading.stderr.read()
+    reading.stderr.close()
+    assert reading.wait(timeout=60) == 1
+    assert err == ""
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(tiny_run, tmp_path, write_images):
+    write_images(tmp_path, 1)[0].rename(tmp_path / "größe.png")
+    (tmp_path / "größe 2.png").write_text("no image")
+    result = process("predict", tiny_run, ".", cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 1
+    assert "gr\\xf6\\xdfe 2.png" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_says_what_can_be_done(cli, arguments):
+    code, out, err = cli(*arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: dskd-fast")
+    assert out.count("\n") > 6
+    if arguments == ["--help"]:
+        assert all(f"\n    {name}" in out for name in COMMANDS)
+
+
+def test_help_names_the_defaults(cli):
+    out = " ".join(cli("train", "--help").out.split())
+    for default in ("(default: wide_resnet50_2)", "(default: 256)", "(default: 200)", "(default: 16)", "0.005)"):
+        assert default in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["info"], ["predict", "run"], ["evaluate-maps", "maps"]])
+def test_incomplete_commands_show_the_usage(cli, arguments):
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: dskd-fast")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--epochs", "0"),
+        ("--epochs", "-3"),
+        ("--epochs", "1.5"),
+        ("--epochs", "many"),
+        ("--epochs", "9" * 5000),
+        ("--batch-size", "0"),
+        ("--batch-size", ""),
+        ("--image-size", "0"),
+        ("--image-size", "256x256"),
+        ("--gccb", "-1"),
+        ("--seed", "-1"),
+        ("--seed", str(2**63)),
+        ("--lr", "0"),
+        ("--lr", "-0.1"),
+        ("--lr", "nan"),
+        ("--lr", "inf"),
+        ("--lr", "1e999"),
+        ("--sigma", "0"),
+        ("--sigma", "nan"),
+        ("--temperature", "0"),
+        ("--temperature", "101"),
+        ("--temperature", "nan"),
+        ("--holdout", "1"),
+        ("--holdout", "-0.1"),
+        ("--holdout", "nan"),
+        ("--precision", "fp16"),
+        ("--device", "gpu"),
+        ("--local-loss", "l2"),
+        ("--stage4-init", "zeros"),
+        ("--schedule", "step"),
+    ],
+)
+def test_bad_option_values_are_named_before_anything_happens(cli, monkeypatch, option, value):
+    monkeypatch.setattr(commands, "train", lambda _: pytest.fail("too late"))
+    code, out, err = cli("train", f"{option}={value}")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith(f"dskd-fast train: error: argument {option}: ")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "high", ""])
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_threshold_is_a_number(cli, command, value):
+    code, _, err = cli(command, "run", *(["image.png"] if command == "predict" else []), f"--threshold={value}")
+    assert code == 2
+    assert "--threshold" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "attribute", "value"),
+    [
+        ("--threshold=-1.5", "threshold", -1.5),
+        ("--threshold=0", "threshold", 0.0),
+        ("--threshold=1e3", "threshold", 1000.0),
+    ],
+)
+def test_any_finite_threshold_is_accepted(cli, monkeypatch, text, attribute, value):
+    seen = []
+    monkeypatch.setattr(commands, "predict", lambda arguments: seen.append(arguments) or 0)
+    assert cli("predict", "run", "image.png", text).code == 0
+    assert getattr(seen[0], attribute) == value
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("the cable is loose: push it in"), 2, "the cable is loose: push it in"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was left half written"),
+        (MemoryError(), 2, "out of memory (no details): lower --batch-size or --image-size"),
+        (RuntimeError("CUDA out of memory.\nTried"), 2, "out of memory (CUDA out of memory.): lower --batch-size or "),
+        (OSError(36, "File name too long", "aaa"), 2, "aaa cannot be used: File name too long"),
+        (PermissionError(13, "Permission denied", "b.json"), 2, "b.json cannot be used: Permission denied"),
+        (OSError("odd"), 2, "the system cannot be used: odd"),
+    ],
+)
+def test_errors_become_one_line_and_a_code(cli, monkeypatch, error, code, message):
+    def failing(_):
+        raise error
+
+    monkeypatch.setattr(commands, "info", failing)
+    result = cli("info", "run")
+    assert result.code == code
+    assert result.err.startswith(f"dskd-fast: {message}")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), ZeroDivisionError()])
+def test_a_fault_of_the_program_is_not_hidden(cli, monkeypatch, error):
+    def failing(_):
+        raise error
+
+    monkeypatch.setattr(commands, "info", failing)
+    with pytest.raises(type(error)):
+        cli("info", "run")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["predict", "{run}", "n" * 300], ["train", "--data-root", "n" * 300], ["info", "n" * 300]]
+)
+def test_a_name_that_is_too_long_for_the_disk_is_a_user_error(cli_error, tiny_run, arguments):
+    assert "n" * 300 in cli_error(*(argument.format(run=tiny_run) for argument in arguments))

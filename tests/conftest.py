@@ -1,0 +1,157 @@
+"""A tiny data set, runs trained on it once through the command line, and the command line itself."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+
+from dskd_fast.cli import main
+from dskd_fast.data.layout import DATA_ROOT_VARIABLE
+from dskd_fast.data.synthetic import make_screw_bag
+from dskd_fast.workflow.run import load_run
+from dskd_fast.workflow.train import TrainingOptions
+
+# Two threads that wait for each other on busy cores are many times slower than one.
+torch.set_num_threads(1)
+
+# The smallest ResNet that timm has.
+TINY_TEACHER = "test_resnet"
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch):
+    monkeypatch.delenv(DATA_ROOT_VARIABLE, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory) -> Path:
+    """A data root with the category `screw_bag`: 12 + 4 good images, 4 + 3 + 3 test images of 120 x 96."""
+    root = tmp_path_factory.mktemp("data")
+    make_screw_bag(root, n_train=12, n_validation=4, n_test_good=4, n_structural=3, n_logical=3, size=(120, 96), seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory) -> Path:
+    """Weights for the smallest teacher there is, random but always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = timm.create_model(TINY_TEACHER, pretrained=False).state_dict()
+    path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
+    safetensors.torch.save_file(state, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(tiny_weights) -> list[str]:
+    """Options of `train` for a network that trains in a moment."""
+    text = f"--teacher {TINY_TEACHER} --image-size 64 --gccb 8 --epochs 1 --batch-size 4"
+    return [*text.split(), "--teacher-weights", str(tiny_weights)]
+
+
+@pytest.fixture(scope="session")
+def tiny_options(tiny_weights):
+    """Makes the same as `TrainingOptions`, with what the test wants to be different."""
+
+    def options(**different) -> TrainingOptions:
+        tiny = {"teacher": TINY_TEACHER, "teacher_weights": str(tiny_weights), "image_size": 64, "gccb": 8}
+        return TrainingOptions(**tiny | {"epochs": 1, "batch_size": 4} | different)
+
+    return options
+
+
+@pytest.fixture(scope="session")
+def lite_run(data_root, tmp_path_factory) -> Path:
+    """A run with the bundled teacher. Read only: tests that change a run copy it."""
+    run = tmp_path_factory.mktemp("lite") / "run"
+    recipe = "--teacher lite --image-size 64 --gccb 32 --epochs 2 --batch-size 4"
+    command = ["train", "--data-root", str(data_root), "--category", "screw_bag", "--out", str(run), *recipe.split()]
+    assert main(command) == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(data_root, tiny_arguments, tmp_path_factory) -> Path:
+    """A run with the tiny teacher. Read only: tests that change a run copy it."""
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    command = ["train", "--data-root", str(data_root), "--category", "screw_bag", "--out", str(run), *tiny_arguments]
+    assert main(command) == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_detector(tiny_run):
+    return load_run(tiny_run, "cpu")[0]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs a command line in this process: cli("info", run) -> (code, out, err)."""
+
+    def run(*arguments) -> Result:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            code = error.code
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def cli_error(cli):
+    """Runs a command line that has to end in a user error, and returns its message: one line, code 2."""
+
+    def run(*arguments) -> str:
+        code, _, err = cli(*arguments)
+        assert code == 2, err
+        assert err.startswith("dskd-fast: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        return err
+
+    return run
+
+
+@pytest.fixture
+def write_images():
+    """Writes `n` different images of a bright disc on a grey ground into a folder, and returns their paths."""
+
+    def write(folder: Path, n: int, size: tuple[int, int] = (80, 64), seed: int = 0) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(seed)
+        width, height = size
+        y, x = np.mgrid[:height, :width]
+        paths = []
+        for i in range(n):
+            centre = rng.uniform(0.4, 0.6, 2) * (height, width)
+            disc = np.hypot(y - centre[0], x - centre[1]) < height / 4
+            image = np.where(disc[..., None], (210, 180, 90), (70, 75, 80)) + rng.normal(0, 4, (height, width, 3))
+            paths.append(folder / f"{i:03d}.png")
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(paths[-1])
+        return paths
+
+    return write
+
+
+@pytest.fixture
+def below():
+    """Lists all files and folders below a folder, hidden ones included, as sorted relative paths."""
+
+    def list_all(folder: Path) -> list[str]:
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+    return list_all

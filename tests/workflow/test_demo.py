@@ -1,0 +1,71 @@
+import json
+
+import pytest
+
+import dskd_fast.cli.commands as commands
+import dskd_fast.workflow.demo as demo
+from dskd_fast.data.layout import open_category
+from dskd_fast.models.teacher import LITE
+
+TINY = {"n_train": 4, "n_validation": 2, "n_test_good": 4, "n_structural": 2, "n_logical": 1}
+
+
+@pytest.fixture
+def tiny(monkeypatch, tiny_options):
+    """The demo with few images and the tiny teacher."""
+    monkeypatch.setattr(demo, "_COUNTS", TINY)
+    monkeypatch.setattr(
+        commands, "options_for_demo", lambda device, seed: tiny_options(device=device, seed=seed, image_size=32)
+    )
+
+
+def test_the_demo_walks_the_whole_way_once_and_says_so_when_called_again(tiny, cli, cli_error, tmp_path):
+    out = tmp_path / "my demo"
+    result = cli("demo", "--out", out, "--device", "cpu", "--seed", 3)
+    assert result.code == 0
+    assert result.err == ""
+    for stage in ("1. drawing", "2. training", "3. evaluating", "4. drawing heat maps"):
+        assert stage in result.out
+    metrics = json.loads((out / "run" / "metrics.json").read_text())
+    assert metrics["n_images"] == {"good": 4, "structural": 2, "logical": 1}
+    assert metrics["absent"] == []
+    assert json.loads((out / "run" / "config.json").read_text())["options"]["seed"] == 3
+    # Three good ones, and all of the others, as there are no more.
+    rows = [json.loads(line) for line in (out / "heat_maps" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    assert len(list((out / "heat_maps" / "overlays").iterdir())) == 6
+    assert {row["threshold"] for row in rows} == {metrics["threshold"]}
+
+    before = (out / "run" / "config.json").read_bytes()
+    drawn = {path: path.stat().st_mtime_ns for path in (out / "data").rglob("*.png")}
+    assert len(drawn) == 4 + 2 + 7 + 3
+    message = cli_error("demo", "--out", out, "--device", "cpu", "--seed", 3)
+    assert str(out / "run") in message
+    assert "already exists: choose another name" in message
+    assert (out / "run" / "config.json").read_bytes() == before
+    message = cli_error("demo", "--out", out, "--device", "cpu", "--seed", 4)
+    assert "delete it or choose another folder" in message
+    # The same images are not drawn again.
+    assert {path: path.stat().st_mtime_ns for path in (out / "data").rglob("*.png")} == drawn
+
+
+def test_the_recipe_needs_no_download_and_takes_device_and_seed():
+    options = demo.options_for_demo("cpu", 7)
+    assert options.teacher == LITE
+    assert options.teacher_weights is None
+    assert (options.device, options.seed) == ("cpu", 7)
+
+
+def test_the_demo_has_enough_images_for_every_kind_of_defect_and_a_threshold():
+    # Eight structural and eleven logical kinds take turns.
+    assert demo._COUNTS["n_structural"] >= 8
+    assert demo._COUNTS["n_logical"] >= 11
+    assert demo._COUNTS["n_validation"] >= 8
+
+
+def test_three_examples_of_each_kind_are_picked(data_root):
+    category = open_category(data_root, "screw_bag")
+    picked = demo.pick_examples(category)
+    kinds = {item.path: item.kind for item in category.test}
+    assert [kinds[path] for path in picked] == ["good"] * 3 + ["structural"] * 3 + ["logical"] * 3
+    assert len(set(picked)) == 9

@@ -1,0 +1,291 @@
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from dskd_fast.errors import UserError
+from dskd_fast.workflow.detector import Detector, Scoring, Statistics, Threshold, threshold_from
+
+
+class Networks:
+    """Stands in for DSKD: maps that are a known function of the pixels, here of values from 0 to 1."""
+
+    def __init__(self, local=lambda x: x[:, 0], global_=lambda x: x[:, 1].square()):
+        self.local, self.global_ = local, global_
+        self.calls = []
+        self.training = True
+
+    @property
+    def teacher(self):
+        return self
+
+    mean = torch.zeros(1)
+
+    def eval(self):
+        self.training = False
+
+    def anomaly_maps(self, images, temperature, *, align_corners):
+        assert not self.training
+        self.calls.append((temperature, align_corners, torch.is_inference_mode_enabled()))
+        return self.local(images), self.global_(images)
+
+
+def make_detector(networks=None, **scoring):
+    return Detector(networks or Networks(), Scoring(**{"temperature": 1.0, "sigma": 1.5} | scoring))
+
+
+@pytest.fixture
+def images():
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (7, 3, 24, 24), dtype=np.uint8))
+
+
+def test_raw_maps_get_pixels_from_0_to_1_and_what_the_run_says(images):
+    networks = Networks()
+    local, global_ = make_detector(networks, temperature=0.5, align_corners=True).raw_maps(images)
+    torch.testing.assert_close(local, images[:, 0].float() / 255)
+    torch.testing.assert_close(global_, (images[:, 1].float() / 255).square())
+    assert networks.calls == [(0.5, True, True)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("branch", ["local", "global_"])
+def test_maps_that_are_not_finite_are_an_error(images, value, branch):
+    def spoilt(x):
+        maps = x[:, 0].clone()
+        maps[-1, -1, -1] = value
+        return maps
+
+    detector = make_detector(Networks(**{branch: spoilt}))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        detector.calibrate([images], "validation")
+    assert detector.calibration is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_statistics_are_those_of_all_pixels_in_float64(images, batch_size):
+    detector = make_detector()
+    detector.calibrate(images.split(batch_size), "validation")
+    local = (images[:, 0].float() / 255).double().numpy()
+    global_ = (images[:, 1].float() / 255).square().double().numpy()
+    for name, maps in (("local", local), ("global", global_)):
+        assert detector.calibration.statistics[name].mean == pytest.approx(maps.mean(), rel=1e-12)
+        assert detector.calibration.statistics[name].std == pytest.approx(maps.std(), rel=1e-12)
+    assert detector.calibration.n_images == 7
+    assert detector.calibration.source == "validation"
+
+
+def test_a_small_deviation_on_a_large_mean_is_not_lost(images):
+    detector = make_detector(Networks(local=lambda x: 1e4 + x[:, 0]))
+    detector.calibrate(images.split(2), "train")
+    maps = (1e4 + images[:, 0].float() / 255).double().numpy()
+    assert detector.calibration.statistics["local"].std == pytest.approx(maps.std(), rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e-12, -3.3, 1e9])
+def test_constant_maps_are_not_divided_by_zero_or_by_rounding_noise(images, value):
+    detector = make_detector(Networks(local=lambda x: torch.full_like(x[:, 0], value)))
+    detector.calibrate(images.split(3), "validation")
+    assert detector.calibration.statistics["local"].mean == pytest.approx(value)
+    assert detector.calibration.statistics["local"].std == 1
+    np.testing.assert_allclose(detector.maps(images).local, 0, atol=abs(value) * 1e-6)
+
+
+def test_values_that_differ_by_rounding_alone_count_as_constant(images):
+    one_up = float(np.nextafter(np.float32(0.1), np.float32(1)))
+    detector = make_detector(Networks(local=lambda x: torch.where(x[:, 0] > 0.5, 0.1, one_up)))
+    detector.calibrate([images], "train")
+    assert detector.calibration.statistics["local"].std == 1
+
+
+def test_a_small_but_real_deviation_counts(images):
+    detector = make_detector(Networks(global_=lambda x: 1e-9 + 1e-12 * x[:, 1]))
+    detector.calibrate([images], "train")
+    assert detector.maps(images).global_.std() == pytest.approx(1, rel=1e-3)
+
+
+def test_normal_images_have_mean_0_and_deviation_1_per_branch_and_branches_add(images):
+    detector = make_detector()
+    detector.calibrate([images], "train")
+    maps = detector.maps(images)
+    for branch in (maps.local, maps.global_):
+        assert branch.dtype == np.float32
+        assert branch.shape == (7, 24, 24)
+        assert branch.mean(dtype=np.float64) == pytest.approx(0, abs=1e-6)
+        assert branch.std(dtype=np.float64) == pytest.approx(1, rel=1e-6)
+    np.testing.assert_allclose(maps.combined, maps.local + maps.global_, rtol=1e-5, atol=1e-6)
+    assert maps.of("combined") is maps.combined
+    assert maps.of("local") is maps.local
+    assert maps.of("global") is maps.global_
+
+
+def test_maps_need_a_calibration(images):
+    with pytest.raises(ValueError, match="calibrate"):
+        make_detector().maps(images)
+
+
+def test_training_images_set_no_threshold(images):
+    detector = make_detector()
+    detector.calibrate([images], "train")
+    assert detector.calibration.threshold is None
+
+
+def test_the_threshold_comes_from_the_scores_of_the_validation_images(images):
+    detector = make_detector()
+    detector.calibrate(images.split(4), "validation")
+    scores = detector.image_scores(detector.maps(images).combined)
+    # Seven images are too few to tell 1 %: the largest score.
+    assert detector.calibration.threshold.value == scores.max()
+    assert detector.calibration.threshold.n_images == 7
+
+
+@pytest.mark.parametrize(("mean", "std"), [(math.nan, 1), (math.inf, 1), (0, math.nan), (0, math.inf), (0, 0), (0, -1)])
+def test_statistics_that_cannot_normalise_are_an_error(mean, std):
+    with pytest.raises(UserError, match="cannot normalise"):
+        Statistics(mean, std)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_threshold_is_finite(value):
+    with pytest.raises(UserError, match="finite"):
+        Threshold(value, "", 1, 0.5)
+
+
+# ------------------------------------------------------------------------------------------- decision threshold
+
+
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 1), (2, 1), (8, 1), (98, 1), (99, 1), (100, 1), (198, 1), (199, 2), (200, 2), (299, 3), (999, 10)]
+)
+def test_the_threshold_is_the_kth_largest_score(n, k):
+    scores = np.random.default_rng(n).permutation(n) + 1.0
+    threshold = threshold_from(scores)
+    assert threshold.value == n - k + 1
+    assert threshold.n_images == n
+    assert threshold.expected_false_alarm_rate == pytest.approx(k / (n + 1), rel=1e-15)
+
+
+def test_k_is_the_most_that_keeps_to_one_per_cent():
+    for n in (*range(90, 320), *(100 * m - 1 for m in range(1, 80))):
+        k = n - int(threshold_from(range(n)).value)
+        assert k == max(1, Fraction(n + 1, 100).__floor__())
+
+
+@pytest.mark.parametrize(("n", "alarms"), [(4, 1), (99, 1), (199, 2), (250, 2), (299, 3)])
+def test_leaving_out_each_of_exchangeable_scores_gives_the_stated_rate_exactly(n, alarms):
+    scores = np.random.default_rng(0).normal(size=n + 1)
+    thresholds = [threshold_from(np.delete(scores, i)) for i in range(n + 1)]
+    raised = sum(score > threshold.value for score, threshold in zip(scores, thresholds, strict=True))
+    assert raised == alarms
+    assert thresholds[0].expected_false_alarm_rate == pytest.approx(alarms / (n + 1))
+
+
+def test_equal_scores_raise_no_alarm():
+    # An alarm takes a score above the threshold.
+    assert threshold_from(iter([2.5] * 300)).value == 2.5
+
+
+# ------------------------------------------------------------------------------------------------ image scores
+
+
+def filtered_by_hand(image, sigma):
+    """Gaussian filter written out: a kernel cut off at 4 sigma, normalised, and the image mirrored at its edges."""
+    radius = int(4 * sigma + 0.5)
+    offsets = np.arange(-radius, radius + 1)
+    kernel = np.exp(-(offsets**2) / (2 * sigma**2))
+    kernel /= kernel.sum()
+    padded = np.pad(image.astype(np.float64), radius, mode="symmetric")
+    height, width = image.shape
+    result = np.zeros(image.shape)
+    for dy, a in zip(offsets + radius, kernel, strict=True):
+        for dx, b in zip(offsets + radius, kernel, strict=True):
+            result += a * b * padded[dy : dy + height, dx : dx + width]
+    return result
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.5, 4.0])
+def test_the_score_is_the_maximum_of_the_gaussian_filtered_map(sigma):
+    maps = np.random.default_rng(0).normal(size=(3, 20, 20)).astype(np.float32)
+    scores = make_detector(sigma=sigma).image_scores(maps)
+    assert scores.shape == (3,)
+    assert scores.dtype == np.float64
+    np.testing.assert_allclose(scores, [filtered_by_hand(m, sigma).max() for m in maps], rtol=1e-5)
+
+
+def test_images_of_a_batch_do_not_touch():
+    maps = np.zeros((3, 16, 16), np.float32)
+    maps[1] = 100
+    np.testing.assert_allclose(make_detector(sigma=4).image_scores(maps), [0, 100, 0], atol=1e-4)
+
+
+def test_scores_do_not_depend_on_where_and_how_the_image_lies():
+    detector = make_detector(sigma=1)
+    anomaly_map = np.random.default_rng(1).normal(size=(24, 24)).astype(np.float32)
+    turned = [anomaly_map, anomaly_map[::-1], anomaly_map[:, ::-1], anomaly_map.T, np.rot90(anomaly_map)]
+    scores = detector.image_scores(np.stack(turned))
+    np.testing.assert_allclose(scores, scores[0], rtol=1e-6)
+
+    spots = np.zeros((2, 40, 40), np.float32)
+    spots[0, 12:15, 12:15] = 5
+    spots[1, 20:23, 25:28] = 5
+    scores = detector.image_scores(spots)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def test_scores_follow_shift_and_scale_of_the_map():
+    detector = make_detector(sigma=2)
+    maps = np.random.default_rng(2).normal(size=(2, 24, 24)).astype(np.float32)
+    before = maps.copy()
+    scores = detector.image_scores(maps)
+    np.testing.assert_allclose(detector.image_scores(maps + 3), scores + 3, rtol=1e-5)
+    np.testing.assert_allclose(detector.image_scores(maps * 4), scores * 4, rtol=1e-5)
+    np.testing.assert_array_equal(maps, before)
+
+
+# -------------------------------------------------------------------------------------------- localisation map
+
+
+@pytest.mark.parametrize("size", [(16, 16), (100, 100), (40, 300), (300, 8), (8, 8), (1, 1), (17, 15)])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_a_localisation_map_has_the_size_of_the_image(size, align_corners):
+    detector = make_detector(align_corners=align_corners)
+    resized = detector.localisation_map(np.full((16, 16), 2.5, np.float32), size)
+    assert resized.shape == size
+    assert resized.dtype == np.float32
+    np.testing.assert_allclose(resized, 2.5, rtol=1e-6)
+
+
+def test_enlarging_is_bilinear_between_pixel_centres():
+    anomaly_map = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+
+    def along(n):
+        """Weights (n, 8) of bilinear interpolation: pixel centres at (i + 0.5) / n, the edges repeated."""
+        position = np.clip((np.arange(n) + 0.5) * 8 / n - 0.5, 0, 7)
+        return np.maximum(1 - np.abs(position[:, None] - np.arange(8)), 0)
+
+    expected = along(20) @ anomaly_map.astype(np.float64) @ along(24).T
+    np.testing.assert_allclose(make_detector().localisation_map(anomaly_map, (20, 24)), expected, atol=1e-6)
+
+
+def test_aligned_corners_keep_the_corners_of_a_ramp():
+    ramp = np.add.outer(np.arange(8), 3 * np.arange(8)).astype(np.float32)
+    resized = make_detector(align_corners=True).localisation_map(ramp, (15, 29))
+    np.testing.assert_allclose(resized, np.add.outer(np.linspace(0, 7, 15), 3 * np.linspace(0, 7, 29)), atol=1e-5)
+
+
+def test_reducing_averages_and_so_loses_no_spot():
+    anomaly_map = np.zeros((64, 64), np.float32)
+    anomaly_map[13, 22] = 1
+    reduced = make_detector().localisation_map(anomaly_map, (16, 16))
+    assert reduced.sum() * 16 == pytest.approx(1, rel=0.05)
+    assert np.unravel_index(reduced.argmax(), reduced.shape) == (3, 5)
+
+
+def test_the_map_is_filtered_only_if_the_run_says_so():
+    anomaly_map = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+    before = anomaly_map.copy()
+    np.testing.assert_allclose(make_detector().localisation_map(anomaly_map, (16, 16)), anomaly_map, atol=1e-6)
+    filtered = make_detector(filter_maps=True).localisation_map(anomaly_map, (16, 16))
+    np.testing.assert_allclose(filtered, filtered_by_hand(anomaly_map, 1.5), atol=1e-5)
+    np.testing.assert_array_equal(anomaly_map, before)

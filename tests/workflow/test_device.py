@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from dskd_fast.errors import UserError
+from dskd_fast.workflow.device import has_fast_bf16, numerics, resolve_device
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("usable", "expected"), [(False, "cpu"), (True, "cuda")])
+def test_auto_takes_the_gpu_if_there_is_one(monkeypatch, usable, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    assert resolve_device("auto") == torch.device(expected)
+
+
+@pytest.mark.parametrize("usable", [False, True])
+def test_the_cpu_can_always_be_had(monkeypatch, usable):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    assert resolve_device("cpu") == CPU
+
+
+def test_cuda_without_a_gpu_says_what_to_use_instead(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cpu or auto"):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("precision", "matmul", "autocast"),
+    [("fp32", "highest", False), ("tf32", "high", False), ("bf16", "highest", True)],
+)
+def test_each_precision_sets_matrix_products_and_autocast(precision, matmul, autocast):
+    with numerics(precision, CPU):
+        assert torch.get_float32_matmul_precision() == matmul
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+        assert torch.is_autocast_enabled("cpu") == autocast
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert product.dtype == (torch.bfloat16 if autocast else torch.float32)
+
+
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_what_was_set_before_is_restored_even_after_an_error(before, precision):
+    original = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision(before)
+    try:
+        with pytest.raises(ZeroDivisionError), numerics(precision, CPU):
+            raise ZeroDivisionError
+        assert torch.get_float32_matmul_precision() == before
+        assert torch.backends.cudnn.allow_tf32 is convolutions
+        assert not torch.is_autocast_enabled("cpu")
+    finally:
+        torch.set_float32_matmul_precision(original)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({}, False), ({"avx512": True}, False), ({"avx512_bf16": False}, False), ({"amx_bf16": True}, True)],
+)
+def test_fast_bf16_is_what_the_processor_says(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert has_fast_bf16(CPU) is expected
+
+
+def test_a_torch_that_cannot_tell_gets_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert has_fast_bf16(CPU) is False
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_a_gpu_that_emulates_bf16_does_not_have_it(monkeypatch, supported):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
+    assert has_fast_bf16(torch.device("cuda")) is supported

@@ -1,0 +1,313 @@
+import csv
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from scipy.integrate import trapezoid
+from sklearn.metrics import roc_auc_score
+
+import dskd_fast.workflow.evaluate as evaluate_module
+from dskd_fast.data.images import ImageError
+from dskd_fast.data.layout import open_category
+from dskd_fast.errors import UserError
+from dskd_fast.workflow.evaluate import absences, decide, evaluate
+
+KINDS = ("good", "structural", "logical")
+MEASURES = {"structural", "logical", "mean"}
+
+
+@pytest.fixture(scope="module")
+def category(data_root):
+    return open_category(data_root, "screw_bag")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_detector, category, tmp_path_factory):
+    """The figures, the rows of scores.csv, and the folder with the maps."""
+    out = tmp_path_factory.mktemp("evaluated")
+    figures = evaluate(
+        tiny_detector,
+        category,
+        threshold=tiny_detector.calibration.threshold.value,
+        batch_size=4,
+        save_maps=out / "maps",
+        scores_file=out / "scores.csv",
+    )
+    return figures, read_rows(out / "scores.csv"), out / "maps"
+
+
+@pytest.fixture
+def own_data(data_root, tmp_path):
+    """A copy of the data that a test may change."""
+    return shutil.copytree(data_root, tmp_path / "data") / "screw_bag"
+
+
+def read_rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def column(rows, name, *kinds):
+    return np.array([float(row[name]) for row in rows if row["type"] in kinds])
+
+
+def spro_by_hand(maps, defects, limit):
+    """Area up to an FPR limit under the curve whose points are all distinct scores, by trapezoids.
+
+    maps: {key: map}; defects: {key: [(mask, saturation), ...]}, for good images an empty list.
+    """
+    outside = np.concatenate(
+        [maps[key][~np.any([np.zeros_like(maps[key], bool), *(m for m, _ in defects[key])], axis=0)] for key in maps]
+    )
+    thresholds = np.unique(np.concatenate([anomaly_map.ravel() for anomaly_map in maps.values()]))[::-1]
+    thresholds = np.append(thresholds, -np.inf)
+
+    def above(scores):
+        return len(scores) - np.searchsorted(np.sort(scores), thresholds, side="right")
+
+    fpr = above(outside) / len(outside)
+    overlaps = [np.minimum(above(maps[key][mask]) / saturation, 1) for key in maps for mask, saturation in defects[key]]
+    spro = np.mean(overlaps, axis=0)
+    inside = fpr <= limit
+    x = np.append(fpr[inside], limit)
+    y = np.append(spro[inside], np.interp(limit, fpr, spro))
+    return trapezoid(y, x) / limit
+
+
+def test_the_keys_are_those_that_were_promised(evaluated):
+    figures, _, _ = evaluated
+    assert figures["category"] == "screw_bag"
+    assert figures["n_images"] == {"good": 4, "structural": 3, "logical": 3}
+    assert figures["absent"] == []
+    for part in (figures, figures["local"], figures["global"]):
+        assert set(part["auroc"]) == MEASURES
+        assert set(part["spro"]) == MEASURES
+        assert set(part["spro_at"]) == {"0.01", "0.05", "0.1", "0.3", "1.0"}
+        assert part["spro"] == part["spro_at"]["0.05"]
+        for values in (part["auroc"], *part["spro_at"].values()):
+            assert set(values) == MEASURES
+            assert all(0 <= value <= 1 for value in values.values())
+            assert values["mean"] == (values["structural"] + values["logical"]) / 2
+    json.dumps(figures, allow_nan=False)
+
+
+def test_the_areas_are_those_that_sklearn_finds_in_the_scores_file(evaluated, category):
+    figures, rows, _ = evaluated
+    assert [row["image"] for row in rows] == [
+        path.relative_to(category.root).as_posix() for path in (item.path for item in category.test)
+    ]
+    for part, name in ((figures, "score"), (figures["local"], "local_score"), (figures["global"], "global_score")):
+        for kind in ("structural", "logical"):
+            good, bad = column(rows, name, "good"), column(rows, name, kind)
+            expected = roc_auc_score([0] * len(good) + [1] * len(bad), np.concatenate([good, bad]))
+            assert part["auroc"][kind] == pytest.approx(expected, rel=1e-12)
+    assert figures["local"] != figures["global"]
+
+
+def test_decisions_are_scores_above_the_threshold(evaluated, tiny_detector):
+    figures, rows, _ = evaluated
+    threshold = tiny_detector.calibration.threshold.value
+    assert figures["threshold"] == threshold
+    for kind in KINDS:
+        assert figures["decisions"][kind] == (column(rows, "score", kind) > threshold).sum()
+    for row in rows:
+        assert float(row["threshold"]) == threshold
+        assert row["decision"] == ("anomalous" if float(row["score"]) > threshold else "normal")
+
+
+def test_maps_are_float32_tiffs_at_native_size_in_the_evaluators_layout(evaluated, category, below):
+    _, _, folder = evaluated
+    files = [name for name in below(folder) if name.endswith(".tiff")]
+    assert files == sorted(
+        path.relative_to(category.root.parent).with_suffix(".tiff").as_posix()
+        for path in (category.root / "test").rglob("*.png")
+    )
+    for name in files:
+        with tifffile.TiffFile(folder / name) as tiff:
+            assert len(tiff.pages) == 1
+            assert tiff.pages[0].dtype == np.float32
+            assert tiff.pages[0].shape == (96, 120)
+
+
+@pytest.mark.parametrize("kind", ["structural", "logical"])
+def test_spro_is_the_area_that_brute_force_finds_in_the_saved_maps(evaluated, category, kind):
+    figures, _, folder = evaluated
+    maps, defects = {}, {}
+    for item in category.test:
+        if item.kind in ("good", kind):
+            maps[item.key] = tifffile.imread(folder / "screw_bag" / f"{item.key}.tiff")
+            defects[item.key] = [(d.mask, d.saturation) for d in category.defects(item)]
+    for limit in ("0.01", "0.05", "0.1", "0.3", "1.0"):
+        expected = spro_by_hand(maps, defects, float(limit))
+        assert figures["spro_at"][limit][kind] == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_maps_of_both_students_are_scored_in_their_own_right(tiny_detector, category, evaluated):
+    figures, _, _ = evaluated
+    # A detector whose local student counts for nothing.
+    local = dataclasses.replace(tiny_detector.calibration.statistics["local"], std=1e30)
+    calibration = dataclasses.replace(
+        tiny_detector.calibration, statistics=tiny_detector.calibration.statistics | {"local": local}
+    )
+    only_global = evaluate(
+        dataclasses.replace(tiny_detector, calibration=calibration), category, threshold=None, batch_size=4
+    )
+    for measure in ("auroc", "spro_at"):
+        assert only_global[measure] == only_global["global"][measure] == figures["global"][measure]
+
+
+def test_without_a_threshold_there_are_no_decisions(tiny_detector, category, tmp_path):
+    figures = evaluate(tiny_detector, category, threshold=None, scores_file=tmp_path / "scores.csv")
+    assert figures["threshold"] is None
+    assert figures["decisions"] is None
+    assert {(row["threshold"], row["decision"]) for row in read_rows(tmp_path / "scores.csv")} == {("", "")}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_the_batch_size_does_not_matter(evaluated, tiny_detector, category, tmp_path, batch_size):
+    _, rows, _ = evaluated
+    evaluate(tiny_detector, category, threshold=0.0, batch_size=batch_size, scores_file=tmp_path / "scores.csv")
+    found = column(read_rows(tmp_path / "scores.csv"), "score", *KINDS)
+    np.testing.assert_allclose(found, column(rows, "score", *KINDS), rtol=1e-4)
+
+
+def test_progress_counts_up_to_the_number_of_images(tiny_detector, category):
+    stages = {}
+    evaluate(
+        tiny_detector,
+        category,
+        threshold=None,
+        batch_size=4,
+        progress=lambda stage, done, total: stages.setdefault(stage, []).append((done, total)),
+    )
+    assert stages["reading images"] == [(i, 10) for i in range(1, 11)]
+    assert stages["computing maps"] == [(4, 10), (8, 10), (10, 10)]
+    for variant in ("combined", "local", "global"):
+        assert stages[f"scoring {variant} maps"] == [(i, 10) for i in range(1, 11)]
+
+
+@pytest.mark.parametrize(
+    ("score", "threshold", "decision"),
+    [(1.0, 1.0, "normal"), (np.nextafter(1.0, 2), 1.0, "anomalous"), (-5.0, -4.0, "normal"), (9.0, None, None)],
+)
+def test_an_image_is_anomalous_strictly_above_the_threshold(score, threshold, decision):
+    assert decide(score, threshold) == decision
+
+
+# -------------------------------------------------------------------------------------- what cannot be computed
+
+
+def test_without_test_images_there_is_nothing_to_evaluate(tiny_detector, own_data):
+    shutil.rmtree(own_data / "test")
+    with pytest.raises(UserError, match="has no test images"):
+        evaluate(tiny_detector, open_category(own_data, None), threshold=None)
+
+
+def test_without_masks_there_is_an_auroc_and_no_spro(tiny_detector, own_data):
+    shutil.rmtree(own_data / "ground_truth" / "logical_anomalies")
+    figures = evaluate(tiny_detector, open_category(own_data, None), threshold=None)
+    for part in (figures, figures["local"], figures["global"]):
+        assert all(value is not None for value in part["auroc"].values())
+        for values in part["spro_at"].values():
+            assert values["structural"] is not None
+            assert values["logical"] is values["mean"] is None
+    assert len(figures["absent"]) == 1
+    assert "sPRO" in figures["absent"][0]
+    assert "logical_anomalies" in figures["absent"][0]
+
+
+@pytest.mark.parametrize(
+    ("removed", "absent"),
+    [("good", {"structural", "logical", "mean"}), ("logical_anomalies", {"logical", "mean"})],
+)
+def test_a_kind_without_images_has_no_figures_and_a_reason(tiny_detector, own_data, removed, absent):
+    shutil.rmtree(own_data / "test" / removed)
+    figures = evaluate(tiny_detector, open_category(own_data, None), threshold=0.0)
+    assert {kind for kind, value in figures["auroc"].items() if value is None} == absent
+    kind = removed.removesuffix("_anomalies")
+    assert figures["n_images"][kind] == figures["decisions"][kind] == 0
+    assert any(kind in reason for reason in figures["absent"])
+    if removed == "good":
+        # Pixels outside the defects are negative on anomalous images, too.
+        assert all(value is not None for value in figures["spro"].values())
+
+
+def test_good_images_alone_give_decisions_and_no_figures(tiny_detector, tmp_path, write_images):
+    write_images(tmp_path / "part" / "train", 2)
+    write_images(tmp_path / "part" / "test" / "good", 3)
+    figures = evaluate(tiny_detector, open_category(tmp_path / "part", None), threshold=-1e9)
+    assert figures["decisions"] == {"good": 3, "structural": 0, "logical": 0}
+    for values in (figures["auroc"], *figures["spro_at"].values()):
+        assert set(values.values()) == {None}
+    assert len(figures["absent"]) == 3
+
+
+def test_a_plain_folder_of_broken_ones_counts_as_structural(tiny_detector, tmp_path, write_images):
+    write_images(tmp_path / "part" / "train", 2)
+    write_images(tmp_path / "part" / "test" / "good", 3)
+    write_images(tmp_path / "part" / "test" / "broken", 2, seed=5)
+    category = open_category(tmp_path / "part", None)
+    figures = evaluate(tiny_detector, category, threshold=None)
+    assert figures["n_images"] == {"good": 3, "structural": 2, "logical": 0}
+    assert figures["auroc"]["structural"] is not None
+    assert figures["auroc"]["mean"] is None
+    assert set(figures["spro"].values()) == {None}
+    assert any("broken" in reason for reason in absences(category))
+
+
+def test_mvtec_ads_layout_with_logical_images_split_out(tiny_detector, tmp_path, write_images):
+    root = tmp_path / "cable"
+    write_images(root / "train" / "good", 2)
+    write_images(root / "test" / "good", 2)
+    for seed, folder in enumerate(("cut_outer_insulation", "cable_swap"), start=3):
+        write_images(root / "test" / folder, 2, seed=seed)
+        (root / "ground_truth" / folder).mkdir(parents=True)
+        for i in range(2):
+            mask = np.zeros((64, 80), np.uint8)
+            mask[10:20, 30:60] = 255
+            Image.fromarray(mask).save(root / "ground_truth" / folder / f"{i:03d}_mask.png")
+    figures = evaluate(tiny_detector, open_category(root, None), threshold=None)
+    assert figures["n_images"] == {"good": 2, "structural": 2, "logical": 2}
+    assert figures["absent"] == []
+    assert all(value is not None for value in (*figures["auroc"].values(), *figures["spro"].values()))
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_all_unreadable_test_images_are_named_and_nothing_is_written(tiny_detector, own_data, tmp_path):
+    bad = [own_data / "test" / "good" / "001.png", own_data / "test" / "logical_anomalies" / "000.png"]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ImageError) as caught:
+        evaluate(
+            tiny_detector,
+            open_category(own_data, None),
+            threshold=None,
+            save_maps=tmp_path / "maps",
+            scores_file=tmp_path / "scores.csv",
+        )
+    assert sorted(path for path, _ in caught.value.failures) == bad
+    assert not (tmp_path / "maps").exists()
+    assert not (tmp_path / "scores.csv").exists()
+
+
+def test_a_failing_write_keeps_the_older_scores(tiny_detector, category, tmp_path, monkeypatch):
+    (tmp_path / "scores.csv").write_text("old")
+
+    class Full:
+        def __init__(self, *_):
+            pass
+
+        def writerow(self, _):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate_module.csv, "writer", Full)
+    with pytest.raises(UserError, match="No space left on device"):
+        evaluate(tiny_detector, category, threshold=None, scores_file=tmp_path / "scores.csv")
+    assert (tmp_path / "scores.csv").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.csv"]

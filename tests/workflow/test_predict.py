@@ -1,0 +1,318 @@
+import csv
+import dataclasses
+import errno
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from dskd_fast.data.layout import open_category
+from dskd_fast.errors import UserError
+from dskd_fast.workflow.evaluate import evaluate
+from dskd_fast.workflow.predict import predict
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def predicted(tiny_detector, out):
+    """Predicts, checks that both result files say what was returned, and returns it."""
+
+    def run(*inputs, threshold=1.0, **options):
+        predictions = predict(tiny_detector, inputs, out, threshold=threshold, **options)
+        rows = [dataclasses.asdict(prediction) for prediction in predictions]
+        lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == rows
+        with (out / "predictions.csv").open(newline="", encoding="utf-8") as file:
+            table = list(csv.DictReader(file))
+        assert table == [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+        for prediction in predictions:
+            assert (prediction.error is None) == (prediction.score is not None)
+            for file in (prediction.overlay, prediction.map):
+                assert file is None or (out / file).is_file()
+        return predictions
+
+    return run
+
+
+def overlays(out):
+    return sorted(path.relative_to(out / "overlays").as_posix() for path in out.glob("overlays/**/*.png"))
+
+
+def test_each_image_gets_a_score_a_decision_and_an_overlay(predicted, out, below, write_images, tmp_path):
+    paths = write_images(tmp_path / "images", 3)
+    predictions = predicted(tmp_path / "images", threshold=0.5)
+    assert [p.path for p in predictions] == [str(path) for path in paths]
+    for p in predictions:
+        assert p.threshold == 0.5
+        assert p.decision == ("anomalous" if p.score > 0.5 else "normal")
+        assert p.map is None
+    assert below(out) == [
+        "overlays",
+        *(f"overlays/00{i}.png" for i in range(3)),
+        "predictions.csv",
+        "predictions.jsonl",
+    ]
+
+
+def test_scores_are_those_of_evaluate(predicted, tiny_detector, data_root, tmp_path):
+    category = open_category(data_root, "screw_bag")
+    evaluate(tiny_detector, category, threshold=0.5, save_maps=tmp_path / "maps", scores_file=tmp_path / "scores.csv")
+    with (tmp_path / "scores.csv").open(newline="", encoding="utf-8") as file:
+        evaluated = {str(category.root / row["image"]): row for row in csv.DictReader(file)}
+    predictions = predicted(data_root / "screw_bag" / "test", threshold=0.5, save_maps=True)
+    assert {p.path for p in predictions} == set(evaluated)
+    for p in predictions:
+        assert p.score == pytest.approx(float(evaluated[p.path]["score"]), rel=1e-4)
+        assert p.decision == evaluated[p.path]["decision"]
+    keys = {str(item.path): item.key for item in category.test}
+    for p in predictions:
+        theirs = tifffile.imread(tmp_path / "maps" / "screw_bag" / f"{keys[p.path]}.tiff")
+        ours = tifffile.imread(tmp_path / "results" / p.map)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_the_decision_is_strict(predicted, write_images, tmp_path):
+    (path,) = write_images(tmp_path, 1)
+    (first,) = predicted(path)
+    (at,) = predicted(path, threshold=first.score)
+    (below_it,) = predicted(path, threshold=float(np.nextafter(first.score, -np.inf)))
+    assert (at.decision, below_it.decision) == ("normal", "anomalous")
+
+
+def test_without_a_threshold_there_are_scores_and_no_decisions(predicted, write_images, tmp_path):
+    predictions = predicted(*write_images(tmp_path, 2), threshold=None)
+    assert all(p.score is not None and p.overlay is not None for p in predictions)
+    assert {(p.threshold, p.decision) for p in predictions} == {(None, None)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_the_batch_size_does_not_matter(predicted, write_images, tmp_path, batch_size):
+    write_images(tmp_path / "images", 9)
+    expected = [p.score for p in predicted(tmp_path / "images")]
+    found = [p.score for p in predicted(tmp_path / "images", batch_size=batch_size)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    # The same batches give the same bits.
+    assert [p.score for p in predicted(tmp_path / "images", batch_size=batch_size)] == found
+
+
+def test_progress_counts_images(predicted, write_images, tmp_path):
+    told = []
+    predicted(*write_images(tmp_path, 5), batch_size=2, progress=lambda *state: told.append(state))
+    assert told == [(2, 5), (4, 5), (5, 5)]
+
+
+# ------------------------------------------------------------------------------------------------ names of results
+
+
+def test_names_keep_folders_unicode_spaces_and_dots(predicted, out, write_images, tmp_path):
+    (source,) = write_images(tmp_path, 1)
+    names = [
+        "Straße/größe 1.png",
+        "北京/图 像.png",
+        "a.b.c.png",
+        "[red]x.png",
+        "deep/er/and/deeper.PNG",
+        "'q\",;\n.png",
+    ]
+    for name in names:
+        target = tmp_path / "images" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    predictions = predicted(tmp_path / "images", save_maps=True)
+    assert {p.path for p in predictions} == {str(tmp_path / "images" / name) for name in names}
+    assert overlays(out) == sorted(name[:-4] + ".png" for name in names)
+    assert {p.map for p in predictions} == {"maps/" + name[:-4] + ".tiff" for name in names}
+    assert len({p.score for p in predictions}) == 1
+
+
+def test_a_name_that_is_not_unicode_is_escaped(predicted, tiny_detector, out, write_images, tmp_path):
+    (source,) = write_images(tmp_path, 1)
+    (tmp_path / "images").mkdir()
+    odd = tmp_path / "images" / os.fsdecode(b"\xff.png")
+    shutil.copy(source, odd)
+    (prediction,) = predict(tiny_detector, [tmp_path / "images"], out, threshold=None)
+    row = json.loads((out / "predictions.jsonl").read_bytes().decode("utf-8"))
+    assert row["path"] == prediction.path == str(odd)
+    assert "\\udcff.png" in (out / "predictions.csv").read_bytes().decode("utf-8")
+    assert (out / row["overlay"]).is_file()
+
+
+def test_equal_names_are_told_apart(predicted, out, write_images, tmp_path):
+    a, b = write_images(tmp_path / "one", 2), write_images(tmp_path / "two", 2, seed=1)
+    Image.open(a[0]).save(tmp_path / "one" / "000.jpg", quality=95)
+    predictions = predicted(tmp_path / "one", tmp_path / "two")
+    assert [p.path for p in predictions] == [str(path) for path in (tmp_path / "one" / "000.jpg", *a, *b)]
+    named = {p.path: p.overlay for p in predictions}
+    assert named == {
+        str(tmp_path / "one" / "000.jpg"): "overlays/000.png",
+        str(a[0]): "overlays/000-2.png",
+        str(a[1]): "overlays/001.png",
+        str(b[0]): "overlays/000-3.png",
+        str(b[1]): "overlays/001-2.png",
+    }
+    for p in predictions:
+        drawn = np.asarray(Image.open(out / p.overlay))[:64, :80]
+        assert (drawn == np.asarray(Image.open(p.path))).all()
+
+
+def test_names_that_only_differ_in_case_do_not_meet_on_other_file_systems(predicted, out, write_images, tmp_path):
+    (source,) = write_images(tmp_path, 1)
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "A.png", "a-2.png"):
+        shutil.copy(source, tmp_path / "images" / name)
+    predicted(*(tmp_path / "images" / name for name in ("a.png", "A.png", "a-2.png")))
+    found = [name.casefold() for name in overlays(out)]
+    assert len(found) == len(set(found)) == 3
+
+
+def test_an_image_that_is_given_twice_is_predicted_once(predicted, write_images, tmp_path):
+    paths = write_images(tmp_path / "images", 2)
+    assert len(predicted(tmp_path / "images", paths[0], tmp_path / "images", paths[1], paths[1])) == 2
+
+
+def test_hidden_files_and_folders_are_left_out(predicted, write_images, tmp_path):
+    write_images(tmp_path / "images", 1)
+    write_images(tmp_path / "images" / ".cache" / "visible", 1)
+    shutil.copy(tmp_path / "images" / "000.png", tmp_path / "images" / ".000.png")
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    assert len(predicted(tmp_path / "images")) == 1
+
+
+@pytest.mark.parametrize("inside", ["results", "."])
+def test_results_of_an_earlier_call_are_not_taken_for_images(tiny_detector, write_images, tmp_path, inside):
+    write_images(tmp_path / "images", 2)
+    out = tmp_path / "images" / inside
+    for _ in range(2):
+        assert len(predict(tiny_detector, [tmp_path / "images"], out, threshold=None, save_maps=True)) == 2
+
+
+def test_a_second_call_replaces_the_results_of_the_first(predicted, out, write_images, tmp_path):
+    first = write_images(tmp_path / "first", 3)
+    predicted(*first)
+    (only,) = predicted(write_images(tmp_path / "second", 1, seed=3)[0])
+    assert only.path == str(tmp_path / "second" / "000.png")
+
+
+# ------------------------------------------------------------------------------------------------ images of all kinds
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 200), (300, 40), (64, 64)])
+def test_overlay_and_map_have_the_size_of_the_image(predicted, out, write_images, tmp_path, size):
+    (path,) = write_images(tmp_path, 1, size=size)
+    (prediction,) = predicted(path, save_maps=True)
+    assert tifffile.imread(out / prediction.map).shape == size[::-1]
+    assert tifffile.imread(out / prediction.map).dtype == np.float32
+    drawn = np.asarray(Image.open(out / prediction.overlay))
+    np.testing.assert_array_equal(drawn[: size[1], : size[0]], np.asarray(Image.open(path)))
+
+
+def test_an_overlay_is_coloured_where_the_map_is_above_the_normal_mean_and_only_there(predicted, out, data_root):
+    path = data_root / "screw_bag" / "validation" / "good" / "000.png"
+    image = np.asarray(Image.open(path))
+    (prediction,) = predicted(path, save_maps=True, threshold=None)
+    anomaly_map = tifffile.imread(out / prediction.map)
+    assert 0.1 < (anomaly_map <= 0).mean() < 0.9
+    threshold = float(np.quantile(anomaly_map, 0.99)) / 2
+    (prediction,) = predicted(path, threshold=threshold)
+    drawn = np.asarray(Image.open(out / prediction.overlay))[:96, -120:]
+    np.testing.assert_array_equal(drawn[anomaly_map <= 0], image[anomaly_map <= 0])
+    # The colour scale ends at twice the threshold.
+    hot = anomaly_map >= 2 * threshold
+    assert hot.sum() > 50
+    np.testing.assert_array_equal(drawn[hot], (image[hot] * 0.25 + np.array([255, 255, 190]) * 0.75).round())
+    assert (drawn != image).any(axis=2)[anomaly_map > threshold / 2].mean() > 0.9
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16"])
+def test_other_kinds_of_pixels_are_read_as_the_same_image(predicted, write_images, tmp_path, mode):
+    (path,) = write_images(tmp_path, 1)
+    grey = Image.open(path).convert("L")
+    if mode == "1":
+        grey = grey.point(lambda value: 255 * (value > 100))
+    grey.convert("RGB").save(path)
+    if mode == "I;16":
+        converted = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    else:
+        converted = grey if mode == "L" else grey.convert(mode)
+    converted.save(tmp_path / "converted.png")
+    one, other = predicted(path, tmp_path / "converted.png")
+    assert other.score == pytest.approx(one.score, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_unreadable_images_are_reported_and_the_others_are_done(predicted, out, write_images, tmp_path):
+    paths = write_images(tmp_path / "images", 12)
+    alone = {p.path: p.score for p in predicted(*(paths[i] for i in (0, 1, 3, 4, 5, 6, 10, 11)))}
+    shutil.rmtree(out)
+    paths[2].write_bytes(b"")
+    paths[7].write_bytes(paths[7].read_bytes()[:300])
+    paths[8].write_text("no image")
+    paths[9].unlink()
+    paths[9].symlink_to("nowhere")
+    predictions = predicted(tmp_path / "images")
+    failed = [i for i, p in enumerate(predictions) if p.error is not None]
+    assert failed == [2, 7, 8, 9]
+    for i in failed:
+        assert predictions[i] == dataclasses.replace(predictions[i], score=None, decision=None, overlay=None, map=None)
+        assert "\n" not in predictions[i].error
+    assert "empty" in predictions[2].error
+    assert {p.path: pytest.approx(p.score, rel=1e-4) for p in predictions if p.error is None} == alone
+    assert len(overlays(out)) == 8
+
+
+def test_nothing_but_unreadable_images_is_no_crash(predicted, out, tmp_path):
+    (tmp_path / "bad.png").write_text("no image")
+    (prediction,) = predicted(tmp_path / "bad.png")
+    assert prediction.error is not None
+    assert not (out / "overlays").exists()
+
+
+def test_a_file_that_is_no_image_is_reported_when_it_is_named(predicted, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    (prediction,) = predicted(tmp_path / "notes.txt")
+    assert "PNG" in prediction.error
+
+
+def test_an_input_that_is_missing_stops_before_anything_is_written(tiny_detector, out, write_images, tmp_path):
+    write_images(tmp_path / "images", 1)
+    with pytest.raises(UserError, match=r"no image or folder .*nowhere"):
+        predict(tiny_detector, [tmp_path / "images", tmp_path / "nowhere"], out, threshold=None)
+    assert not out.exists()
+
+
+def test_a_folder_without_images_stops_before_anything_is_written(tiny_detector, out, tmp_path):
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    with pytest.raises(UserError, match="empty holds no images"):
+        predict(tiny_detector, [tmp_path / "empty"], out, threshold=None)
+    assert not out.exists()
+
+
+def test_a_full_disk_keeps_the_older_results(tiny_detector, predicted, out, below, write_images, tmp_path, monkeypatch):
+    predicted(*write_images(tmp_path, 2))
+    before = {name: (out / name).read_bytes() for name in below(out) if (out / name).is_file()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        predict(tiny_detector, write_images(tmp_path, 2, seed=9), out, threshold=None, save_maps=True)
+    after = {name: (out / name).read_bytes() for name in below(out) if (out / name).is_file()}
+    assert after == before
+
+
+def test_a_file_in_place_of_the_results_folder_is_a_user_error(tiny_detector, out, write_images, tmp_path):
+    out.write_text("mine")
+    with pytest.raises(UserError, match="cannot write"):
+        predict(tiny_detector, write_images(tmp_path, 1), out, threshold=None)
+    assert out.read_text() == "mine"

@@ -1,0 +1,362 @@
+import dataclasses
+import errno
+import json
+import os
+import pickle
+import shutil
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from dskd_fast import __version__
+from dskd_fast.data.layout import open_category
+from dskd_fast.data.store import ImageStore
+from dskd_fast.errors import UserError
+from dskd_fast.workflow.run import load_run, new_folder, read_config, save_run, write_file, write_json
+from dskd_fast.workflow.train import train
+
+
+def fail(code):
+    def failing(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    return failing
+
+
+# ------------------------------------------------------------------------------------------------- new folders
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path, below):
+    with new_folder(tmp_path / "deep" / "run") as folder:
+        (folder / "a.txt").write_text("a")
+        assert not (tmp_path / "deep" / "run").exists()
+        assert folder.is_relative_to(tmp_path / "deep")
+    assert below(tmp_path) == ["deep", "deep/run", "deep/run/a.txt"]
+    # Not private to the user, as temporary folders are.
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "deep" / "run").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [ValueError, UserError, KeyboardInterrupt, OSError(5, "x"), MemoryError])
+def test_after_an_error_nothing_is_left(tmp_path, below, error):
+    def fail_inside():
+        with new_folder(tmp_path / "run") as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / "a.txt").write_text("a")
+            raise error
+
+    expected = error if isinstance(error, type) else type(error)
+    with pytest.raises(expected) as caught:
+        fail_inside()
+    # An error from inside is handed on as it is.
+    assert type(caught.value) is expected
+    assert below(tmp_path) == []
+
+
+def test_a_folder_with_content_a_file_and_a_dead_link_are_not_replaced(tmp_path, below):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dead").symlink_to("nowhere")
+    before = below(tmp_path)
+    for name in ("full", "file", "dead"):
+        with pytest.raises(UserError, match=f"{name} already exists"), new_folder(tmp_path / name):
+            pytest.fail("too late")
+    assert below(tmp_path) == before
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_an_empty_folder_may_be_filled_through_a_link_too(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "empty" / "a").is_file()
+
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "real").mkdir()
+    (tmp_path / "link").symlink_to(Path("disk", "real"))
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "real" / "a").is_file()
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(Path, "rmdir", fail(errno.EBUSY))
+    busy = pytest.raises(UserError, match=r"cannot write .*volume \(Device or resource busy\)")
+    with busy, new_folder(tmp_path / "volume"):
+        pytest.fail("too late")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_an_unwritable_place_is_refused_before_the_work(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(os, "mkdir", fail(code))
+    with pytest.raises(UserError, match=r"cannot write .*writable place"), new_folder(tmp_path / "run"):
+        pytest.fail("too late")
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "file/run"])
+def test_an_impossible_name_is_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"), new_folder(tmp_path / name):
+        pytest.fail("too late")
+
+
+def test_a_failing_rename_is_a_user_error_and_leaves_nothing(tmp_path, below, monkeypatch):
+    monkeypatch.setattr(Path, "rename", fail(errno.ENOSPC))
+    with pytest.raises(UserError, match="No space left"), new_folder(tmp_path / "run") as folder:
+        (folder / "a").touch()
+    assert below(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_file_is_replaced_in_one_go(tmp_path, below):
+    path = tmp_path / "deep" / "figures.json"
+    for text in ("old", "new"):
+
+        def write(temporary, text=text):
+            assert temporary.suffix == ".json"
+            temporary.write_text(text)
+            assert not path.exists() or path.read_text() == "old"
+
+        write_file(path, write)
+        assert path.read_text() == text
+    assert below(tmp_path) == ["deep", "deep/figures.json"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError, KeyboardInterrupt])
+def test_a_failing_writer_keeps_the_older_file(tmp_path, below, error):
+    path = tmp_path / "a.csv"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half")
+        raise error
+
+    expected = UserError if isinstance(error, OSError) else error
+    with pytest.raises(expected):
+        write_file(path, write)
+    assert path.read_text() == "old"
+    assert below(tmp_path) == ["a.csv"]
+
+
+def test_a_failing_replace_keeps_the_older_file(tmp_path, below, monkeypatch):
+    path = tmp_path / "a.csv"
+    path.write_text("old")
+    monkeypatch.setattr(os, "replace", fail(errno.EACCES))
+    with pytest.raises(UserError, match=r"cannot write .*a\.csv \(Permission denied\)"):
+        write_file(path, lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == "old"
+    assert below(tmp_path) == ["a.csv"]
+
+
+def test_a_folder_of_that_name_is_in_the_way(tmp_path):
+    (tmp_path / "a.csv").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*a\.csv"):
+        write_file(tmp_path / "a.csv", lambda temporary: temporary.write_text("new"))
+
+
+def test_the_longest_names_can_be_written(tmp_path):
+    path = tmp_path / ("x" * 251 + ".png")
+    write_file(path, lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == "new"
+
+
+def test_json_is_readable_and_strict(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"straße": "北", "odd": os.fsdecode(b"\xff")})
+    text = path.read_bytes().decode("utf-8")
+    assert "straße" in text
+    assert json.loads(text) == {"straße": "北", "odd": "\udcff"}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"score": float("nan")})
+    assert path.read_bytes().decode("utf-8") == text
+
+
+# ------------------------------------------------------------------------------------------------ saving, loading
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A run of one's own."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_what_is_loaded_is_what_was_saved(data_root, tiny_options, tmp_path, below):
+    category = open_category(data_root, "screw_bag")
+    options = tiny_options(sigma=1.25, align_corners=True, gccb=None)
+    detector, history = train(category, options)
+    save_run(tmp_path / "run", detector, options, category, history)
+    assert below(tmp_path / "run") == ["calibration.json", "config.json", "history.json", "weights.safetensors"]
+
+    loaded, loaded_options, config = load_run(tmp_path / "run", "cpu")
+    assert loaded_options == options
+    assert loaded.calibration == detector.calibration
+    assert loaded.scoring == detector.scoring
+    state = detector.model.state_dict()
+    assert loaded.model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.model.state_dict().items())
+    images = ImageStore(category.validation, 64).batch(range(4))
+    assert (loaded.maps(images).combined == detector.maps(images).combined).all()
+    assert config == read_config(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "history.json").read_text()) == [dataclasses.asdict(e) for e in history]
+
+
+def test_the_config_says_how_the_run_came_about(tiny_run, tiny_options, data_root):
+    config = read_config(tiny_run)
+    assert config["category"] == "screw_bag"
+    assert config["layout"] == "loco"
+    assert config["data_root"] == str(data_root / "screw_bag")
+    assert config["n_images"]["train"] == 12
+    assert config["validation_source"] == "folder"
+    # The command line's default augmentation is the category's.
+    assert config["options"] == dataclasses.asdict(
+        tiny_options(augmentation="hflip,vflip,rotate=3,brightness=0.1,contrast=0.1,saturation=0.1")
+    )
+    assert config["versions"]["dskd_fast"] == __version__
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["device"] in ("cpu", "cuda")
+    assert datetime.fromisoformat(config["created"]).tzinfo is not None
+    assert config["commit"] is None or len(config["commit"].removesuffix("+changes")) == 40
+
+
+def test_loading_needs_neither_a_download_nor_the_teachers_file(run, tiny_weights, monkeypatch, write_images):
+    original = timm.create_model
+
+    def create(*arguments, pretrained=False, **settings):
+        assert not pretrained
+        return original(*arguments, pretrained=False, **settings)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    edit(run / "config.json", lambda c: c["options"].update(teacher_weights="/gone/teacher.safetensors"))
+    detector, _, _ = load_run(run, "cpu")
+    teacher = detector.model.teacher.net.state_dict()
+    weights = safetensors.torch.load_file(tiny_weights)
+    assert torch.equal(teacher["conv1.0.weight"], weights["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "calibration.json", "weights.safetensors"])
+def test_a_missing_file_is_named(run, name):
+    (run / name).unlink()
+    with pytest.raises(UserError, match=name):
+        load_run(run, "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "calibration.json", "weights.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b"null", b"{}", b'"text"'])
+def test_a_damaged_file_is_named(run, name, content):
+    (run / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        load_run(run, "cpu")
+
+
+def test_truncated_weights_are_refused(run):
+    weights = run / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"weights\.safetensors is damaged"):
+        load_run(run, "cpu")
+
+
+def test_weights_of_another_run_are_refused(run, data_root, tiny_options):
+    edit(run / "config.json", lambda c: c["options"].update(gccb=16))
+    with pytest.raises(UserError, match=r"weights\.safetensors .* belongs to another run"):
+        load_run(run, "cpu")
+
+
+def test_weights_are_never_unpickled(run, tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harm",)
+
+    (run / "weights.safetensors").write_bytes(pickle.dumps(Harm()))
+    with pytest.raises(UserError, match="damaged"):
+        load_run(run, "cpu")
+    torch.save(Harm(), run / "weights.safetensors")
+    with pytest.raises(UserError, match="damaged"):
+        load_run(run, "cpu")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_weights_that_are_not_numbers_give_no_scores(run, data_root):
+    weights = safetensors.torch.load_file(run / "weights.safetensors")
+    weights["local_student.up1.0.conv1.weight"].fill_(float("nan"))
+    safetensors.torch.save_file(weights, run / "weights.safetensors")
+    detector, _, _ = load_run(run, "cpu")
+    images = ImageStore(open_category(data_root, "screw_bag").validation, 64).batch([0])
+    with pytest.raises(UserError, match="weights are damaged"):
+        detector.maps(images)
+
+
+@pytest.mark.parametrize("found", [0, 2, "1", None])
+def test_another_format_names_both(run, found):
+    edit(run / "config.json", lambda c: c.update(format=found))
+    with pytest.raises(UserError, match=f"format {found}, but this version reads format 1"):
+        load_run(run, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda c: c.pop("options")),
+        ("config.json", lambda c: c.update(options=[])),
+        ("config.json", lambda c: c["options"].pop("teacher")),
+        ("config.json", lambda c: c["options"].update(shadow=1)),
+        ("config.json", lambda c: c["options"].update(teacher=5)),
+        ("config.json", lambda c: c["options"].update(image_size="64")),
+        ("config.json", lambda c: c["options"].update(image_size=0)),
+        ("config.json", lambda c: c["options"].update(batch_size=0)),
+        ("config.json", lambda c: c["options"].update(temperature=0)),
+        ("config.json", lambda c: c["options"].update(sigma=-1.0)),
+        ("config.json", lambda c: c["options"].update(precision="fp8")),
+        ("config.json", lambda c: c.pop("category")),
+        ("config.json", lambda c: c.update(data_root=None)),
+        ("calibration.json", lambda c: c.pop("threshold")),
+        ("calibration.json", lambda c: c.pop("statistics")),
+        ("calibration.json", lambda c: c.update(statistics=[])),
+        ("calibration.json", lambda c: c["statistics"].pop("global")),
+        ("calibration.json", lambda c: c["statistics"]["local"].update(std=0)),
+        ("calibration.json", lambda c: c["statistics"]["local"].update(std=-1)),
+        ("calibration.json", lambda c: c["statistics"]["local"].update(mean="a")),
+        ("calibration.json", lambda c: c["statistics"]["local"].update(mean=float("nan"))),
+        ("calibration.json", lambda c: c["threshold"].update(value="a")),
+        ("calibration.json", lambda c: c["threshold"].update(value=float("inf"))),
+        ("calibration.json", lambda c: c.update(threshold=1.5)),
+    ],
+)
+def test_an_edited_run_is_refused_in_one_sentence(run, name, change):
+    edit(run / name, change)
+    with pytest.raises(UserError, match=name) as caught:
+        load_run(run, "cpu")
+    assert str(run) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_size_that_the_teacher_cannot_take_is_named(run):
+    edit(run / "config.json", lambda c: c["options"].update(image_size=70))
+    with pytest.raises(UserError, match="image size 70"):
+        load_run(run, "cpu")
+
+
+def test_a_run_without_threshold_has_none(run):
+    edit(run / "calibration.json", lambda c: c.update(threshold=None))
+    assert load_run(run, "cpu")[0].calibration.threshold is None
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "data"])
+def test_any_other_folder_is_not_a_run(tmp_path, write_images, folder):
+    write_images(tmp_path / "data", 1)
+    with pytest.raises(UserError, match=r"is not a run folder \(it has no config.json\)"):
+        load_run(tmp_path / folder, "cpu")

@@ -1,0 +1,356 @@
+import dataclasses
+import math
+import shutil
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+
+import dskd_fast.workflow.train as train_module
+from dskd_fast.data.images import ImageError
+from dskd_fast.data.layout import open_category
+from dskd_fast.data.store import ImageStore
+from dskd_fast.errors import UserError
+from dskd_fast.models import DSKD
+from dskd_fast.workflow.detector import threshold_from
+from dskd_fast.workflow.train import TrainingOptions, train
+
+
+@pytest.fixture
+def category(tmp_path, write_images):
+    """Eight images to train on and three for validation."""
+    write_images(tmp_path / "part" / "train" / "good", 8)
+    write_images(tmp_path / "part" / "validation" / "good", 3, seed=1)
+    return open_category(tmp_path / "part", None)
+
+
+@pytest.fixture
+def few(tmp_path, write_images):
+    """Makes a category of n training images and nothing else."""
+
+    def make(n):
+        write_images(tmp_path / f"few {n}", n)
+        return open_category(tmp_path / f"few {n}", None)
+
+    return make
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    """The indices of each batch that was taken from the store, in order."""
+    batches = []
+    original = ImageStore.batch
+
+    def batch(self, indices):
+        indices = list(indices)
+        batches.append(indices)
+        return original(self, indices)
+
+    monkeypatch.setattr(ImageStore, "batch", batch)
+    return batches
+
+
+def same_weights(one, other):
+    a, b = one.model.state_dict(), other.model.state_dict()
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------------------- repeatability
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(category, tiny_options):
+    options = tiny_options(augmentation="hflip,rotate=3,brightness=0.1")
+    first, history = train(category, options)
+    torch.rand(7)
+    second, _ = train(category, options)
+    assert same_weights(first, second)
+    assert first.calibration == second.calibration
+    other, other_history = train(category, dataclasses.replace(options, seed=1))
+    assert not same_weights(first, other)
+    assert first.calibration != other.calibration
+    assert [e.local_loss for e in history] != [e.local_loss for e in other_history]
+
+
+def test_each_part_of_the_recipe_has_an_effect(few, tiny_options):
+    category, options = few(4), tiny_options(batch_size=2)
+    reference, _ = train(category, options)
+    for different in (
+        {"augmentation": "brightness=0.1"},
+        {"local_loss": "flattened-cosine"},
+        {"lr": 0.001},
+        {"temperature": 0.2},
+        {"schedule": "cosine"},
+        {"batch_size": 4},
+    ):
+        assert not same_weights(train(category, dataclasses.replace(options, **different))[0], reference), different
+
+
+# ------------------------------------------------------------------------------------------------- what is seen
+
+
+def test_every_training_image_is_seen_once_per_epoch_in_a_new_order_and_no_validation_image(
+    category, tiny_options, asked_for
+):
+    train(category, tiny_options(epochs=3, batch_size=3))
+    fitted, calibrated = asked_for[:9], asked_for[9:]
+    assert [len(batch) for batch in fitted] == [3, 3, 2] * 3
+    epochs = [list(chain(*fitted[i : i + 3])) for i in (0, 3, 6)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    # Once for the statistics, once more for the scores.
+    assert sorted(chain(*calibrated)) == sorted([8, 9, 10] * 2)
+
+
+def test_without_validation_images_the_training_images_calibrate_but_set_no_threshold(few, tiny_options, asked_for):
+    detector, _ = train(few(5), tiny_options())
+    assert list(chain(*asked_for[2:])) == list(range(5))
+    assert detector.calibration.source == "train"
+    assert detector.calibration.n_images == 5
+    assert detector.calibration.threshold is None
+
+
+def test_ten_images_are_enough_to_hold_some_out(few, tiny_options, asked_for):
+    category = few(10)
+    detector, _ = train(category, tiny_options())
+    assert len(category.validation) == 2
+    assert sorted(chain(*asked_for[:2])) == list(range(8))
+    assert detector.calibration.threshold.n_images == 2
+
+
+def test_test_images_have_no_influence(category, tiny_options, write_images):
+    test = category.root / "test" / "broken"
+    write_images(test, 2)
+    before, _ = train(open_category(category.root, None), tiny_options())
+    shutil.rmtree(test)
+    write_images(category.root / "test" / "good", 3, seed=9)
+    after, _ = train(open_category(category.root, None), tiny_options())
+    assert same_weights(before, after)
+    assert before.calibration == after.calibration
+
+
+def test_the_calibration_is_that_of_the_validation_images(category, tiny_options):
+    detector, _ = train(category, tiny_options(batch_size=2))
+    images = ImageStore(category.validation, 64).batch(range(3))
+    for name, raw in zip(("local", "global"), detector.raw_maps(images), strict=True):
+        maps = raw.double().numpy()
+        assert detector.calibration.statistics[name].mean == pytest.approx(maps.mean(), rel=1e-4)
+        assert detector.calibration.statistics[name].std == pytest.approx(maps.std(), rel=1e-4)
+    scores = detector.image_scores(detector.maps(images).combined)
+    assert detector.calibration.threshold.value == pytest.approx(threshold_from(scores).value, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ optimisation
+
+
+def test_both_losses_fall_when_a_few_images_are_learned_by_heart(few, tiny_options):
+    _, history = train(few(4), tiny_options(epochs=16))
+    assert len(history) == 16
+    for name in ("local_loss", "global_loss"):
+        losses = [getattr(epoch, name) for epoch in history]
+        assert all(math.isfinite(loss) and loss >= 0 for loss in losses)
+        assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+    assert all(epoch.images_per_second > 0 for epoch in history)
+
+
+def test_the_teacher_stays_as_it_is_and_all_of_both_students_learns(category, tiny_options, tiny_weights):
+    torch.manual_seed(0)
+    untrained = DSKD("test_resnet", image_size=64, gccb=8, teacher_weights=tiny_weights).state_dict()
+    detector, _ = train(category, tiny_options(seed=0))
+    for name, tensor in detector.model.state_dict().items():
+        learned = not torch.equal(tensor, untrained[name])
+        assert learned == (not name.startswith("teacher.")), name
+    assert not any(p.requires_grad for p in detector.model.teacher.parameters())
+    assert not detector.model.teacher.training
+
+
+@pytest.mark.parametrize(("schedule", "factors"), [("constant", [1] * 6), ("cosine", None)])
+def test_the_optimizer_is_the_papers(category, tiny_options, monkeypatch, schedule, factors):
+    rates, made = [], []
+
+    class Adam(torch.optim.Adam):
+        def __init__(self, parameters, **settings):
+            made.append(settings)
+            super().__init__(parameters, **settings)
+
+        def step(self, *arguments, **settings):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*arguments, **settings)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    train(category, tiny_options(epochs=3, lr=0.004, schedule=schedule))
+    assert made[0]["betas"] == (0.5, 0.999)
+    if factors is None:
+        factors = [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
+    assert rates == pytest.approx([0.004 * factor for factor in factors])
+
+
+class _Loss:
+    """Stands in for a loss: a known value that depends on the number of images alone."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, *_, **__):
+        return lambda student, teacher: sum(s.sum() for s in student) * 0 + self.value(len(student[0]))
+
+
+def test_an_epochs_loss_is_the_mean_over_images_not_over_batches(few, tiny_options, monkeypatch):
+    monkeypatch.setattr(train_module, "CosineDistanceLoss", _Loss(float))
+    monkeypatch.setattr(train_module, "ContextualAffinityLoss", _Loss(lambda n: 10.0 * n))
+    reports = []
+    _, history = train(few(5), tiny_options(epochs=2), reports.append)
+    # A batch of four and a batch of one.
+    assert [epoch.local_loss for epoch in history] == pytest.approx([(4 * 4 + 1 * 1) / 5] * 2)
+    assert [epoch.global_loss for epoch in history] == pytest.approx([10 * 17 / 5] * 2)
+    assert [(r.step, r.steps, r.epoch) for r in reports] == [(1, 4, 1), (2, 4, 1), (3, 4, 2), (4, 4, 2)]
+    assert [r.local_loss for r in reports] == pytest.approx([4, 3.4, 4, 3.4])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("loss", ["CosineDistanceLoss", "ContextualAffinityLoss"])
+def test_a_loss_that_is_not_finite_stops_the_training(few, tiny_options, monkeypatch, value, loss):
+    steps = iter([1.0, 1.0, value])
+    monkeypatch.setattr(train_module, loss, _Loss(lambda n: next(steps)))
+    with pytest.raises(UserError, match=r"epoch 2, step 1 .*lower --lr \(now 0\.005\)$"):
+        train(few(8), tiny_options(epochs=9))
+
+
+def test_in_bf16_the_message_on_divergence_names_fp32_too(few, tiny_options, monkeypatch):
+    monkeypatch.setattr(train_module, "CosineDistanceLoss", _Loss(lambda n: math.nan))
+    with pytest.raises(UserError, match=r"lower --lr .* or use --precision fp32"):
+        train(few(2), tiny_options(precision="bf16"))
+
+
+def test_a_last_step_that_diverges_is_noticed_too(few, tiny_options):
+    with pytest.raises(UserError, match=r"NaN or infinite.*--lr"):
+        train(few(2), tiny_options(lr=1e38))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_other_precisions_train_to_nearly_the_same(category, tiny_options, precision):
+    _, reference = train(category, tiny_options())
+    detector, history = train(category, tiny_options(precision=precision))
+    assert history[0].local_loss == pytest.approx(reference[0].local_loss, rel=0.05)
+    assert all(p.dtype == torch.float32 for p in detector.model.parameters())
+    images = ImageStore(category.validation, 64).batch([0])
+    assert all(m.dtype == torch.float32 for m in detector.raw_maps(images))
+
+
+# -------------------------------------------------------------------------------------------- odd sizes of things
+
+
+@pytest.mark.parametrize(("n", "batch_size", "steps"), [(1, 4, 1), (1, 1, 1), (3, 100, 1), (5, 4, 2), (3, 1, 3)])
+def test_any_number_of_images_goes_into_batches_of_any_size(few, tiny_options, n, batch_size, steps):
+    reports = []
+    detector, history = train(few(n), tiny_options(batch_size=batch_size, epochs=2), reports.append)
+    assert len(history) == 2
+    assert len(reports) == 2 * steps
+    assert reports[0].steps == 2 * steps
+    assert detector.calibration.n_images == n
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(5, 4), (1, 4), (2, 1)])
+def test_a_single_image_with_a_single_position_cannot_be_normalised(few, tiny_options, n, batch_size):
+    # Batch norm would see one value per channel, and torch would fail with a message about that.
+    with pytest.raises(UserError, match="larger --image-size or another --batch-size"):
+        train(few(n), tiny_options(image_size=32, batch_size=batch_size))
+
+
+def test_the_smallest_images_train_in_batches_of_two(few, tiny_options):
+    _, history = train(few(6), tiny_options(image_size=32, batch_size=4))
+    assert len(history) == 1
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_all_bad_images_are_named_before_anything_is_built(category, tiny_options, monkeypatch):
+    (category.train[1]).write_bytes(b"")
+    category.train[6].write_bytes(category.train[6].read_bytes()[:200])
+    category.validation[2].write_text("no image")
+    monkeypatch.setattr(train_module, "DSKD", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(ImageError) as caught:
+        train(category, tiny_options())
+    assert [path for path, _ in caught.value.failures] == [
+        category.train[1],
+        category.train[6],
+        category.validation[2],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("different", "message"),
+    [
+        ({"image_size": 100}, "image size 100 .*multiple of 32"),
+        ({"gccb": 10_000}, "gccb=10000"),
+        ({"teacher": "no_such_net", "teacher_weights": None}, "no_such_net"),
+        ({"teacher_weights": "nowhere.pth"}, "nowhere.pth"),
+    ],
+)
+def test_options_that_do_not_fit_the_teacher_are_user_errors(few, tiny_options, different, message):
+    with pytest.raises(UserError, match=message):
+        train(few(2), tiny_options(**different))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("teacher", 5),
+        ("teacher", None),
+        ("teacher_weights", 1),
+        ("image_size", 0),
+        ("image_size", "64"),
+        ("image_size", 64.0),
+        ("gccb", "8"),
+        ("stage4_init", "zeros"),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("batch_size", -4),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("lr", "0.1"),
+        ("schedule", "linear"),
+        ("temperature", 0.0),
+        ("temperature", 0.001),
+        ("temperature", 1000.0),
+        ("local_loss", "flattened"),
+        ("augmentation", "mirror"),
+        ("augmentation", None),
+        ("sigma", 0.0),
+        ("sigma", -1.0),
+        ("sigma", math.nan),
+        ("sigma", 1e9),
+        ("filter_maps", "no"),
+        ("align_corners", None),
+        ("precision", "fp16"),
+        ("device", "gpu"),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("seed", 1.5),
+    ],
+)
+def test_values_out_of_range_are_named(name, value):
+    with pytest.raises(UserError, match=f"{name}|{value}"):
+        TrainingOptions(**{"teacher": "lite"} | {name: value})
+
+
+def test_a_whole_number_does_for_a_real_one():
+    options = TrainingOptions("lite", lr=1, temperature=2, sigma=3)
+    assert options.scoring.temperature == 2
+    assert options.scoring.sigma == 3
+
+
+@pytest.mark.parametrize(("size", "sigma"), [(256, 4), (128, 2), (512, 8)])
+def test_sigma_is_4_at_256_pixels_and_in_proportion_elsewhere(size, sigma):
+    assert TrainingOptions("lite", image_size=size).scoring.sigma == sigma
+    assert TrainingOptions("lite", image_size=size, sigma=1.25).scoring.sigma == 1.25
+
+
+def test_the_defaults_are_the_papers_recipe():
+    options = TrainingOptions("wide_resnet50_2")
+    assert (options.image_size, options.epochs, options.batch_size, options.lr) == (256, 200, 16, 0.005)
+    assert (options.temperature, options.local_loss, options.schedule) == (1.0, "cosine", "constant")
+    assert (options.filter_maps, options.align_corners, options.precision) == (False, False, "fp32")
