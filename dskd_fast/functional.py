@@ -93,6 +93,8 @@ def _as_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Si
             raise TypeError(f"{name} has dtype {x.dtype}: pass a floating-point tensor")
         if x.dim() not in (3, 4):
             raise ValueError(f"{name} has shape {tuple(x.shape)}: pass (B, C, H, W) or (B, N, C)")
+        if x.shape[1 if x.dim() == 4 else 2] == 0:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: it must have at least one channel")
     if student.shape != teacher.shape:
         raise ValueError(
             f"teacher has shape {tuple(teacher.shape)} and student {tuple(student.shape)}: they must be the same"

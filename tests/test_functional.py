@@ -292,6 +292,7 @@ def test_backends_by_name():
         (random(1, 4, 3).cfloat(), random(1, 4, 3), TypeError, "student has dtype torch.complex64: .*floating"),
         (random(4, 3), random(4, 3), ValueError, r"student has shape \(4, 3\): pass \(B, C, H, W\) or \(B, N, C\)"),
         (random(1, 4, 3), random(1, 4, 3, 1, 1), ValueError, r"teacher has shape \(1, 4, 3, 1, 1\): pass"),
+        (random(1, 4, 0), random(1, 4, 0), ValueError, r"student has shape \(1, 4, 0\): .*at least one channel"),
         (random(1, 4, 3), random(1, 5, 3), ValueError, r"teacher has shape \(1, 5, 3\) and student \(1, 4, 3\)"),
         (random(1, 4, 3), random(1, 4, 2), ValueError, r"teacher has shape \(1, 4, 2\) and student \(1, 4, 3\)"),
         (random(1, 4, 3), random(2, 4, 3), ValueError, "must be the same"),

@@ -107,7 +107,7 @@ def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tu
 
 
 def directions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit vectors s and t, their difference s - t, and 1/|student|, in float64.
+    """Unit vectors s and t, their difference s - t, and 1/|student|, in float64 where the device has it.
 
     In float32 the difference of two nearly equal unit vectors would already have lost the digits that the difference
     form exists to keep. A zero vector stays zero, with 1/|student| = 0: it has no direction and takes no gradient.
@@ -124,7 +124,7 @@ def accumulation_dtype(student: Tensor, teacher: Tensor, precision: str) -> torc
 
 
 def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.to(torch.float64)
+    x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # Apple's GPUs have no float64
     norm = torch.linalg.vector_norm(x, dim=-1)
     inverse_norm = torch.where(norm > 0, 1 / norm, 0.0)
     return x * inverse_norm.unsqueeze(-1), inverse_norm
