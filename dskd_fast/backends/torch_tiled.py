@@ -15,6 +15,7 @@ recomputing backward.
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -29,6 +30,9 @@ _SERIES_RADIUS = 1.0
 # Largest logit, relative to the teacher's own position, that is exponentiated as it is; a row beyond it has a large KL
 # and is evaluated through its log-sum-exp, where nothing overflows and nothing cancels.
 _LOGIT_LIMIT = 30.0
+
+# Two calls at once must not restore each other's settings.
+_SETTINGS_LOCK = threading.RLock()
 
 
 def contextual_affinity(
@@ -195,22 +199,29 @@ class _Product:
 
     @contextlib.contextmanager
     def flags(self) -> Iterator[None]:
-        """Hold off autocast and the global float32 product settings, either of which would round behind our back."""
+        """Hold off autocast and the process-wide float32 product settings, either of which would round behind our back.
+
+        Where the settings are as they should be, as they are by default, they are only read. Changing them is what
+        torch offers, but other threads' products see it while it lasts.
+        """
         with torch.autocast(self.device.type, enabled=False):
             if self.device.type == "cuda":
-                setting, value = torch.backends.cuda.matmul, "tf32" if self.precision == "tf32" else "ieee"
+                setting, wanted = torch.backends.cuda.matmul, "tf32" if self.precision == "tf32" else "ieee"
             elif self.device.type == "cpu":
-                # Operands are already bf16 values, so oneDNN's bf16 mode loses nothing and is several times faster.
-                setting, value = torch.backends.mkldnn.matmul, "bf16" if self.precision == "bf16" else "ieee"
+                setting, wanted = torch.backends.mkldnn.matmul, "ieee"
             else:
                 yield
                 return
-            before = setting.fp32_precision
-            setting.fp32_precision = value
-            try:
-                yield
-            finally:
-                setting.fp32_precision = before
+            with _SETTINGS_LOCK:
+                before = setting.fp32_precision
+                if before == wanted or (before, wanted) == ("none", "ieee"):
+                    yield
+                    return
+                setting.fp32_precision = wanted
+                try:
+                    yield
+                finally:
+                    setting.fp32_precision = before
 
     def operand(self, x: Tensor, scale_dims: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """Round x to the operand type; returns (operand, scale) with x = operand * scale.

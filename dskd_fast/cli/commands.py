@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,9 @@ def train(arguments: argparse.Namespace) -> int:
     )
     out = arguments.out or Path("runs", f"{category.name}-{datetime.now():%Y%m%d-%H%M%S}")
     _train_into(out, category, options)
-    console.print(f"\nnext: dskd-fast evaluate {out}   or   dskd-fast predict {out} IMAGES")
+    run = shlex.quote(str(out))
+    evaluation = f"dskd-fast evaluate {run}   or   " if category.test else ""
+    console.print(f"\nnext: {evaluation}dskd-fast predict {run} IMAGES")
     return 0
 
 
@@ -108,13 +112,11 @@ def info(arguments: argparse.Namespace) -> int:
     if not isinstance(history, list) or not history:
         raise UserError(f"{arguments.run / runs.HISTORY} is not the history of a training: restore the file")
     content = {**config, "calibration": calibration, "last_epoch": history[-1]}
-    console.print_json(json.dumps(content))
     metrics = arguments.run / runs.METRICS
-    if metrics.is_file():
-        try:
-            _print_metrics(runs.read_json(metrics))
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise UserError(f"{metrics} was not written by this program: run evaluate again") from None
+    content["metrics"] = runs.read_json(metrics) if metrics.is_file() else None
+    if metrics.is_file() and not (isinstance(content["metrics"], dict) and "auroc" in content["metrics"]):
+        raise UserError(f"{metrics} was not written by this program: run evaluate again")
+    console.print_json(json.dumps(content))
     return 0
 
 
@@ -132,8 +134,10 @@ def demo(arguments: argparse.Namespace) -> int:
     detector, _, _ = runs.load_run(run, arguments.device)
     examples = pick_examples(category)
     predict_images(detector, examples, out / "heat_maps", threshold=metrics["threshold"])
+    both, alone = (f"{figures['auroc']['logical']:.3f}" for figures in (metrics, metrics["local"]))
     console.print(
-        f"\nheat maps: {out / 'heat_maps' / 'overlays'}\nrun:       {run}\n"
+        f"\nlogical anomalies (missing, surplus or wrong parts), AUROC: {alone} by the local student alone, "
+        f"{both} with the global one\nheat maps: {out / 'heat_maps' / 'overlays'}\nrun:       {run}\n"
         f"your own images: dskd-fast train --data-root FOLDER_OF_GOOD_IMAGES --teacher lite",
     )
     return 0
@@ -166,6 +170,8 @@ def _evaluate_run(
     # Either the data set's folder or the category's own, under whatever name it has now.
     inside = (data_root / config["category"]).is_dir()
     category = open_category(data_root, config["category"] if inside else None, holdout=0)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"the figures cannot be written into {folder}: copy the run to a writable place")
     with counter("evaluating") as progress:
         metrics = evaluate_detector(
             detector,

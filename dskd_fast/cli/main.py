@@ -4,6 +4,7 @@ import argparse
 import io
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -31,23 +32,23 @@ def main(argv: list[str] | None = None) -> int:
         # File names may hold what the terminal's encoding does not.
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
-    # Imported late: timm, scipy and scikit-learn would slow down --help.
-    from dskd_fast.cli import commands
-
     try:
+        # Imported late: timm, scipy and scikit-learn would slow down --help.
+        from dskd_fast.cli import commands
+
         return getattr(commands, arguments.command.replace("-", "_"))(arguments)
     except UserError as error:
         sys.stdout.flush()
         print(f"dskd-fast: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         reason = (str(error).splitlines() or ["no details"])[0][:150]
         print(f"dskd-fast: out of memory ({reason}): lower --batch-size or --image-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("dskd-fast: interrupted; nothing was left half written", file=sys.stderr)
+        print("dskd-fast: interrupted; no file was left half written", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone, as in `| head`; keep the interpreter from complaining at exit.
@@ -132,14 +133,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("dskd-fast-demo"), help="folder (default: dskd-fast-demo)"
     )
-    demo.add_argument("--seed", type=_natural, default=0, help="of the images and the training (default: 0)")
+    demo.add_argument(
+        "--seed", type=_natural, default=0, metavar="K", help="of the images and the training (default: 0)"
+    )
     _add_device(demo)
     return parser
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument("--category", metavar="C", help="folder below the data root; not needed if that is the category")
+    data.add_argument(
+        "--category",
+        metavar="C",
+        help="folder in the data root; leave it out if --data-root is the category's own folder",
+    )
     _add_data_root(data)
     data.add_argument(
         "--holdout",
@@ -189,9 +196,15 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
 
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=_positive, default=200, metavar="N", help="(default: 200)")
-    recipe.add_argument("--batch-size", type=_positive, default=16, metavar="B", help="(default: 16)")
-    recipe.add_argument("--lr", type=_positive_number, default=0.005, help="of Adam (default: 0.005)")
+    recipe.add_argument(
+        "--epochs", type=_positive, default=200, metavar="N", help="passes over the training images (default: 200)"
+    )
+    recipe.add_argument(
+        "--batch-size", type=_positive, default=16, metavar="B", help="images per training step (default: 16)"
+    )
+    recipe.add_argument(
+        "--lr", type=_positive_number, default=0.005, metavar="X", help="learning rate of Adam (default: 0.005)"
+    )
     recipe.add_argument(
         "--schedule",
         choices=("constant", "cosine"),
@@ -207,14 +220,17 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         default="cosine",
         help="cosine: per position, the paper's; flattened-cosine: one per image, as in RD4AD's code (default: cosine)",
     )
-    recipe.add_argument("--seed", type=_natural, default=0, help="(default: 0)")
+    recipe.add_argument(
+        "--seed", type=_natural, default=0, metavar="K", help="of initial weights, order and augmentation (default: 0)"
+    )
 
     scoring = parser.add_argument_group("scoring (the paper is silent on these)")
     scoring.add_argument(
         "--sigma",
         type=_positive_number,
-        help="of the Gaussian filter before the maximum that is the image score, in pixels of the S x S image "
-        "(default: 4 at 256, in proportion)",
+        metavar="X",
+        help="standard deviation of the Gaussian filter before the maximum that is the image score, in pixels of the "
+        "S x S image (default: 4 at 256, in proportion)",
     )
     scoring.add_argument("--filter-maps", action="store_true", help="filter the localisation maps, too")
     scoring.add_argument("--align-corners", action="store_true", help="align corners when maps are enlarged")
@@ -246,12 +262,20 @@ def _add_data_root(parser: argparse._ActionsContainer) -> None:
 
 
 def _add_device(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: the GPU if there is one (default: auto)",
+    )
 
 
 def _add_threshold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--threshold", type=_finite, metavar="X", help="an image is anomalous above this score (default: the run's)"
+        "--threshold",
+        type=_finite,
+        metavar="X",
+        help="call an image anomalous above this score, this time (default: the run's threshold)",
     )
 
 

@@ -159,24 +159,21 @@ class Category:
         counts = {"train": len(self.train), "validation": len(self.validation)}
         return counts | {f"test/{kind}": sum(item.kind == kind for item in self.test) for kind in KINDS}
 
-    @property
-    def localisation_obstacle(self) -> str | None:
-        """Why localisation cannot be scored, in a sentence; None if it can."""
-        anomalous = [item for item in self.test if item.kind != "good"]
+    def localisation_obstacle(self, kind: Kind) -> str | None:
+        """Why the localisation of "structural" or "logical" anomalies cannot be scored; None if it can.
+
+        It can if there are such test images and each has its ground truth.
+        """
+        anomalous = [item for item in self.test if item.kind == kind]
         without = [item for item in anomalous if not item.masks]
         if not anomalous:
-            return f"category {self.name} has no anomalous test images"
+            return f"category {self.name} has no {kind} test images"
         if without:
             return (
-                f"{len(without)} of the {len(anomalous)} anomalous test images of category {self.name} have "
+                f"{len(without)} of the {len(anomalous)} {kind} test images of category {self.name} have "
                 f"no ground truth mask, among them {without[0].path}"
             )
         return None
-
-    @property
-    def can_score_localisation(self) -> bool:
-        """Whether there are anomalous test images and each has its ground truth."""
-        return self.localisation_obstacle is None
 
     def defects(self, item: LabelledImage) -> list[Defect] | None:
         """The defects of a test image: an empty list for a good image, None where there is no ground truth.
@@ -306,7 +303,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _is_category(folder: Path) -> bool:
-    return (folder / "train").is_dir() or bool(list_images(folder))
+    return (folder / "train").is_dir() or (folder / "test").is_dir() or bool(list_images(folder))
 
 
 def _find_root(data_root: Path, category: str | None) -> Path:
@@ -324,7 +321,8 @@ def _find_root(data_root: Path, category: str | None) -> Path:
     if category is not None and (data_root / category).is_dir():
         if not _is_category(data_root / category):
             raise UserError(
-                f"{data_root / category} has neither a folder train/good nor images of its own; put good images there"
+                f"{data_root / category} has no folder train or test and no images of its own; put good images into "
+                f"{data_root / category / 'train' / 'good'}"
             )
         return data_root / category
     if _is_category(data_root):
@@ -352,12 +350,19 @@ def _images_of_split(folder: Path) -> list[Path]:
     """Images of ``folder/good``, or of ``folder`` itself where there are none."""
     for candidate in (folder / "good", folder):
         if candidate.is_dir() and (images := list_images(candidate)):
+            unused = [f for f in _subfolders(candidate) if f != folder / "good" and list_images(f)]
+            if unused:
+                raise UserError(
+                    f"{unused[0]} holds images that would not be used; move good ones to {candidate} itself, "
+                    "others elsewhere"
+                )
             return images
     return []
 
 
 def _training_images(root: Path) -> list[Path]:
     if not (root / "train").is_dir():
+        # A test set alone can be scored, if not trained on.
         return list_images(root)
     images = _images_of_split(root / "train")
     if not images:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dskd_fast import functional
 
-Features = Tensor | Sequence[Tensor]
+Levels = Tensor | Sequence[Tensor]
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda values: values,
@@ -42,12 +42,13 @@ class ContextualAffinityLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_reduction(reduction)
+        functional.check_temperature(temperature)
         self.temperature = temperature
         self.reduction = reduction
         self.precision = precision
         self.backend = backend
 
-    def forward(self, student: Features, teacher: Features) -> Tensor | list[Tensor]:
+    def forward(self, student: Levels, teacher: Levels) -> Tensor | list[Tensor]:
         """Loss, float32: a scalar, or the map(s) (B, H, W) or (B, N) with reduction "none"."""
 
         def level(s: Tensor, t: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class CosineDistanceLoss(nn.Module):
         self.flatten = flatten
         self.backend = backend
 
-    def forward(self, student: Features, teacher: Features) -> Tensor | list[Tensor]:
+    def forward(self, student: Levels, teacher: Levels) -> Tensor | list[Tensor]:
         """Loss, float32: a scalar, or the map(s) with reduction "none": (B, H, W), (B, N), or (B, 1) flattened."""
 
         def level(s: Tensor, t: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def _check_reduction(reduction: str) -> None:
 
 
 def _over_levels(
-    level: Callable[[Tensor, Tensor], Tensor], student: Features, teacher: Features, reduction: str
+    level: Callable[[Tensor, Tensor], Tensor], student: Levels, teacher: Levels, reduction: str
 ) -> Tensor | list[Tensor]:
     reduce = _REDUCTIONS[reduction]
     if isinstance(student, Tensor) and isinstance(teacher, Tensor):

@@ -11,8 +11,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import tifffile
+from PIL import Image
 
 from dskd_fast.errors import UserError
+from dskd_fast.files import write_file
 from dskd_fast.metrics.auroc import auroc
 from dskd_fast.metrics.spro import ANOMALY_KINDS, FPR_LIMITS, KINDS, SPRO, Defect, as_scores, mean_of_kinds
 
@@ -75,23 +77,14 @@ def save_map(path: str | os.PathLike, anomaly_map: np.ndarray) -> None:
     with np.errstate(over="ignore"):
         scores = as_scores(anomaly_map, f"the map for {path}").astype(np.float32)
     as_scores(scores, f"the map for {path}, as float32,")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            tifffile.imwrite(temporary, scores, photometric="minisblack", metadata=None)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write the anomaly map {path}: {error}") from error
+    write_file(path, lambda name: tifffile.imwrite(name, scores, photometric="minisblack", metadata=None))
 
 
 def read_map(path: str | os.PathLike) -> np.ndarray:
     """Read an anomaly map of any method from a single-channel TIFF.
 
     Args:
-        path: a TIFF of integers or floats of any width, not compressed or compressed by deflate or PackBits.
+        path: a TIFF of integers or floats of any width; compressed or not.
 
     Returns:
         Finite scores, shape (H, W): float32 where that holds every value of the file's type exactly, else
@@ -107,7 +100,12 @@ def read_map(path: str | os.PathLike) -> np.ndarray:
         raise UserError(f"there is no anomaly map at {path}") from None
     # A broken file can make the reader fail in any way: TiffFileError, ValueError, struct.error, zlib.error.
     except Exception as error:
-        raise UserError(f"the anomaly map {path} cannot be read: {error}") from error
+        # Some compressions, LZW among them, tifffile leaves to a package of codecs; Pillow brings its own.
+        try:
+            with Image.open(path, formats=["TIFF"]) as image:
+                scores = np.asarray(image)
+        except Exception:
+            raise UserError(f"the anomaly map {path} cannot be read: {error}") from error
     if scores.ndim == 3 and 1 in (scores.shape[0], scores.shape[-1]):
         scores = scores[0] if scores.shape[0] == 1 else scores[..., 0]
     return as_scores(scores, f"the anomaly map {path}")

@@ -30,8 +30,8 @@ class DSKD(nn.Module):
     """Teacher, OCBE_loc + S_loc, OCBE_glo with GCCB + S_glo.
 
     Args:
-        teacher: "wide_resnet50_2" (the paper's), "lite" (weights come with a package), or any timm backbone with at
-            least three feature levels.
+        teacher: "wide_resnet50_2" (the paper's), "lite" (weights come with a package), or any timm backbone with three
+            feature levels, each half the size of the one before.
         image_size: S of the square input; a multiple of twice the stride of the teacher's third level (32).
         gccb: g, the channels to which the global branch condenses the whole image. None: half of the embedding's (the
             paper's 1024 of 2048); 0: no GCCB; the embedding's own number: no 1x1 convolutions.

@@ -39,7 +39,7 @@ def resolve_precision(precision: str | None, student: Tensor, teacher: Tensor) -
         return "ieee"
     device = student.device.type
     half = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return half.get(torch.get_autocast_dtype(device), "ieee")
     if student.dtype == teacher.dtype and student.dtype in half:
         return half[student.dtype]

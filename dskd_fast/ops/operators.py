@@ -7,7 +7,6 @@ position: the backward is one multiplication, and running it again gives the sam
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dskd_fast.ops.dispatch import AMBIENT, BACKENDS, ambient_precision
 
@@ -54,8 +53,11 @@ def _save_gradient(ctx, inputs, output):
     ctx.save_for_backward(output[1])
 
 
-@once_differentiable
 def _scale_gradient(ctx, grad_map, _):
+    if torch.is_grad_enabled():
+        # True under create_graph=True alone: the saved gradient is a constant to autograd, so that a second derivative
+        # would come out without its larger part.
+        raise RuntimeError("the loss has no second derivative: call backward or grad without create_graph=True")
     (gradient,) = ctx.saved_tensors
     grad = None if grad_map is None else (grad_map.unsqueeze(-1) * gradient).to(ctx.dtype)
     return (grad, *(None for _ in ctx.needs_input_grad[1:]))

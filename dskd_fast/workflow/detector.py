@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -105,7 +105,7 @@ class Detector:
 
     model: DSKD
     scoring: Scoring
-    calibration: Calibration | None = field(default=None)
+    calibration: Calibration | None = None
 
     @property
     def device(self) -> torch.device:
@@ -198,8 +198,9 @@ class Detector:
 def threshold_from(scores: Iterable[float]) -> Threshold:
     """Threshold from the image scores of normal images that were not trained on.
 
-    A new normal image is equally likely to rank anywhere among n validation images, so the k-th largest of their
-    scores is exceeded with probability k / (n + 1), whatever the distribution (split conformal prediction).
+    A new normal image is equally likely to rank anywhere among n others, so the k-th largest of their scores is
+    exceeded with probability k / (n + 1), whatever the distribution (split conformal prediction). That the maps are
+    normalised on the same images shifts this a little, and more the fewer they are.
     """
     ranked = np.sort(np.asarray(list(scores), dtype=np.float64))[::-1]
     n = len(ranked)

@@ -36,12 +36,20 @@ def has_fast_bf16(device: torch.device) -> bool:
 @contextlib.contextmanager
 def numerics(precision: str, device: torch.device) -> Iterator[None]:
     """Run networks and losses in `precision`: "fp32", "tf32" (where the device has it) or "bf16" (autocast)."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    try:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        # The host program uses torch.backends.*.fp32_precision, with which this older setting must not be mixed: its
+        # own choice then stands.
+        with autocast:
+            yield
+        return
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     # Convolutions have a setting of their own, which is on by default.
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast:
             yield
     finally:
         torch.set_float32_matmul_precision(before[0])

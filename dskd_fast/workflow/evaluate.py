@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from dskd_fast.data.layout import KINDS, Category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
+from dskd_fast.files import write_file
 from dskd_fast.metrics.maps import ScoredMap, save_map, score_maps
 from dskd_fast.workflow.detector import VARIANTS, Detector, Maps
-from dskd_fast.workflow.run import write_file
 
 
 def evaluate(
@@ -86,8 +86,10 @@ def absences(category: Category) -> list[str]:
     """Why figures are absent, a sentence each; empty if all can be computed."""
     counts = category.n_images
     reasons = [f"no {kind} test images, so no figures that need them" for kind in KINDS if not counts[f"test/{kind}"]]
-    if category.localisation_obstacle is not None:
-        reasons.append(f"localisation (sPRO) not scored: {category.localisation_obstacle}")
+    for kind in KINDS[1:]:
+        obstacle = category.localisation_obstacle(kind)
+        if obstacle is not None and counts[f"test/{kind}"]:
+            reasons.append(f"no sPRO of {kind} anomalies: {obstacle}")
     return reasons
 
 

@@ -4,18 +4,21 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
 from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, list_images, read_image, resize_square
 from dskd_fast.errors import UserError
+from dskd_fast.files import write_file
 from dskd_fast.metrics.maps import save_map
 from dskd_fast.workflow.detector import Detector
 from dskd_fast.workflow.evaluate import decide
 from dskd_fast.workflow.overlay import overlay
-from dskd_fast.workflow.run import write_file
+
+# Full colour of a heat map where there is no threshold: standard deviations above the normal mean.
+_FULL_COLOUR = 20.0
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,22 @@ def predict(
         progress: called as progress(done, total).
 
     Returns:
-        One entry per image, in order. An image that cannot be read has its `error` set and does not stop the rest.
+        One entry per image, in order. An image that cannot be read, or whose pictures cannot be written, has its
+        `error` set and does not stop the rest.
 
     Raises:
         UserError: an input does not exist or holds no images, or the results cannot be written.
     """
     named = _with_names(inputs, out)
     predictions: list[Prediction] = []
-    for start in range(0, len(named), batch_size):
-        batch = named[start : start + batch_size]
-        predictions += _predict_batch(detector, batch, out, threshold, save_maps)
-        progress(start + len(batch), len(named))
-    _write_results(out, predictions)
+    try:
+        for start in range(0, len(named), batch_size):
+            batch = named[start : start + batch_size]
+            predictions += _predict_batch(detector, batch, out, threshold, save_maps)
+            progress(start + len(batch), len(named))
+    finally:
+        # Also when interrupted: what has been scored should not have to be scored again.
+        _write_results(out, predictions)
     return predictions
 
 
@@ -92,26 +99,23 @@ def _predict_batch(
         image, score, decision = images[path], scores[path], decide(scores[path], threshold)
         anomaly_map = detector.localisation_map(maps[path], image.shape[:2])
         # A score of 0 is the normal mean. The threshold is where the colours are half way, so what is bright decided.
-        high = 2 * threshold if threshold is not None and threshold > 0 else max(1.0, float(anomaly_map.max()))
+        high = 2 * threshold if threshold is not None and threshold > 0 else _FULL_COLOUR
         caption = f"score {score:.2f}"
         if threshold is not None:
             caption += f"   threshold {threshold:.2f}   {decision}"
         picture = overlay(image, anomaly_map, caption, low=0.0, high=high)
-        overlay_path = out / "overlays" / f"{name}.png"
-        write_file(overlay_path, lambda temporary, picture=picture: picture.save(temporary))
-        map_path = out / "maps" / f"{name}.tiff" if save_maps else None
-        if map_path is not None:
-            save_map(map_path, anomaly_map)
-        predictions.append(
-            Prediction(
-                str(path),
-                score,
-                threshold,
-                decision,
-                overlay_path.relative_to(out).as_posix(),
-                None if map_path is None else map_path.relative_to(out).as_posix(),
-            )
-        )
+        written: dict[str, str] = {}
+        try:
+            overlay_name = f"overlays/{name}.png"
+            write_file(out / overlay_name, lambda temporary, picture=picture: picture.save(temporary))
+            written["overlay"] = overlay_name
+            if save_maps:
+                map_name = f"maps/{name}.tiff"
+                save_map(out / map_name, anomaly_map)
+                written["map"] = map_name
+        except UserError as error:
+            written["error"] = str(error)
+        predictions.append(Prediction(str(path), score, threshold, decision, **written))
     return predictions
 
 
@@ -148,8 +152,18 @@ def _images_below(folder: Path, out: Path) -> list[Path]:
     """Images in a folder and its subfolders, but for hidden ones and the results of an earlier call."""
     results = {out.resolve(), out.resolve() / "overlays", out.resolve() / "maps"}
     images = []
-    for name, subfolders, _ in os.walk(folder):
+    seen: set[Path] = set()
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"cannot list the folder {error.filename}: {error.strerror}") from error
+
+    for name, subfolders, _ in os.walk(folder, onerror=unreadable, followlinks=True):
         here = Path(name)
+        if here.resolve() in seen:
+            # A link back to where we have been.
+            subfolders.clear()
+            continue
+        seen.add(here.resolve())
         subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and (here / s).resolve() not in results)
         images += list_images(here)
     return images
@@ -157,10 +171,11 @@ def _images_below(folder: Path, out: Path) -> list[Path]:
 
 def _write_results(out: Path, predictions: Iterable[Prediction]) -> None:
     rows = [asdict(prediction) for prediction in predictions]
+    columns = [field.name for field in fields(Prediction)]
 
     def write_csv(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer = csv.DictWriter(file, fieldnames=columns)
             writer.writeheader()
             writer.writerows(rows)
 

@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ import torchvision
 import dskd_fast
 from dskd_fast.data.layout import Category
 from dskd_fast.errors import UserError
+from dskd_fast.files import unwritable, write_file
 from dskd_fast.models import DSKD
 from dskd_fast.workflow.detector import BRANCHES, Calibration, Detector, Statistics, Threshold
 from dskd_fast.workflow.device import resolve_device
@@ -44,10 +45,10 @@ _FORMAT = 1
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when it is complete.
+    """A folder that holds its files only when they are complete.
 
-    Yields a temporary folder beside `target`, made at once so that an unwritable place is known of before any work;
-    it is renamed at the end, or removed on an error.
+    Yields a temporary folder beside `target` (inside it, if it is there already and empty), made at once so that an
+    unwritable place is known of before any work. On an error it is removed.
 
     Raises:
         UserError: `target` exists and is not an empty folder, or cannot be written.
@@ -58,45 +59,29 @@ def new_folder(target: Path) -> Iterator[Path]:
         # Through a link to an empty folder, the run goes where the link leads.
         target = target.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            # A mount point, say, cannot be replaced: better known before hours of training than after.
-            target.rmdir()
+        existed = target.is_dir()
         temporary = tempfile.TemporaryDirectory(
-            prefix=f".{target.name}.", suffix=".partial", dir=target.parent, ignore_cleanup_errors=True
+            prefix=f".{target.name[:200]}.",
+            suffix=".partial",
+            dir=target if existed else target.parent,
+            ignore_cleanup_errors=True,
         )
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise unwritable(target, error) from error
     with temporary as name:
         content = Path(name, "content")
         content.mkdir()
         yield content
         try:
-            content.rename(target)
+            if existed:
+                # It may be a mount point or somebody's working directory: filled, not replaced. What makes it a run
+                # comes last.
+                for entry in sorted(content.iterdir(), key=lambda path: path.name == CONFIG):
+                    entry.rename(target / entry.name)
+            else:
+                content.rename(target)
         except OSError as error:
-            raise _unwritable(target, error) from error
-
-
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file that appears under its name only when it is complete; an older one is replaced.
-
-    Args:
-        path: the file.
-        write: writes it under the name it is given, in the same folder and with the same suffix.
-
-    Raises:
-        UserError: it cannot be written; an older file is then still there.
-    """
-    # Without the stem: a longer name than the file's own could exceed what the file system takes.
-    temporary = path.with_name(f".{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
+            raise unwritable(target, error) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -110,14 +95,14 @@ def save_run(
     folder: Path, detector: Detector, options: TrainingOptions, category: Category, history: list[Epoch]
 ) -> None:
     """Write a trained detector into `folder`."""
-    write_json(folder / CONFIG, describe(options, category))
+    write_json(folder / CONFIG, describe(detector.model, options, category))
     state = {name: tensor.contiguous().cpu() for name, tensor in detector.model.state_dict().items()}
     write_file(folder / WEIGHTS, lambda temporary: safetensors.torch.save_file(state, temporary))
     write_json(folder / CALIBRATION, dataclasses.asdict(detector.calibration))
     write_json(folder / HISTORY, [dataclasses.asdict(epoch) for epoch in history])
 
 
-def describe(options: TrainingOptions, category: Category) -> dict[str, Any]:
+def describe(model: DSKD, options: TrainingOptions, category: Category) -> dict[str, Any]:
     """What a run's config.json holds."""
     return {
         "format": _FORMAT,
@@ -126,7 +111,9 @@ def describe(options: TrainingOptions, category: Category) -> dict[str, Any]:
         "data_root": str(category.root.absolute()),
         "n_images": category.n_images,
         "validation_source": category.validation_source,
+        "held_out": [path.name for path in category.validation] if category.validation_source == "holdout" else [],
         "options": dataclasses.asdict(options),
+        "resolved": {"gccb": model.gccb, "sigma": options.scoring.sigma},
         "versions": {
             "dskd_fast": dskd_fast.__version__,
             "python": platform.python_version(),
@@ -197,9 +184,9 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
     except FileNotFoundError:
         raise UserError(f"the run {folder} has no {WEIGHTS}: train again, or copy the whole folder") from None
     except (safetensors.SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{weights} is damaged or belongs to another run ({reason[:150]}): train again, or restore the file"
+            f"{weights} is damaged or belongs to another run ({reason[:200]}): train again, or restore the file"
         ) from None
     model = model.to(resolve_device(device), memory_format=torch.channels_last)
     return Detector(model, options.scoring, calibration), options, config
@@ -215,12 +202,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: train again, or copy the whole run folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): train again, or restore the file") from None
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path} ({error.strerror or error}): choose a writable place with enough room")
 
 
 def _commit() -> str | None:

@@ -136,21 +136,24 @@ def train(
         ImageError: names every image that cannot be read, before training starts.
         UserError: options that do not fit, weights that cannot be had, a loss that is no longer finite.
     """
+    if not category.train:
+        raise UserError(f"{category.root} has no training images: put good images into {category.root}/train/good")
     device = resolve_device(options.device)
-    torch.manual_seed(options.seed)
-    status(f"reading {len(category.train) + len(category.validation)} images")
+    status(f"building the networks with the teacher {options.teacher}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model = DSKD(
+            options.teacher,
+            image_size=options.image_size,
+            gccb=options.gccb,
+            stage4_init=options.stage4_init,
+            teacher_weights=options.teacher_weights,
+        ).to(device, memory_format=torch.channels_last)
+
+    status(f"reading the images: {len(category.train)} to train on, {len(category.validation)} to validate with")
     images = ImageStore([*category.train, *category.validation], options.image_size)
     train_indices = list(range(len(category.train)))
     validation_indices = list(range(len(category.train), len(images)))
-
-    status(f"building the networks with the teacher {options.teacher}")
-    model = DSKD(
-        options.teacher,
-        image_size=options.image_size,
-        gccb=options.gccb,
-        stage4_init=options.stage4_init,
-        teacher_weights=options.teacher_weights,
-    ).to(device, memory_format=torch.channels_last)
     history = _fit(model, images, train_indices, options, device, report)
 
     detector = Detector(model, options.scoring)

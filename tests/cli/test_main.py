@@ -57,7 +57,7 @@ def test_an_interrupt_from_outside_leaves_nothing_half_written(tmp_path, data_ro
     finally:
         training.kill()
     assert training.returncode == 130
-    assert err == "dskd-fast: interrupted; nothing was left half written\n"
+    assert err == "dskd-fast: interrupted; no file was left half written\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -171,7 +171,7 @@ def test_any_finite_threshold_is_accepted(cli, monkeypatch, text, attribute, val
     ("error", "code", "message"),
     [
         (UserError("the cable is loose: push it in"), 2, "the cable is loose: push it in"),
-        (KeyboardInterrupt(), 130, "interrupted; nothing was left half written"),
+        (KeyboardInterrupt(), 130, "interrupted; no file was left half written"),
         (MemoryError(), 2, "out of memory (no details): lower --batch-size or --image-size"),
         (RuntimeError("CUDA out of memory.\nTried"), 2, "out of memory (CUDA out of memory.): lower --batch-size or "),
         (OSError(36, "File name too long", "aaa"), 2, "aaa cannot be used: File name too long"),

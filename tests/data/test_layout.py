@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -82,8 +83,8 @@ def test_loco(loco):
         ("test/logical_anomalies/001", "logical_anomalies", "logical"),
         ("test/structural_anomalies/000", "structural_anomalies", "structural"),
     ]
-    assert category.can_score_localisation
-    assert category.localisation_obstacle is None
+    assert category.localisation_obstacle("structural") is None
+    assert category.localisation_obstacle("logical") is None
     assert category.defects(category.test[0]) == []
 
 
@@ -158,9 +159,10 @@ def test_missing_ground_truth_is_no_ground_truth_rather_than_no_defect(loco):
     category = open_category(loco, None)
     assert category.defects(item_of(category, "test/logical_anomalies/001")) is None
     assert category.defects(item_of(category, "test/logical_anomalies/000")) is not None
-    assert not category.can_score_localisation
-    assert "1 of the 3 anomalous" in category.localisation_obstacle
-    assert str(loco / "test/logical_anomalies/001.png") in category.localisation_obstacle
+    assert category.localisation_obstacle("structural") is None
+    obstacle = category.localisation_obstacle("logical")
+    assert re.search(r"1 of the \d+ logical test images", obstacle)
+    assert str(loco / "test/logical_anomalies/001.png") in obstacle
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_the_papers_37_logical_images_of_mvtec_ad(tmp_path):
     for name in ("cable", "capsule", "transistor", "bottle"):
         category = open_category(tmp_path, name)
         assert category.layout == "mvtec_ad"
-        assert category.can_score_localisation
+        assert category.localisation_obstacle("structural") is None
         assert category.n_images["test/good"] == 3
         for item in category.test:
             logical[name] += item.kind == "logical"
@@ -270,7 +272,7 @@ def test_own_folder_with_any_mask_convention(tmp_path, mask_name):
     assert item.kind == "structural"
     (defect,) = category.defects(item)
     assert (defect.saturation, defect.name) == (200, "größer Kratzer")
-    assert category.can_score_localisation
+    assert category.localisation_obstacle("structural") is None
 
 
 def test_a_folder_named_logical_anomalies_is_logical(tmp_path):
@@ -294,8 +296,7 @@ def test_images_alone_are_enough(tmp_path, below):
         assert category.train == tuple(root / below / name for name in numbered(4))
         assert (category.validation, category.validation_source, category.test) == ((), "none", ())
         assert category.defect_types is None
-        assert not category.can_score_localisation
-        assert "no anomalous test images" in category.localisation_obstacle
+        assert "no structural test images" in category.localisation_obstacle("structural")
 
 
 def test_a_subfolder_of_that_name_wins_over_the_folder_itself(tmp_path):
@@ -429,7 +430,7 @@ def test_another_category_is_not_quietly_taken(loco):
 
 def test_a_category_folder_without_images(tmp_path):
     touch(tmp_path / "a")
-    with pytest.raises(UserError, match="neither"):
+    with pytest.raises(UserError, match="no folder train or test and no images"):
         open_category(tmp_path, "a")
 
 
@@ -460,3 +461,20 @@ def test_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     touch(tmp_path / "mine", "a.png")
     assert open_category("~/mine", None).root == tmp_path / "mine"
+
+
+def test_a_test_set_alone_is_a_category_without_training_images(tmp_path):
+    touch(tmp_path / "mine/test/good", *numbered(2))
+    category = open_category(tmp_path, "mine")
+    assert (category.train, category.validation, len(category.test)) == ((), (), 2)
+
+
+@pytest.mark.parametrize("split", ["train/good", "train", "validation/good"])
+def test_images_that_would_be_passed_over_are_an_error(tmp_path, split):
+    touch(tmp_path / "train/good", "0.png")
+    touch(tmp_path / split, "1.png")
+    touch(tmp_path / split / "line 2", "2.png")
+    if split == "train":
+        (tmp_path / "train/good/0.png").unlink()
+    with pytest.raises(UserError, match="line 2 holds images that would not be used"):
+        open_category(tmp_path, None)

@@ -316,3 +316,33 @@ def test_a_file_in_place_of_the_results_folder_is_a_user_error(tiny_detector, ou
     with pytest.raises(UserError, match="cannot write"):
         predict(tiny_detector, write_images(tmp_path, 1), out, threshold=None)
     assert out.read_text() == "mine"
+
+
+def test_what_was_scored_before_an_interrupt_is_written(tiny_detector, out, write_images, tmp_path):
+    write_images(tmp_path / "images", 5)
+
+    def interrupt(done, _):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(tiny_detector, [tmp_path / "images"], out, threshold=1.0, batch_size=2, progress=interrupt)
+    lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["error"] for line in lines] == [None] * 4
+
+
+def test_folders_behind_links_are_searched_once(tiny_detector, out, write_images, tmp_path):
+    write_images(tmp_path / "elsewhere", 2)
+    write_images(tmp_path / "images", 1)
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "round").symlink_to(tmp_path / "images")
+    assert len(predict(tiny_detector, [tmp_path / "images"], out, threshold=1.0)) == 3
+
+
+def test_a_picture_that_cannot_be_written_does_not_stop_the_rest(tiny_detector, out, write_images, tmp_path):
+    first, second = write_images(tmp_path / "images", 2)
+    (out / "overlays" / f"{first.stem}.png").mkdir(parents=True)
+    blocked, fine = predict(tiny_detector, [first, second], out, threshold=1.0)
+    assert "cannot write" in blocked.error
+    assert (blocked.score is not None, blocked.overlay) == (True, None)
+    assert (fine.error, (out / fine.overlay).is_file()) == (None, True)

@@ -85,12 +85,23 @@ def test_an_empty_folder_may_be_filled_through_a_link_too(tmp_path):
     assert (tmp_path / "disk" / "real" / "a").is_file()
 
 
-def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
-    (tmp_path / "volume").mkdir()
-    monkeypatch.setattr(Path, "rmdir", fail(errno.EBUSY))
-    busy = pytest.raises(UserError, match=r"cannot write .*volume \(Device or resource busy\)")
-    with busy, new_folder(tmp_path / "volume"):
-        pytest.fail("too late")
+def test_a_mount_point_or_working_directory_is_filled_not_replaced(tmp_path, monkeypatch):
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    monkeypatch.chdir(volume)
+    inode = volume.stat().st_ino
+    with new_folder(Path(".")) as folder:
+        (folder / "config.json").touch()
+        (folder / "weights").touch()
+    assert volume.stat().st_ino == inode
+    assert sorted(path.name for path in volume.iterdir()) == ["config.json", "weights"]
+
+
+def test_an_empty_folder_is_still_there_after_a_failure(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "empty") as folder:
+        (folder / "a").write_text(str(1 / 0))
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])

@@ -266,11 +266,11 @@ def test_the_smallest_images_train_in_batches_of_two(few, tiny_options):
 # ------------------------------------------------------------------------------------------------ what goes wrong
 
 
-def test_all_bad_images_are_named_before_anything_is_built(category, tiny_options, monkeypatch):
+def test_all_bad_images_are_named_before_training_starts(category, tiny_options, monkeypatch):
     (category.train[1]).write_bytes(b"")
     category.train[6].write_bytes(category.train[6].read_bytes()[:200])
     category.validation[2].write_text("no image")
-    monkeypatch.setattr(train_module, "DSKD", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(train_module, "_fit", lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(ImageError) as caught:
         train(category, tiny_options())
     assert [path for path, _ in caught.value.failures] == [
@@ -354,3 +354,14 @@ def test_the_defaults_are_the_papers_recipe():
     assert (options.image_size, options.epochs, options.batch_size, options.lr) == (256, 200, 16, 0.005)
     assert (options.temperature, options.local_loss, options.schedule) == (1.0, "cosine", "constant")
     assert (options.filter_maps, options.align_corners, options.precision) == (False, False, "fp32")
+
+
+def test_a_category_without_training_images_is_refused(category, tiny_options):
+    with pytest.raises(UserError, match="has no training images"):
+        train(dataclasses.replace(category, train=()), tiny_options())
+
+
+def test_the_callers_random_state_is_left_alone(category, tiny_options):
+    before = torch.random.get_rng_state()
+    train(category, tiny_options())
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -1,0 +1,36 @@
+"""Files that appear under their name only when they are complete."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dskd_fast.errors import UserError
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file that appears under its name only when it is complete; an older one is replaced.
+
+    Args:
+        path: the file; its folders are made.
+        write: writes it under the name it is given, in the same folder and with the same suffix.
+
+    Raises:
+        UserError: it cannot be written; an older file is then still there.
+    """
+    # Without the stem: a longer name than the file's own could exceed what the file system takes.
+    temporary = path.with_name(f".{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """The sentence for a place that cannot be written."""
+    return UserError(f"cannot write {path} ({error.strerror or error}): choose a writable place with enough room")
