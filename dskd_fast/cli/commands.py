@@ -15,7 +15,7 @@ from dskd_fast.data.layout import default_data_root, open_category
 from dskd_fast.errors import UserError
 from dskd_fast.metrics.maps import read_maps, score_maps
 from dskd_fast.workflow import run as runs
-from dskd_fast.workflow.demo import make_data, options_for_demo, pick_examples
+from dskd_fast.workflow.demo import make_data, options_for_demo
 from dskd_fast.workflow.evaluate import absences
 from dskd_fast.workflow.evaluate import evaluate as evaluate_detector
 from dskd_fast.workflow.predict import predict as predict_images
@@ -132,8 +132,7 @@ def demo(arguments: argparse.Namespace) -> int:
     metrics = _evaluate_run(run, category.root.parent, arguments.device, None, None)
     console.print("4. drawing heat maps")
     detector, _, _ = runs.load_run(run, arguments.device)
-    examples = pick_examples(category)
-    predict_images(detector, examples, out / "heat_maps", threshold=metrics["threshold"])
+    predict_images(detector, [category.root / "test"], out / "heat_maps", threshold=metrics["threshold"])
     both, alone = (f"{figures['auroc']['logical']:.3f}" for figures in (metrics, metrics["local"]))
     console.print(
         f"\nlogical anomalies (missing, surplus or wrong parts), AUROC: {alone} by the local student alone, "

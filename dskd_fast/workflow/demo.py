@@ -9,7 +9,6 @@ from dskd_fast.workflow.device import has_fast_bf16, resolve_device
 from dskd_fast.workflow.train import TrainingOptions
 
 _COUNTS = {"n_train": 96, "n_validation": 16, "n_test_good": 24, "n_structural": 24, "n_logical": 33}
-_EXAMPLES_PER_KIND = 3
 
 
 def make_data(folder: Path, seed: int) -> Category:
@@ -36,12 +35,3 @@ def options_for_demo(device: str, seed: int) -> TrainingOptions:
         device=device,
         seed=seed,
     )
-
-
-def pick_examples(category: Category) -> list[Path]:
-    """Test images to draw: a few of each kind."""
-    return [
-        item.path
-        for kind in ("good", "structural", "logical")
-        for item in [i for i in category.test if i.kind == kind][:_EXAMPLES_PER_KIND]
-    ]
