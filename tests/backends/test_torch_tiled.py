@@ -1,5 +1,7 @@
 import decimal
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -367,6 +369,23 @@ def test_settings_neither_change_the_result_nor_are_changed(truth, make_features
         result = affinity(student, teacher, 0.1, precision)
         assert torch.is_autocast_enabled("cpu")
     truth.check(result, exact, limits)
+    assert matmul_settings() == settings
+
+
+def test_settings_survive_calls_from_several_threads(make_features, global_precision):
+    student, teacher = make_features(65, 17, 0.1)
+    alone = {precision: affinity(student, teacher, 0.1, precision) for precision in PRECISIONS}
+    settings = matmul_settings()
+    start = threading.Barrier(len(PRECISIONS))
+
+    def call(precision):
+        start.wait()
+        return [affinity(student, teacher, 0.1, precision) for _ in range(20)]
+
+    with ThreadPoolExecutor(len(PRECISIONS)) as pool:
+        for precision, results in zip(PRECISIONS, pool.map(call, PRECISIONS), strict=True):
+            for result in results:
+                assert all(map(torch.equal, result, alone[precision]))
     assert matmul_settings() == settings
 
 
