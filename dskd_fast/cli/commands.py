@@ -16,7 +16,7 @@ from dskd_fast.errors import UserError
 from dskd_fast.metrics.maps import read_maps, score_maps
 from dskd_fast.workflow import run as runs
 from dskd_fast.workflow.demo import make_data, options_for_demo
-from dskd_fast.workflow.evaluate import absences
+from dskd_fast.workflow.evaluate import absences, count_kinds
 from dskd_fast.workflow.evaluate import evaluate as evaluate_detector
 from dskd_fast.workflow.predict import predict as predict_images
 from dskd_fast.workflow.train import TrainingOptions
@@ -70,7 +70,7 @@ def evaluate_maps(arguments: argparse.Namespace) -> int:
         maps = read_maps(arguments.maps, category, image_size)
         figures = score_maps(_counted(maps, len(category.test), progress))
     result = {"category": category.name, **figures, "image_score": "maximum of the map"}
-    result |= {"n_images": _test_counts(category), "absent": absences(category)}
+    result |= {"n_images": count_kinds(category), "absent": absences(category)}
     if arguments.out is not None:
         runs.write_json(arguments.out, result)
     console.print(results_table(f"{category.name}, maps in {arguments.maps}", {"maps": figures}), soft_wrap=False)
@@ -96,12 +96,12 @@ def predict(arguments: argparse.Namespace) -> int:
         )
     failed = [p for p in predictions if p.error is not None]
     anomalous = sum(p.decision == "anomalous" for p in predictions)
-    console.print(f"{len(predictions) - len(failed)} images scored", end="")
+    console.print(f"{sum(p.score is not None for p in predictions)} images scored", end="")
     if threshold is not None:
         console.print(f", {anomalous} anomalous (score above {threshold:.4g})", end="")
     console.print(f"; results in {arguments.out}")
     for p in failed:
-        console.print(f"not read: {p.path}: {p.error}", style="red")
+        console.print(f"{'not read' if p.score is None else 'not drawn'}: {p.path}: {p.error}", style="red")
     return 1 if failed else 0
 
 
@@ -191,10 +191,6 @@ def _threshold(detector: Any, given: float | None) -> float | None:
     if given is not None:
         return given
     return None if detector.calibration.threshold is None else detector.calibration.threshold.value
-
-
-def _test_counts(category: Any) -> dict[str, int]:
-    return {k.removeprefix("test/"): n for k, n in category.n_images.items() if k.startswith("test/")}
 
 
 def _counted(items: Any, total: int, progress: Any) -> Any:

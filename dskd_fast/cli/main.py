@@ -10,6 +10,8 @@ from pathlib import Path
 
 import dskd_fast
 from dskd_fast.errors import UserError
+from dskd_fast.functional import TEMPERATURE_RANGE
+from dskd_fast.workflow.device import DEVICES, PRECISIONS
 
 DESCRIPTION = """\
 Find what is wrong in images of a product, having seen only good ones.
@@ -239,7 +241,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_device(running)
     running.add_argument(
         "--precision",
-        choices=("fp32", "tf32", "bf16"),
+        choices=PRECISIONS,
         default="fp32",
         help="of the networks and the affinities in training; scoring is always in fp32 (default: fp32)",
     )
@@ -264,7 +266,7 @@ def _add_data_root(parser: argparse._ActionsContainer) -> None:
 def _add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device",
-        choices=("auto", "cpu", "cuda"),
+        choices=DEVICES,
         default="auto",
         help="auto: the GPU if there is one (default: auto)",
     )
@@ -302,7 +304,8 @@ def _positive_number(text: str) -> float:
 
 
 def _temperature(text: str) -> float:
-    return _number(text, float, "a number from 0.01 to 100", low=0.01, high=100)
+    low, high = TEMPERATURE_RANGE
+    return _number(text, float, f"a number from {low} to {high:g}", low=low, high=high)
 
 
 def _share(text: str) -> float:

@@ -70,7 +70,7 @@ def evaluate(
         **figures["combined"],
         "local": figures["local"],
         "global": figures["global"],
-        "n_images": {kind: int((kinds == kind).sum()) for kind in KINDS},
+        "n_images": count_kinds(category),
         "threshold": threshold,
         "decisions": None
         if threshold is None
@@ -82,13 +82,18 @@ def evaluate(
     return result
 
 
+def count_kinds(category: Category) -> dict[str, int]:
+    """Number of test images of each kind."""
+    return {kind: category.n_images[f"test/{kind}"] for kind in KINDS}
+
+
 def absences(category: Category) -> list[str]:
     """Why figures are absent, a sentence each; empty if all can be computed."""
-    counts = category.n_images
-    reasons = [f"no {kind} test images, so no figures that need them" for kind in KINDS if not counts[f"test/{kind}"]]
+    counts = count_kinds(category)
+    reasons = [f"no {kind} test images, so no figures that need them" for kind in KINDS if not counts[kind]]
     for kind in KINDS[1:]:
         obstacle = category.localisation_obstacle(kind)
-        if obstacle is not None and counts[f"test/{kind}"]:
+        if obstacle is not None and counts[kind]:
             reasons.append(f"no sPRO of {kind} anomalies: {obstacle}")
     return reasons
 

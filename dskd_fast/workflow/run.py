@@ -4,7 +4,8 @@ config.json          every option, the category, versions, seed, commit
 weights.safetensors  teacher and both students
 calibration.json     normalisation statistics and decision threshold
 history.json         losses and speed per epoch
-metrics.json         written by `evaluate`
+metrics.json         figures, written by `evaluate`
+scores.csv           scores of each test image, written by `evaluate`
 """
 
 import dataclasses

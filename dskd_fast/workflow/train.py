@@ -12,6 +12,7 @@ from dskd_fast.data.augment import Augmentation
 from dskd_fast.data.layout import Category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
+from dskd_fast.functional import TEMPERATURE_RANGE
 from dskd_fast.losses import ContextualAffinityLoss, CosineDistanceLoss
 from dskd_fast.models import DSKD
 from dskd_fast.workflow.detector import Detector, Scoring, to_float
@@ -84,7 +85,8 @@ class TrainingOptions:
             check(name, getattr(self, name) >= 1, "a whole number from 1 up")
         check("seed", 0 <= self.seed < 2**63, "a whole number from 0 up")
         check("lr", 0 < self.lr < math.inf, "a number above 0")
-        check("temperature", 0.01 <= self.temperature <= 100, "a number from 0.01 to 100")
+        low, high = TEMPERATURE_RANGE
+        check("temperature", low <= self.temperature <= high, f"a number from {low} to {high:g}")
         check("sigma", self.sigma is None or 0 < self.sigma <= self.image_size, "a number above 0, up to image_size")
         Augmentation.parse(self.augmentation)
 
@@ -233,15 +235,12 @@ def _fit(
 
 
 class _Batches:
-    """A re-iterable sequence of uint8 batches."""
+    """Batches of uint8 images that can be gone through again."""
 
     def __init__(self, images: ImageStore, indices: list[int], batch_size: int) -> None:
         self.images = images
         self.indices = indices
         self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.indices) / self.batch_size)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for i in range(0, len(self.indices), self.batch_size):
