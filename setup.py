@@ -2,4 +2,7 @@
 
 from setuptools import find_packages, setup
 
-setup(packages=find_packages(include=["dskd_fast", "dskd_fast.*"]))
+setup(
+    packages=[*find_packages(include=["dskd_fast", "dskd_fast.*"]), "dskd_fast.kernels"],
+    package_dir={"dskd_fast.kernels": "kernels"},
+)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dskd_fast.ops import operators
-from dskd_fast.ops.dispatch import resolve_backend, resolve_precision
+from dskd_fast.ops.dispatch import check_backend, resolve_precision
 
 TEMPERATURE_RANGE = (0.01, 100.0)
 
@@ -49,14 +49,15 @@ def contextual_affinity(
         ValueError: shapes, devices, temperature, precision or backend outside of the above, or the teacher requires
             grad.
     """
-    s, t, shape = _as_rows(student, teacher)
+    s, t, shape = _as_maps(student, teacher)
     check_temperature(temperature)
+    check_backend(backend)
     kl, _ = operators.contextual_affinity(
         s,
         t,
         float(temperature),
         resolve_precision(precision, s, t),
-        resolve_backend(backend),
+        backend,
         torch.is_grad_enabled() and student.requires_grad,
     )
     return kl.reshape(shape)
@@ -77,10 +78,9 @@ def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") 
         TypeError: an input is not a floating tensor.
         ValueError: shapes, devices or backend outside of the above, or the teacher requires grad.
     """
-    s, t, shape = _as_rows(student, teacher)
-    distance, _ = operators.cosine_distance(
-        s, t, resolve_backend(backend), torch.is_grad_enabled() and student.requires_grad
-    )
+    s, t, shape = _as_maps(student, teacher)
+    check_backend(backend)
+    distance, _ = operators.cosine_distance(s, t, backend, torch.is_grad_enabled() and student.requires_grad)
     return distance.reshape(shape)
 
 
@@ -94,8 +94,8 @@ def check_temperature(temperature: float) -> None:
         )
 
 
-def _as_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
-    """Check the pair; return both as (B, N, C) and the shape of the map."""
+def _as_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+    """Check the pair; return both as views (B, C, H, W) and the shape of the map."""
     for name, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}: pass a floating-point tensor")
@@ -118,7 +118,6 @@ def _as_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Si
             "teacher requires grad, but the loss is differentiable in the student alone: "
             "run the teacher under torch.no_grad() or pass teacher.detach()"
         )
-    if student.dim() == 3:
-        return student, teacher, student.shape[:2]
-    shape = torch.Size((student.shape[0], *student.shape[2:]))
-    return student.flatten(2).mT, teacher.flatten(2).mT, shape
+    if student.dim() == 4:
+        return student, teacher, torch.Size((student.shape[0], *student.shape[2:]))
+    return student.mT.unsqueeze(-1), teacher.mT.unsqueeze(-1), student.shape[:2]

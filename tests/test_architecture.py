@@ -8,22 +8,25 @@ from pathlib import Path
 import pytest
 
 import dskd_fast
+import dskd_fast.kernels
 
 PACKAGE = Path(dskd_fast.__file__).parent
+KERNELS = Path(dskd_fast.kernels.__file__).parent  # a folder of its own in the repository
 
 # What each part may import, itself apart. Everything may import errors.
 ALLOWED = {
     "errors": set(),
     "files": set(),
     "reference": set(),
-    "backends": set(),
+    "kernels": set(),
+    "backends": {"kernels"},
     "ops": {"backends"},
     "functional": {"ops"},
     "losses": {"functional"},
     "models": {"functional", "losses"},
     "data": set(),
     "metrics": {"files"},
-    "workflow": {"files", "data", "metrics", "models", "losses", "functional", "package"},
+    "workflow": {"files", "data", "metrics", "models", "losses", "functional", "ops", "package"},
     "cli": {"workflow", "data", "metrics", "models", "losses", "functional", "package"},
     "package": {"functional", "losses", "models"},
     "__main__": {"cli"},
@@ -61,10 +64,11 @@ def imports_of(source, module, is_package):
 
 
 def modules():
-    for file in sorted(PACKAGE.rglob("*.py")):
-        names = ["dskd_fast", *file.relative_to(PACKAGE).with_suffix("").parts]
-        is_package = names[-1] == "__init__"
-        yield file, ".".join(names[:-1] if is_package else names), is_package
+    for folder, package in ((PACKAGE, ["dskd_fast"]), (KERNELS, ["dskd_fast", "kernels"])):
+        for file in sorted(folder.rglob("*.py")):
+            names = [*package, *file.relative_to(folder).with_suffix("").parts]
+            is_package = names[-1] == "__init__"
+            yield file, ".".join(names[:-1] if is_package else names), is_package
 
 
 def test_every_part_is_known():
@@ -76,7 +80,7 @@ def test_every_part_is_known():
 def test_nothing_imports_from_above(file, module, is_package):
     own = part_of(module)
     wrong = [
-        f"{file.relative_to(PACKAGE)}:{line} imports {part}"
+        f"{file}:{line} imports {part}"
         for part, line in imports_of(file.read_text(encoding="utf-8"), module, is_package)
         if part not in {own, "errors"} | ALLOWED[own]
     ]
@@ -134,3 +138,12 @@ def test_the_model_is_imported_when_asked_for():
 
 def test_the_version_is_a_version():
     assert all(part.isdigit() for part in dskd_fast.__version__.split("."))
+
+
+def test_the_kernels_are_no_package_of_their_own():
+    """Installed as a top-level `kernels`, they would shadow anyone else's."""
+    found = run_python(
+        "import importlib.util, os, sys; os.chdir('/'); sys.path = [p for p in sys.path if p]\n"
+        "print(importlib.util.find_spec('kernels'), importlib.util.find_spec('dskd_fast.kernels') is not None)"
+    )
+    assert found == ["None", "True"]

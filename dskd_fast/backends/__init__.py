@@ -1,5 +1,22 @@
 """Implementations of the operators, one module per backend.
 
-Each takes (B, N, C) tensors of any strides and returns plain results; autograd, argument checks and the choice among
-backends live above, in `dskd_fast.ops`.
+Each module has
+
+    contextual_affinity(student, teacher, temperature, precision, with_gradient) -> map, gradient or None
+    cosine_distance(student, teacher, with_gradient) -> map, gradient or None
+    refusal(student, teacher, precision) -> why it cannot serve this call, None if it can; precision None: the cosine
+
+on tensors (B, C, H, W) of any strides, of one device and any floating dtypes it does not refuse. The map is (B, H, W),
+contiguous, the gradient of each entry with respect to its own student vector (B, C, H, W), laid out like
+`torch.empty_like(student)`, both in `accumulation_dtype`. Inputs are never written to. Autograd, argument checks and the
+choice among backends live above, in `dskd_fast.ops`.
 """
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(student: Tensor, teacher: Tensor, precision: str) -> torch.dtype:
+    """float64 where an input is float64 and nothing is to be rounded below it, else float32."""
+    double = precision == "ieee" and torch.float64 in (student.dtype, teacher.dtype)
+    return torch.float64 if double else torch.float32

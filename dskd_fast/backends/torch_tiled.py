@@ -21,6 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dskd_fast.backends import accumulation_dtype
+
 # On a CPU a slab's working set should stay in the second-level cache; on a GPU it should fill the device.
 _SLAB_ELEMENTS = {"cpu": 1 << 18}
 _SLAB_ELEMENTS_ELSEWHERE = 1 << 23
@@ -35,21 +37,49 @@ _LOGIT_LIMIT = 30.0
 _SETTINGS_LOCK = threading.RLock()
 
 
+def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> None:
+    """None: this backend serves every call."""
+
+
 def contextual_affinity(
     student: Tensor, teacher: Tensor, temperature: float, precision: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """KL map and, if wanted, its gradient with respect to the raw student features.
+    """KL map and, if wanted, its gradient; see `dskd_fast.backends`.
 
-    Args:
-        student, teacher: (B, N, C), floating, any strides, one device.
-        temperature: T.
-        precision: rounding of the matrix operands: "ieee", "tf32", "bf16" or "fp16". Accumulation is in float32, or in
-            float64 for "ieee" with a float64 input.
-        with_gradient: whether to compute the gradient too.
-
-    Returns:
-        KL (B, N) and dKL_i/dstudent_i (B, N, C, strides of `student`) or None, both in the accumulation dtype.
+    Accumulation is in float32, or in float64 for "ieee" with a float64 input.
     """
+    kl, gradient = _contextual_affinity(
+        student.flatten(2).mT, teacher.flatten(2).mT, temperature, precision, with_gradient
+    )
+    return _as_maps(kl, gradient, student)
+
+
+def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Cosine distance map and, if wanted, its gradient; see `dskd_fast.backends`.
+
+    1 - <s, t> = |s - t|^2 / 2 for unit vectors: the right-hand side keeps its digits when s is close to t.
+    """
+    distance, gradient = _cosine_distance(student.flatten(2).mT, teacher.flatten(2).mT, with_gradient)
+    return _as_maps(distance, gradient, student)
+
+
+def _as_maps(values: Tensor, gradient: Tensor | None, student: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(B, N) and (B, N, C) -> (B, H, W) and (B, C, H, W), the latter laid out as is expected of it."""
+    values = values.unflatten(1, student.shape[2:])
+    if gradient is None:
+        return values, None
+    gradient = gradient.mT.unflatten(2, student.shape[2:])
+    # They differ for a student whose rows and columns cannot be flattened without a copy.
+    expected = torch.empty_like(student, dtype=gradient.dtype, device="meta").stride()
+    if gradient.stride() != expected:
+        gradient = torch.empty_like(student, dtype=gradient.dtype).copy_(gradient)
+    return values, gradient
+
+
+def _contextual_affinity(
+    student: Tensor, teacher: Tensor, temperature: float, precision: str, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same on rows: (B, N, C) twice -> (B, N) and (B, N, C) or None."""
     batch, n, _ = student.shape
     dtype = accumulation_dtype(student, teacher, precision)
     kl = torch.empty((batch, n), dtype=dtype, device=student.device)
@@ -89,14 +119,8 @@ def contextual_affinity(
     return kl, gradient
 
 
-def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Cosine distance map and, if wanted, its gradient with respect to the raw student features.
-
-    1 - <s, t> = |s - t|^2 / 2 for unit vectors: the right-hand side keeps its digits when s is close to t.
-
-    Returns:
-        (B, N) and (B, N, C, strides of `student`) or None, in float32 (float64 if an input is float64).
-    """
+def _cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The same on rows: (B, N, C) twice -> (B, N) and (B, N, C) or None."""
     dtype = accumulation_dtype(student, teacher, "ieee")
     distance = torch.empty(student.shape[:2], dtype=dtype, device=student.device)
     gradient = torch.empty_like(student, dtype=dtype) if with_gradient else None
@@ -119,12 +143,6 @@ def directions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor
     s, inverse_norm = _normalise(student)
     t, _ = _normalise(teacher)
     return s, t, s - t, inverse_norm
-
-
-def accumulation_dtype(student: Tensor, teacher: Tensor, precision: str) -> torch.dtype:
-    """float64 where an input is float64 and nothing is to be rounded below it, else float32."""
-    double = precision == "ieee" and torch.float64 in (student.dtype, teacher.dtype)
-    return torch.float64 if double else torch.float32
 
 
 def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dskd_fast.cli.display import console, counter, results_table, training_progress
+from dskd_fast.cli.display import backends_table, console, counter, results_table, training_progress
 from dskd_fast.data.augment import Augmentation, for_category
 from dskd_fast.data.images import image_size
 from dskd_fast.data.layout import default_data_root, open_category
 from dskd_fast.errors import UserError
 from dskd_fast.metrics.maps import read_maps, score_maps
+from dskd_fast.workflow import doctor as diagnosis
 from dskd_fast.workflow import run as runs
 from dskd_fast.workflow.demo import make_data, options_for_demo
 from dskd_fast.workflow.evaluate import absences, count_kinds
@@ -139,6 +140,14 @@ def demo(arguments: argparse.Namespace) -> int:
         f"{both} with the global one\nheat maps: {out / 'heat_maps' / 'overlays'}\nrun:       {run}\n"
         f"your own images: dskd-fast train --data-root FOLDER_OF_GOOD_IMAGES --teacher lite",
     )
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    for name, value in diagnosis.versions().items():
+        console.print(f"{name:14} {value}")
+    console.print(backends_table(diagnosis.services()), soft_wrap=False)
+    console.print(diagnosis.default_backend())
     return 0
 
 

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dskd_fast.metrics.spro import FPR_LIMITS
+from dskd_fast.workflow.doctor import Service
 from dskd_fast.workflow.train import Progress as TrainingState
 
 # What is printed is mostly paths: brackets and colons in them are not markup, and a line break would spoil them.
@@ -70,6 +71,24 @@ def counter(title: str) -> Iterator[Callable[[str, int, int], None]]:
 
     with bar:
         yield progress
+
+
+def backends_table(services: Iterable[Service]) -> Table:
+    """Which backends serve which calls, and why the others do not."""
+    table = Table(title="backends of the losses", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("device", "inputs", "backend", ""):
+        table.add_column(column, overflow="fold")
+    before = None
+    for service in services:
+        call = service.device, service.dtype
+        if before not in (None, call):
+            table.add_section()
+        verdict = (
+            f"no: {service.reason}" if service.reason else "yes, the automatic choice" if service.is_choice else "yes"
+        )
+        table.add_row(*(call if call != before else ("", "")), service.backend, verdict)
+        before = call
+    return table
 
 
 def results_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:

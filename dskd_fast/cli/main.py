@@ -126,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     info = command("info", "Show what a run folder holds.")
     _add_run(info)
 
+    command("doctor", "Show what is installed here and which backends can serve the losses, and why not.")
+
     demo = command(
         "demo",
         "The whole job on synthetic images, without any download.",

@@ -1,27 +1,104 @@
 """Which backend serves a call, and which rounding `precision=None` stands for."""
 
+import os
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dskd_fast.backends import torch_tiled
+from dskd_fast.errors import UserError
 
-BACKENDS: dict[str, ModuleType] = {"torch": torch_tiled}
+BACKENDS = ("triton", "cuda", "cpu", "torch")
+# In the order of preference. Under Triton's interpreter "triton" takes CPU tensors too, but never by itself: it is slow.
+AUTOMATIC = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
+AUTOMATIC_ELSEWHERE = ("torch",)
+BACKEND_VARIABLE = "DSKD_FAST_BACKEND"
+
 PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
 # PyTorch's setting for float32 products, looked up when the operator runs: torch.compile can neither trace it nor
 # notice that it has changed.
 AMBIENT = "ambient"
 
 
-def resolve_backend(backend: str) -> str:
-    """The name of the backend that serves `backend`, which is one of `BACKENDS` or "auto"."""
-    if backend == "auto":
-        return "torch"
-    if backend not in BACKENDS:
+class BackendError(UserError, RuntimeError):
+    """A backend that was asked for by name cannot serve a call, or the variable names none."""
+
+
+class Choice(NamedTuple):
+    """The backend for a call, and those that were preferred to it with the reason why they cannot serve it."""
+
+    name: str
+    passed_over: dict[str, str]
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend of this version.
+
+    Raises:
+        ImportError: what it is built on is missing, or this version has no such backend.
+    """
+    # Imported late: Triton takes a second, and a process that works on a CPU never needs it.
+    if name == "triton":
+        from dskd_fast.backends import triton_fused
+
+        return triton_fused
+    if name == "torch":
+        from dskd_fast.backends import torch_tiled
+
+        return torch_tiled
+    raise ImportError("this version of dskd-fast does not have it yet")
+
+
+def refusal(name: str, student: Tensor, teacher: Tensor, precision: str | None) -> str | None:
+    """Why a backend cannot serve a call, None if it can. Precision None stands for the cosine distance."""
+    try:
+        module = load(name)
+    except ImportError as error:
+        return str(error)
+    return module.refusal(student, teacher, precision)
+
+
+def choose(backend: str, student: Tensor, teacher: Tensor, precision: str | None) -> Choice:
+    """The backend that serves a call on (B, C, H, W) tensors.
+
+    Args:
+        backend: one of `BACKENDS`, which is then used or is an error; or "auto": the one that the environment variable
+            DSKD_FAST_BACKEND names, under the same rule, or else the first of the device's that can serve the call.
+        student, teacher, precision: of the call; precision None stands for the cosine distance.
+
+    Raises:
+        ValueError: the backend is not known.
+        BackendError: the named backend cannot serve the call, or the variable's is not known.
+    """
+    check_backend(backend)
+    asked, remedy = f"backend={backend!r}", "leave the choice to backend='auto'"
+    if backend == "auto" and (default := os.environ.get(BACKEND_VARIABLE)):
+        check_variable(default)
+        asked, remedy, backend = f"{BACKEND_VARIABLE}={default}", "unset it", default
+    if backend != "auto":
+        if (reason := refusal(backend, student, teacher, precision)) is not None:
+            raise BackendError(f"{asked} cannot serve this call: {reason}; {remedy}")
+        return Choice(backend, {})
+    passed_over = {}
+    for name in AUTOMATIC.get(student.device.type, AUTOMATIC_ELSEWHERE):
+        if (reason := refusal(name, student, teacher, precision)) is None:
+            return Choice(name, passed_over)
+        passed_over[name] = reason
+    raise BackendError(f"no backend can serve this call: {passed_over}")
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is "auto" or one of `BACKENDS`."""
+    if backend != "auto" and backend not in BACKENDS:
         accepted = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend={backend!r} is not known: use one of {accepted}")
-    return backend
+
+
+def check_variable(value: str) -> None:
+    """Raise BackendError unless the value of DSKD_FAST_BACKEND is one of `BACKENDS`."""
+    if value not in BACKENDS:
+        raise BackendError(f"{BACKEND_VARIABLE}={value} is not known: use one of {', '.join(BACKENDS)}, or unset it")
 
 
 def resolve_precision(precision: str | None, student: Tensor, teacher: Tensor) -> str:

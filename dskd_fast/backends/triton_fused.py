@@ -1,0 +1,167 @@
+"""The "triton" backend: the fused kernels of `dskd_fast.kernels`, on GPUs, or on CPU tensors under Triton's interpreter.
+
+A call is a fixed sequence of launches without any synchronisation; its scratch memory is O(N*C). Importing this module
+imports Triton; nothing is compiled before the first call.
+"""
+
+import contextlib
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from dskd_fast.kernels import affinity, configs, cosine, prepare
+
+# Sums over more positions could leave float32's range at the lowest temperatures (kernels/README.md).
+MAX_POSITIONS = 1 << 17
+# Offsets within one image are 32-bit.
+MAX_ELEMENTS = 1 << 31
+
+_BLOCK_P = prepare.BLOCK_P
+
+
+def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | None:
+    """Why this backend cannot serve a call, None if it can; precision None stands for the cosine distance."""
+    if torch.float64 in (student.dtype, teacher.dtype):
+        return "it has no float64"
+    if student.device.type == "cpu":
+        return None if _is_interpreted() else "it runs on GPUs (with TRITON_INTERPRET=1, slowly, on CPU tensors too)"
+    if student.device.type != "cuda":
+        return f"it does not run on {student.device.type} devices"
+    if (reason := _device_refusal(student.device)) is not None:
+        return reason
+    if precision is not None:
+        n = student.shape[2] * student.shape[3]
+        if n > MAX_POSITIONS:
+            return f"it takes at most {MAX_POSITIONS} positions, not {n}"
+        if (elements := configs.padded_rows(n) * configs.padded_channels(student.shape[1])) >= MAX_ELEMENTS:
+            return f"it takes at most {MAX_ELEMENTS - 1} elements per image, not {elements}"
+    return None
+
+
+def contextual_affinity(
+    student: Tensor, teacher: Tensor, temperature: float, precision: str, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """KL map and, if wanted, its gradient; see `dskd_fast.backends`."""
+    batch, channels, height, width = student.shape
+    device = student.device
+    kl = torch.empty((batch, height, width), dtype=torch.float32, device=device)
+    gradient = torch.empty_like(student, dtype=torch.float32) if with_gradient else None
+    if kl.numel() == 0:
+        return kl, gradient
+    n = height * width
+    n_pad, c_pad = configs.padded_rows(n), configs.padded_channels(channels)
+    config = configs.config(architecture(device), precision, c_pad)
+    operand_dtype = _operand_dtype(precision)
+    operand_scale = prepare.FP16_SCALE.value if operand_dtype == torch.float16 else 1.0
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((batch, *shape), dtype=dtype, device=device)
+
+    mean = scratch(prepare.GROUPS.value, c_pad)
+    keys, delta = (scratch(n_pad, c_pad, dtype=operand_dtype) for _ in range(2))
+    operand_stats = [scratch(n_pad) for _ in ("bias", "own_logit", "own_c", "c_scale", "c_bound")]
+    row_stats = [scratch(n_pad) for _ in ("u", "teacher_shift", "student_shift", "factor")]
+    inverse_norm = scratch(n_pad, dtype=torch.float64)
+
+    block_c = min(c_pad, prepare.BLOCK_C)
+    per_position = {"C_PAD": c_pad, "BLOCK_P": _BLOCK_P, "BLOCK_C": block_c}
+    position_grid = (batch * (n_pad // _BLOCK_P),)
+    logit_scale = 1 / (temperature * math.log(2) * operand_scale**2)
+    # Rows are near, at the latest, where even opposite vectors are: |s - t| |t_j - t_i| / T <= 4/T.
+    kinds = (True,) if temperature >= 4 / affinity.RADIUS.value else (True, False)
+    variant = {"PRECISION": precision, "C_PAD": c_pad, "WITH_FAR": temperature * affinity.FAR_BELOW.value < 1}
+
+    with _on(device):
+        prepare.centre_kernel[batch, prepare.GROUPS.value](
+            teacher, mean, n, channels, width, *teacher.stride(), C_PAD=c_pad, BLOCK_C=block_c
+        )
+        prepare.prepare_kernel[position_grid](
+            student, teacher, mean, keys, delta, *operand_stats, inverse_norm,
+            1 / temperature, n, n_pad, channels, width, *student.stride(), *teacher.stride(),
+            PRECISION=precision, **per_position,
+        )  # fmt: skip
+        for near in kinds:
+            affinity.forward_kernel[(batch * (n_pad // config.forward.m),)](
+                keys, delta, *operand_stats, kl, *row_stats, temperature, logit_scale, n, n_pad,
+                NEAR=near, WITH_GRADIENT=with_gradient, **variant, **config.forward.launch(),
+            )  # fmt: skip
+        if gradient is not None:
+            raw = scratch(n_pad, c_pad)
+            for near in kinds:
+                affinity.gradient_kernel[batch * (n_pad // config.gradient.m), c_pad // config.chunk](
+                    keys, delta, *operand_stats, *row_stats[:3], raw, logit_scale, n_pad,
+                    NEAR=near, CHUNK=config.chunk, **variant, **config.gradient.launch(),
+                )  # fmt: skip
+            prepare.project_kernel[position_grid](
+                raw, keys, *row_stats, inverse_norm, student, gradient,
+                n, n_pad, channels, width, *student.stride(), *gradient.stride(), **per_position,
+            )  # fmt: skip
+    return kl, gradient
+
+
+def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Cosine distance map and, if wanted, its gradient; see `dskd_fast.backends`."""
+    batch, channels, height, width = student.shape
+    distance = torch.empty((batch, height, width), dtype=torch.float32, device=student.device)
+    gradient = torch.empty_like(student, dtype=torch.float32) if with_gradient else None
+    if distance.numel() == 0:
+        return distance, gradient
+    n = height * width
+    # Without a gradient there is nothing to write: any tensor will do for the pointer.
+    target = distance if gradient is None else gradient
+    strides = (0, 0, 0, 0) if gradient is None else gradient.stride()
+    blocks = configs.cosine_blocks(n)
+    with _on(student.device):
+        cosine.cosine_kernel[(batch * triton.cdiv(n, blocks.p),)](
+            student, teacher, distance, target, n, channels, width,
+            *student.stride(), *teacher.stride(), *strides, WITH_GRADIENT=with_gradient, **blocks.launch(),
+        )  # fmt: skip
+    return distance, gradient
+
+
+def _is_interpreted() -> bool:
+    """Whether the kernels were loaded under TRITON_INTERPRET=1, which cannot be changed afterwards."""
+    return not isinstance(affinity.forward_kernel, triton.runtime.JITFunction)
+
+
+def _operand_dtype(precision: str) -> torch.dtype:
+    if precision == "bf16" and _is_interpreted():
+        return torch.float32  # rounded to bfloat16's digits: the interpreter multiplies bfloat16 as integers
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def architecture(device: torch.device) -> str:
+    """The table's name for a device; the interpreter works through the tiles of the smallest."""
+    if device.type == "cpu":
+        return "sm_89"
+    if torch.version.hip:
+        return configs.amd_architecture(torch.cuda.get_device_properties(device).gcnArchName)
+    return configs.nvidia_architecture(*torch.cuda.get_device_capability(device))
+
+
+_REFUSALS: dict[torch.device, str | None] = {}
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    """Why nothing can run on a GPU, found out once by running the smallest kernel there is."""
+    if device not in _REFUSALS:
+        try:
+            architecture(device)
+        except ValueError as error:
+            _REFUSALS[device] = str(error)
+            return str(error)
+        try:
+            cosine_distance(*torch.ones((2, 1, 1, 1, 1), device=device), True)
+            _REFUSALS[device] = None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Triton raises whatever its compiler, assembler and launcher do
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            _REFUSALS[device] = f"a trial on {device} failed: {reason}"
+    return _REFUSALS[device]

@@ -1,0 +1,132 @@
+"""Opt-in autotuning of the Triton kernels: `python -m dskd_fast.backends.triton_tune 4096x256 1024x512`.
+
+The fixed table of `dskd_fast.kernels.configs` was made without running anything. This times its entries, those made for
+other architectures too, on the GPU that is there. It never happens by itself: not in a training step, not at import.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dskd_fast.backends import triton_fused
+from dskd_fast.kernels import configs
+from dskd_fast.kernels.configs import Blocks, Config
+
+
+class Trial(NamedTuple):
+    """One way to run one kernel: milliseconds per call, or why it cannot run here."""
+
+    kernel: str
+    blocks: Blocks
+    chunk: int | None
+    milliseconds: float | None
+    reason: str | None
+
+
+def tune(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    precision: str = "bf16",
+    clock: Callable[[Callable[[], object]], float] = triton.testing.do_bench,
+) -> tuple[Config, list[Trial]]:
+    """Put the fastest blocks for inputs like these into the table, for the rest of this process.
+
+    Args:
+        student, teacher: (B, C, H, W), typical of what will be trained on, on the GPU.
+        temperature, precision: of the loss.
+        clock: gives the milliseconds that a function takes.
+
+    Returns:
+        The new entry of the table and all trials.
+
+    Raises:
+        RuntimeError: the backend cannot serve the inputs, or none of the candidates runs.
+    """
+    if (reason := triton_fused.refusal(student, teacher, precision)) is not None:
+        raise RuntimeError(f"the triton backend cannot serve these inputs: {reason}")
+    architecture = triton_fused.architecture(student.device)
+    width = configs.padded_channels(student.shape[1])
+    entries = configs.TABLE[architecture][configs.operand_class(precision)]
+    before = entries[min(width, configs.WIDE)]
+    candidates = list(_candidates(precision, width))
+    trials: list[Trial] = []
+
+    def attempt(kernel: str, entry: Config, chunk: int | None) -> None:
+        entries[min(width, configs.WIDE)] = entry
+
+        def call() -> object:
+            return triton_fused.contextual_affinity(student, teacher, temperature, precision, kernel == "gradient")
+
+        blocks = getattr(entry, kernel)
+        try:
+            call()
+            trials.append(Trial(kernel, blocks, chunk, clock(call), None))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what does not fit fails in the compiler, the assembler or the launcher
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            trials.append(Trial(kernel, blocks, chunk, None, reason))
+
+    def fastest(kernel: str) -> Trial:
+        timed = [trial for trial in trials if trial.kernel == kernel and trial.milliseconds is not None]
+        if not timed:
+            reasons = "; ".join(sorted({str(trial.reason) for trial in trials}))
+            raise RuntimeError(f"no blocks for the {kernel} kernel can run here: {reasons}")
+        return min(timed, key=lambda trial: trial.milliseconds)
+
+    chosen = None
+    try:
+        for blocks in dict.fromkeys(entry.forward for entry in candidates):
+            attempt("forward", before._replace(forward=blocks), None)
+        forward = fastest("forward").blocks
+        for blocks, chunk in dict.fromkeys((entry.gradient, entry.chunk) for entry in candidates):
+            attempt("gradient", Config(forward, blocks, chunk), chunk)
+        gradient = fastest("gradient")
+        chosen = Config(forward, gradient.blocks, gradient.chunk)
+    finally:
+        entries[min(width, configs.WIDE)] = chosen or before
+    return chosen, trials
+
+
+def _candidates(precision: str, width: int) -> Iterable[Config]:
+    """The entries of all architectures for these operands, of any width whose blocks divide this one."""
+    for operands in configs.TABLE.values():
+        for entry in operands[configs.operand_class(precision)].values():
+            if all(width % size == 0 for size in (entry.forward.c, entry.gradient.c, entry.chunk)):
+                yield entry
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Time each level given as NxC and print what is fastest."""
+    parser = argparse.ArgumentParser(prog="python -m dskd_fast.backends.triton_tune", description=__doc__)
+    parser.add_argument("levels", nargs="+", metavar="NxC", help="positions and channels, such as 4096x256")
+    parser.add_argument("--batch", type=int, default=8, help="images per call (default: 8)")
+    parser.add_argument("--precision", choices=("ieee", "tf32", "bf16", "fp16"), default="bf16")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("triton_tune: torch finds no usable GPU here, and there is nothing to time without one", file=sys.stderr)
+        return 2
+    for level in arguments.levels:
+        try:
+            n, c = (int(part) for part in level.split("x"))
+        except ValueError:
+            print(f"triton_tune: {level} is not NxC, such as 4096x256", file=sys.stderr)
+            return 2
+        teacher, noise = torch.randn((2, arguments.batch, c, n, 1), device="cuda")
+        student = teacher + 0.1 * noise  # as in training, once it has begun to converge
+        chosen, trials = tune(student, teacher, precision=arguments.precision)
+        for trial in trials:
+            result = trial.reason or f"{trial.milliseconds:.3f} ms"
+            print(f"{level} {trial.kernel:8} {tuple(trial.blocks)} {trial.chunk or ''}: {result}")
+        print(f"{level} {arguments.precision}: {chosen}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Kernels over pairs of positions: the KL map, and its gradient with respect to the unit student vectors.
+
+Index i is a row (a position whose KL is wanted), j a key. With k the centred unit teacher vectors, delta = s - t, and
+everything relative to the row's own key j = i:
+
+    a[i, j] = <t_i, k_j - k_i> / (T log 2)      teacher's logit, so that exp2 needs no multiplication
+    c[i, j] = <delta_i, k_j - k_i> / T          what the student adds to it
+    E = exp2(a),  Z = sum_j E,  u = sum_j E expm1(c) / Z,  v = sum_j E (expm1(c) - c) / Z
+    KL_i = T^2 (log1p(u) - u + v)               gradient: (T/Z) sum_j E (expm1(c) - u)/(1 + u) k_j
+
+A row's own key is left out of the tiles (E would be 1 and c 0) and added exactly afterwards.
+
+Each kernel comes in two kinds. NEAR serves the blocks of rows in which no |c| can exceed RADIUS, and needs no exponential
+but the teacher's; the other serves the rest. Both are launched over all blocks and each leaves the other's alone: which
+rows are near is known on the device only, and reading it back would stall the queue.
+"""
+
+import triton
+import triton.language as tl
+
+from dskd_fast.kernels.arithmetic import LN2, LOG2E, RADIUS, expm1_tail, log1p_tail, to_operand
+from dskd_fast.kernels.prepare import FP16_EXPONENT, FP16_SCALE, NEVER
+
+# The student's logits c + a reach 2/T. Up to FAR their exponentials, and sums of 2^17 of them, are in float32's range;
+# they cannot exceed it unless T < 1/FAR_BELOW. There a second sum is kept, lowered by FAR_SHIFT, in which everything
+# from FAR to 2/T = 289 (T = 0.01) is in range. All in units of log 2.
+FAR = tl.constexpr(95.0)
+FAR_SHIFT = tl.constexpr(190.0)
+FAR_BELOW = tl.constexpr(32)
+
+
+@triton.jit
+def _products(
+    row_keys, row_delta, keys, delta, offs_i, offs_j,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, C_PAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<k_i, k_j> and <delta_i, k_j> (BLOCK_M, BLOCK_N), and the keys if one block holds all their channels."""
+    a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    offs_c = tl.arange(0, BLOCK_C)
+    input_precision: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32"
+    k = row_keys
+    if C_PAD == BLOCK_C:
+        k = tl.load(keys + offs_j[:, None] * C_PAD + offs_c[None, :])
+        a = tl.dot(row_keys, tl.trans(k), a, input_precision=input_precision)
+        c = tl.dot(row_delta, tl.trans(k), c, input_precision=input_precision)
+    else:
+        for start_c in range(0, C_PAD, BLOCK_C):
+            channels = (start_c + offs_c)[None, :]
+            part = tl.trans(tl.load(keys + offs_j[:, None] * C_PAD + channels))
+            a = tl.dot(tl.load(keys + offs_i[:, None] * C_PAD + channels), part, a, input_precision=input_precision)
+            c = tl.dot(tl.load(delta + offs_i[:, None] * C_PAD + channels), part, c, input_precision=input_precision)
+    return a, c, k
+
+
+@triton.jit
+def _logits(
+    a, c, row_constant, own_c, c_scale, bias, logit_scale, offs_i, offs_j, start_i, start_j,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    a = a * logit_scale + (tl.load(bias + offs_j)[None, :] - row_constant[:, None])
+    c = c * c_scale[:, None] - own_c[:, None]
+    if (start_j < start_i + BLOCK_M) & (start_i < start_j + BLOCK_N):
+        a = tl.where(offs_i[:, None] == offs_j[None, :], NEVER, a)
+    return a, c
+
+
+@triton.jit
+def forward_kernel(
+    keys,  # (B, N_PAD, C_PAD)
+    delta,  # (B, N_PAD, C_PAD)
+    bias,  # (B, N_PAD) float32, as are the next four
+    own_logit,
+    own_c,
+    c_scale,
+    c_bound,
+    kl,  # (B, N) float32 out
+    u_out,  # (B, N_PAD) float32 out, as are the next three: what the gradient needs of a row
+    teacher_shift,
+    student_shift,
+    factor,
+    temperature,
+    logit_scale,  # 1 / (T log 2), less the scale of fp16 operands
+    n,
+    n_pad,
+    C_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NEAR: tl.constexpr,
+    WITH_FAR: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+):
+    blocks = n_pad // BLOCK_M
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    start_i = (tl.program_id(0) % blocks) * BLOCK_M
+    offs_i = start_i + tl.arange(0, BLOCK_M)
+    offs_c = tl.arange(0, BLOCK_C)
+    rows = b * n_pad + offs_i
+    is_near = tl.max(tl.load(c_bound + rows), 0) <= RADIUS
+    if is_near != NEAR:
+        return
+    keys += b * n_pad * C_PAD
+    delta += b * n_pad * C_PAD
+    bias += b * n_pad
+    row_constant = tl.load(own_logit + rows)
+    row_own_c = tl.load(own_c + rows)
+    row_c_scale = tl.load(c_scale + rows)
+    row_keys = tl.load(keys + offs_i[:, None] * C_PAD + offs_c[None, :])
+    row_delta = tl.load(delta + offs_i[:, None] * C_PAD + offs_c[None, :])
+    z = tl.zeros((BLOCK_M,), tl.float32)
+    first = tl.zeros((BLOCK_M,), tl.float32)
+    tail = tl.zeros((BLOCK_M,), tl.float32)
+    student = tl.zeros((BLOCK_M,), tl.float32)
+    student_far = tl.zeros((BLOCK_M,), tl.float32)
+    largest = tl.zeros((BLOCK_M,), tl.float32)
+    SCALE_WEIGHTS: tl.constexpr = WITH_GRADIENT and PRECISION == "fp16"
+    for start_j in range(0, n_pad, BLOCK_N):
+        offs_j = start_j + tl.arange(0, BLOCK_N)
+        a, c, _ = _products(
+            row_keys, row_delta, keys, delta, offs_i, offs_j, BLOCK_M, BLOCK_N, BLOCK_C, C_PAD, PRECISION
+        )
+        a, c = _logits(
+            a, c, row_constant, row_own_c, row_c_scale, bias, logit_scale,
+            offs_i, offs_j, start_i, start_j, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        e = tl.exp2(a)
+        z += tl.sum(e, 1)
+        first += tl.sum(e * c, 1)
+        term = e * expm1_tail(c)
+        if not NEAR:
+            logit = a + c * LOG2E
+            x = tl.exp2(tl.minimum(logit, FAR)) if WITH_FAR else tl.exp2(logit)
+            term = tl.where(tl.abs(c) <= RADIUS, term, x - e * (1 + c))
+            student += tl.sum(x, 1)
+            if WITH_FAR:
+                student_far += tl.sum(tl.exp2(logit - FAR_SHIFT), 1)
+        tail += tl.sum(term, 1)
+        if SCALE_WEIGHTS:
+            largest = tl.maximum(largest, tl.max(tl.abs(term + e * c), 1))
+    others = z
+    z += 1
+    v = tail / z
+    u = v + first / z
+    # Where the difference log1p(u) - u cancels it is summed as a series, elsewhere taken in float64; and where most of
+    # the student's weight has left the row's own key, 1 + u has lost its digits.
+    wide = z.to(tl.float64)
+    mean = first.to(tl.float64) / wide
+    ratio = 1 + (tail.to(tl.float64) / wide + mean)
+    if not NEAR:
+        ratio = tl.where(u > -0.5, ratio, (1 + student.to(tl.float64)) / wide)
+    divergence = tl.where(tl.abs(u) <= 0.0625, v - log1p_tail(u), (tl.log(ratio) - mean).to(tl.float32))
+    if WITH_FAR and not NEAR:
+        is_far = student_far >= 2.0 ** (95 - 190)
+        log_student = tl.log2(student_far) + FAR_SHIFT
+        divergence = tl.where(is_far, (log_student - tl.log2(z)) * LN2 - first / z, divergence)
+    # Rounding may bring v below log1p_tail(u). T^2 as one factor would underflow with the smallest.
+    divergence = tl.where(divergence < 0, 0.0, divergence)
+    tl.store(kl + b * n + offs_i, divergence * temperature * temperature, mask=offs_i < n)
+    if WITH_GRADIENT:
+        teacher_exponent = z * 0
+        key_scale = 1.0
+        top = 0
+        if SCALE_WEIGHTS:
+            # No |E (expm1(c) - u)| of the row is larger than this, nor are all smaller than 1/(N + 1) of it.
+            largest += tl.abs(u) * tl.minimum(others, 1.0)
+            teacher_exponent = FP16_EXPONENT - tl.ceil(tl.log2(tl.maximum(largest, 1e-30)))
+            key_scale = FP16_SCALE
+            top = FP16_EXPONENT
+        student_exponent = teacher_exponent
+        share = (1 / (wide * ratio)).to(tl.float32)
+        if WITH_FAR and not NEAR:
+            # The weights of a far row are the difference of two probabilities, 2^(a - log2 z) and likewise the student's.
+            teacher_exponent = tl.where(is_far, top - tl.log2(z), teacher_exponent)
+            student_exponent = tl.where(is_far, top - log_student, student_exponent)
+            share = tl.where(is_far, 1 / z, share)
+            u = tl.where(is_far, 0.0, u)
+        tl.store(u_out + rows, u)
+        tl.store(teacher_shift + rows, teacher_exponent)
+        tl.store(student_shift + rows, student_exponent)
+        tl.store(factor + rows, share * temperature / key_scale)
+
+
+@triton.jit
+def gradient_kernel(
+    keys,  # (B, N_PAD, C_PAD)
+    delta,  # (B, N_PAD, C_PAD)
+    bias,  # (B, N_PAD) float32, as are the next seven
+    own_logit,
+    own_c,
+    c_scale,
+    c_bound,
+    u_in,
+    teacher_shift,
+    student_shift,
+    raw,  # (B, N_PAD, C_PAD) float32 out: sum over the other positions j of 2^shift E (expm1(c) - u) k_j
+    logit_scale,
+    n_pad,
+    C_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NEAR: tl.constexpr,
+    WITH_FAR: tl.constexpr,
+):
+    blocks = n_pad // BLOCK_M
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    start_i = (tl.program_id(0) % blocks) * BLOCK_M
+    offs_i = start_i + tl.arange(0, BLOCK_M)
+    offs_c = tl.arange(0, BLOCK_C)
+    chunk = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    rows = b * n_pad + offs_i
+    is_near = tl.max(tl.load(c_bound + rows), 0) <= RADIUS
+    if is_near != NEAR:
+        return
+    keys += b * n_pad * C_PAD
+    delta += b * n_pad * C_PAD
+    bias += b * n_pad
+    row_shift = tl.load(teacher_shift + rows)
+    row_constant = tl.load(own_logit + rows) - row_shift
+    row_own_c = tl.load(own_c + rows)
+    row_c_scale = tl.load(c_scale + rows)
+    u = tl.load(u_in + rows)
+    further = u
+    if WITH_FAR:
+        further = tl.load(student_shift + rows) - row_shift
+    row_keys = tl.load(keys + offs_i[:, None] * C_PAD + offs_c[None, :])
+    row_delta = tl.load(delta + offs_i[:, None] * C_PAD + offs_c[None, :])
+    input_precision: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32"
+    g = tl.zeros((BLOCK_M, CHUNK), tl.float32)
+    for start_j in range(0, n_pad, BLOCK_N):
+        offs_j = start_j + tl.arange(0, BLOCK_N)
+        a, c, k = _products(
+            row_keys, row_delta, keys, delta, offs_i, offs_j, BLOCK_M, BLOCK_N, BLOCK_C, C_PAD, PRECISION
+        )
+        a, c = _logits(
+            a, c, row_constant, row_own_c, row_c_scale, bias, logit_scale,
+            offs_i, offs_j, start_i, start_j, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        e = tl.exp2(a)
+        weight = e * (expm1_tail(c) + (c - u[:, None]))
+        if not NEAR:
+            logit = a + c * LOG2E
+            is_close = tl.abs(c) <= RADIUS
+            if WITH_FAR:
+                logit += further[:, None]
+                is_close = is_close & (further == 0)[:, None]
+            weight = tl.where(is_close, weight, tl.exp2(logit) - e * (1 + u[:, None]))
+        if C_PAD != BLOCK_C or C_PAD != CHUNK:
+            k = tl.load(keys + offs_j[:, None] * C_PAD + chunk[None, :])
+        g = tl.dot(to_operand(weight, k.dtype, PRECISION), k, g, input_precision=input_precision)
+    tl.store(raw + rows[:, None] * C_PAD + chunk[None, :], g)

@@ -1,0 +1,71 @@
+"""Kernel of the local branch's cosine distance map and its gradient."""
+
+import triton
+import triton.language as tl
+
+from dskd_fast.kernels.prepare import _load
+
+
+@triton.jit
+def cosine_kernel(
+    student,  # (B, C, H, W)
+    teacher,  # (B, C, H, W)
+    distance,  # (B, N) float32 out: 1 - <s, t>, 1 where either vector is zero
+    gradient,  # (B, C, H, W) float32 out, if WITH_GRADIENT: (<s, t> s - t) / |student|
+    n,
+    n_channels,
+    width,
+    s_stride_b,
+    s_stride_c,
+    s_stride_h,
+    s_stride_w,
+    t_stride_b,
+    t_stride_c,
+    t_stride_h,
+    t_stride_w,
+    g_stride_b,
+    g_stride_c,
+    g_stride_h,
+    g_stride_w,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+):
+    """One sweep over the channels for the map, a second over the same, cached values for the gradient.
+
+    The sums are in float64, where subtracting <s, t> from 1 leaves nine digits even at an angle of 1e-3.
+    """
+    blocks = tl.cdiv(n, BLOCK_P)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    positions = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    student += b * s_stride_b
+    teacher += b * t_stride_b
+    offs_c = tl.arange(0, BLOCK_C)
+    ss = tl.zeros((BLOCK_P,), tl.float64)
+    tt = tl.zeros((BLOCK_P,), tl.float64)
+    st = tl.zeros((BLOCK_P,), tl.float64)
+    for start_c in range(0, n_channels, BLOCK_C):
+        x = _load(student, positions, start_c + offs_c, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
+        y = _load(teacher, positions, start_c + offs_c, n, n_channels, width, t_stride_c, t_stride_h, t_stride_w)
+        ss += tl.sum(x * x, 1)
+        tt += tl.sum(y * y, 1)
+        st += tl.sum(x * y, 1)
+    # One root of the product, and a division by it, are exact where the student is its teacher times a power of two.
+    product = ss * tt
+    root = tl.sqrt(tl.where(product > 0, product, 1.0))
+    cosine = tl.where(product > 0, st / root, product * 0)
+    scale = tl.where(product > 0, 1 / root, product * 0)
+    value = 1 - cosine
+    tl.store(distance + b * n + positions, tl.where(value < 0, 0.0, value).to(tl.float32), mask=positions < n)
+    if WITH_GRADIENT:
+        along = tl.where(ss > 0, cosine / tl.where(ss > 0, ss, 1.0), ss * 0)
+        long = positions.to(tl.int64)
+        gradient += b * g_stride_b
+        place = (long // width) * g_stride_h + (long % width) * g_stride_w
+        for start_c in range(0, n_channels, BLOCK_C):
+            channels = start_c + offs_c
+            x = _load(student, positions, channels, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
+            y = _load(teacher, positions, channels, n, n_channels, width, t_stride_c, t_stride_h, t_stride_w)
+            g = (x * along[:, None] - y * scale[:, None]).to(tl.float32)
+            inside = (positions < n)[:, None] & (channels < n_channels)[None, :]
+            tl.store(gradient + place[:, None] + (channels.to(tl.int64) * g_stride_c)[None, :], g, mask=inside)
