@@ -38,7 +38,8 @@ def contextual_affinity(
             dtype if autocast is on, the dtype of half-precision inputs, else `torch.get_float32_matmul_precision()`.
             The lower T, the more rounding costs, since logits grow with 1/T: relative to the KL map, bf16 keeps two
             to three digits from T = 0.1 up and about one at T = 0.01.
-        backend: "auto" or the name of one ("torch").
+        backend: "triton", "cuda", "cpu" or "torch" forces one; "auto" takes what the environment variable
+            DSKD_FAST_BACKEND names, else the first of the device's that can serve the call (`dskd-fast doctor` tells).
 
     Returns:
         (B, H, W) or (B, N), float32, whatever the inputs' dtype: values reach below the range of half precision
@@ -48,6 +49,7 @@ def contextual_affinity(
         TypeError: an input is not a floating tensor.
         ValueError: shapes, devices, temperature, precision or backend outside of the above, or the teacher requires
             grad.
+        RuntimeError: the forced backend cannot serve the call.
     """
     s, t, shape = _as_maps(student, teacher)
     check_temperature(temperature)
@@ -69,7 +71,7 @@ def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") 
     Args:
         student: (B, C, H, W) or (B, N, C), floating, any strides. Differentiable, once, by reverse-mode autograd.
         teacher: same shape and device, any floating dtype. Must not require grad.
-        backend: "auto" or the name of one ("torch").
+        backend: as in `contextual_affinity`.
 
     Returns:
         (B, H, W) or (B, N), float32 (float64 if an input is float64). 1 where either vector is zero.
@@ -77,6 +79,7 @@ def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") 
     Raises:
         TypeError: an input is not a floating tensor.
         ValueError: shapes, devices or backend outside of the above, or the teacher requires grad.
+        RuntimeError: the forced backend cannot serve the call.
     """
     s, t, shape = _as_maps(student, teacher)
     check_backend(backend)

@@ -10,9 +10,9 @@ everything relative to the row's own key j = i:
 
 A row's own key is left out of the tiles (E would be 1 and c 0) and added exactly afterwards.
 
-Each kernel comes in two kinds. NEAR serves the blocks of rows in which no |c| can exceed RADIUS, and needs no exponential
-but the teacher's; the other serves the rest. Both are launched over all blocks and each leaves the other's alone: which
-rows are near is known on the device only, and reading it back would stall the queue.
+Each kernel comes in two kinds. NEAR serves the blocks of rows in which no |c| can exceed RADIUS, and needs no
+exponential but the teacher's; the other serves the rest. Both are launched over all blocks and each leaves the other's
+alone: which rows are near is known on the device only, and reading it back would stall the queue.
 """
 
 import triton
@@ -65,7 +65,7 @@ def _logits(
     return a, c
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # n = 1 would become a constant, which has no dtype
 def forward_kernel(
     keys,  # (B, N_PAD, C_PAD)
     delta,  # (B, N_PAD, C_PAD)
@@ -171,7 +171,7 @@ def forward_kernel(
         student_exponent = teacher_exponent
         share = (1 / (wide * ratio)).to(tl.float32)
         if WITH_FAR and not NEAR:
-            # The weights of a far row are the difference of two probabilities, 2^(a - log2 z) and likewise the student's.
+            # A far row's weights are the difference of two probabilities: 2^(a - log2 z), and likewise the student's.
             teacher_exponent = tl.where(is_far, top - tl.log2(z), teacher_exponent)
             student_exponent = tl.where(is_far, top - log_student, student_exponent)
             share = tl.where(is_far, 1 / z, share)

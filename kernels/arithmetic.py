@@ -24,7 +24,8 @@ def expm1_tail(c):
 
 @triton.jit
 def log1p_tail(u):
-    """u - log1p(u) for |u| <= 1/16: its Taylor series, relative error below 1e-8."""
+    """u - log1p(u) for |u| <= 1/16: its Taylor series, relative error below 1e-8. Finite elsewhere, too."""
+    u = tl.where(tl.abs(u) <= 0.0625, u, 0.0)
     p = 0.1111111111111111 - u * 0.1
     p = 0.125 - u * p
     p = 0.14285714285714285 - u * p

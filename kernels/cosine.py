@@ -6,7 +6,7 @@ import triton.language as tl
 from dskd_fast.kernels.prepare import _load
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # n = 1 would become a constant, which has no dtype
 def cosine_kernel(
     student,  # (B, C, H, W)
     teacher,  # (B, C, H, W)

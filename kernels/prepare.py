@@ -13,7 +13,10 @@ from dskd_fast.kernels.arithmetic import LOG2E, to_operand
 
 # Positions and channels of a block.
 BLOCK_P = 32
-BLOCK_C = 64
+BLOCK_C = 32
+# For every launch over positions: x/|x| - y/|y| must be exactly 0 for equal vectors, and a fused multiply-add would
+# round one of the two only.
+EXACT = {"enable_fp_fusion": False}
 
 # The keys are centred with the mean over at most this many positions, GROUP of them per program.
 SAMPLE = tl.constexpr(256)
@@ -46,7 +49,7 @@ def _inverse_norm(squares):
     return tl.where(squares > 0, 1 / tl.sqrt(tl.where(squares > 0, squares, 1.0)), squares * 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # n = 1 would become a constant, which has no dtype
 def centre_kernel(
     teacher,  # (B, C, H, W)
     partial_mean,  # (B, GROUPS, C_PAD) float32: sums of unit teacher vectors over a group, / number of samples
@@ -82,7 +85,7 @@ def centre_kernel(
         tl.store(partial_mean + start_c + offs_c, tl.sum(y * weight[:, None], 0).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # n = 1 would become a constant, which has no dtype
 def prepare_kernel(
     student,  # (B, C, H, W)
     teacher,  # (B, C, H, W)
@@ -134,7 +137,7 @@ def prepare_kernel(
     s_inverse = _inverse_norm(ss)
     t_inverse = _inverse_norm(tt)
     if PRECISION == "fp16":
-        # From |s|^2 + |t|^2 - 2<s, t>, which cancels, but above its rounding error it is needed to within a factor only.
+        # From |s|^2 + |t|^2 - 2<s, t>, which cancels; above its rounding error it is needed to within a factor only.
         size = (ss * s_inverse * s_inverse + tt * t_inverse * t_inverse - 2 * st * s_inverse * t_inverse).to(tl.float32)
         exponent = FP16_EXPONENT - 1 - tl.ceil(0.5 * tl.log2(tl.maximum(size, 1e-15)))
         scale = tl.exp2(exponent)
@@ -178,7 +181,7 @@ def _unit_gradient(raw, keys, rows, channels, own_weight, shift, factor, C_PAD: 
     return g * tl.exp2(-shift)[:, None] * factor[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # n = 1 would become a constant, which has no dtype
 def project_kernel(
     raw,  # (B, N_PAD, C_PAD) float32: of gradient_kernel
     keys,  # (B, N_PAD, C_PAD)

@@ -24,15 +24,15 @@ from triton.compiler import ASTSource
 
 from dskd_fast.kernels import affinity, configs, cosine, prepare
 
-# Channels after padding: one width for each row of the table, and two for the rows that are cut into pieces.
+# Channels after padding, one for each row of the table.
 WIDTHS = (64, 128, 256, 512, 1024)
 
 NOTE = """\
-A static estimate, not a measurement: nothing was run. Clocks are those of one multiprocessor for one tile of the loop over
-keys, from the instructions in the binary and the vendors' figures for the chip. "products" is what the matrix units need at
-their peak, "issue" all instructions at the schedulers' rate, "exp" the exponentials, "cache" the keys from the second-level
-cache. The largest is the bound; "peak" is the share of the matrix units' peak that it leaves at best, with everything else
-hidden behind it and counting only the products that the formula asks for."""
+This is a static estimate, not a measurement: nothing was run. Clocks are those of one multiprocessor for one tile of
+the loop over keys, from the instructions in the binary and the vendors' figures for the chip. "products" is what the
+matrix units need at their peak, "issue" all instructions at the schedulers' rate, "exp" the exponentials, "cache" the
+keys from the second-level cache. The largest is the bound; "peak" is the share of the matrix units' peak that it leaves
+at best, with everything else hidden behind it and counting only the products that the formula asks for."""
 
 
 class Machine(NamedTuple):
@@ -89,12 +89,19 @@ def cases(architectures: Iterable[str], precisions: Iterable[str]) -> Iterator[C
     """Everything that the backend can launch on these."""
     for architecture in architectures:
         for precision in precisions:
-            for width in WIDTHS:
+            entries = {width: configs.config(architecture, precision, width) for width in WIDTHS}
+            for width, entry in entries.items():
+                # Where the channels come in pieces, more of them are more rounds of the same loop.
+                if width == 1024 and entry == entries[512] and max(entry.forward.c, entry.gradient.c) < 512:
+                    continue
                 for kernel in ("forward", "gradient"):
                     for kind in ("near", "other", "far"):
                         yield Case(architecture, precision, width, kernel, kind)
-                for kernel in ("centre", "prepare", "project", "cosine"):
-                    yield Case(architecture, precision, width, kernel, "")
+            # Likewise for the kernels over positions, of any width.
+            for kernel in ("prepare", "project"):
+                yield Case(architecture, precision, 256, kernel, "")
+        for kernel in ("centre", "cosine"):
+            yield Case(architecture, "ieee", 256, kernel, "")
 
 
 def inspect(case: Case, config: configs.Config | None = None) -> dict[str, Any]:
@@ -147,6 +154,8 @@ def _source(case: Case, config: configs.Config) -> tuple[ASTSource, dict[str, in
     else:
         launch = {"BLOCK_P": prepare.BLOCK_P, "BLOCK_C": min(case.width, prepare.BLOCK_C)}
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
+    if blocks is None:
+        options |= prepare.EXACT
     constants |= launch
     kernel = _KERNELS[case.kernel]
     signature, attributes = {}, {}

@@ -1,13 +1,20 @@
 """A tiny data set, runs trained on it once through the command line, and the command line itself."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+
+# Triton looks at this when kernels are defined, those of its own library with the first `import triton`. timm does
+# that, so this comes before all other imports.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import pytest
 import safetensors.torch
 import timm
-import torch
 from PIL import Image
 
 from dskd_fast.cli import main

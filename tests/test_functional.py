@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dskd_fast import reference
+from dskd_fast.backends import torch_tiled
 from dskd_fast.functional import contextual_affinity, cosine_distance
 from dskd_fast.ops.dispatch import BACKENDS
 
@@ -17,10 +18,9 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 @pytest.fixture
 def spy(monkeypatch):
-    """Records every call of a backend: (operator, precision or None, with_gradient)."""
+    """Records every call of the backend that a CPU takes: (operator, precision or None, with_gradient)."""
     calls = []
-    backend = BACKENDS["torch"]
-    affinity, cosine = backend.contextual_affinity, backend.cosine_distance
+    affinity, cosine = torch_tiled.contextual_affinity, torch_tiled.cosine_distance
 
     def spy_affinity(student, teacher, temperature, precision, with_gradient):
         calls.append(("affinity", precision, with_gradient))
@@ -30,8 +30,8 @@ def spy(monkeypatch):
         calls.append(("cosine", None, with_gradient))
         return cosine(student, teacher, with_gradient)
 
-    monkeypatch.setattr(backend, "contextual_affinity", spy_affinity)
-    monkeypatch.setattr(backend, "cosine_distance", spy_cosine)
+    monkeypatch.setattr(torch_tiled, "contextual_affinity", spy_affinity)
+    monkeypatch.setattr(torch_tiled, "cosine_distance", spy_cosine)
     return calls
 
 
@@ -95,6 +95,24 @@ def test_strides_do_not_matter(function, layout):
         gradient = torch.autograd.grad(values.square().sum(), leaf)[0]
         contiguous_gradient = torch.autograd.grad(contiguous_values.square().sum(), contiguous_leaf)[0]
         torch.testing.assert_close(gradient, contiguous_gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 20, 3)])
+def test_a_backend_reads_the_inputs_where_they_are(monkeypatch, function, shape):
+    """As (B, C, H, W), without a copy of maps or rows."""
+    original, seen = getattr(torch_tiled, function.__name__), []
+
+    def watch(student, teacher, *options):
+        seen.append((student, teacher))
+        return original(student, teacher, *options)
+
+    monkeypatch.setattr(torch_tiled, function.__name__, watch)
+    pair = random(*shape, seed=1), random(*shape, seed=2)
+    function(*pair)
+    for x, given in zip(*seen, pair, strict=True):
+        assert x.shape == (shape if len(shape) == 4 else (2, 3, 20, 1))
+        assert x.data_ptr() == given.data_ptr()
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -341,6 +359,7 @@ def test_unknown_precisions(precision):
 @pytest.mark.parametrize("backend", ["nonsense", "Torch", "", None])
 def test_unknown_backends(function, backend):
     x = random(1, 4, 3)
-    with pytest.raises(ValueError, match=r"use one of 'auto', 'torch'") as raised:
+    with pytest.raises(ValueError, match="is not known: use one of 'auto', ") as raised:
         function(x, x, backend=backend)
     assert f"backend={backend!r}" in str(raised.value)
+    assert all(repr(name) in str(raised.value) for name in BACKENDS)

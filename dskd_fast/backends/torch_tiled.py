@@ -203,7 +203,7 @@ def _expm1_tail_series(d: Tensor, radius: float) -> Tensor:
         last += 1
     tail = torch.full_like(d, 1 / math.factorial(last))
     for k in range(last - 1, 1, -1):
-        torch.addcmul(d.new_tensor(1 / math.factorial(k)), tail, d, out=tail)
+        torch.addcmul(torch.full((), 1 / math.factorial(k), dtype=d.dtype, device=d.device), tail, d, out=tail)
     return tail.mul_(d).mul_(d)
 
 

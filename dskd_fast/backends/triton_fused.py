@@ -1,4 +1,4 @@
-"""The "triton" backend: the fused kernels of `dskd_fast.kernels`, on GPUs, or on CPU tensors under Triton's interpreter.
+"""The "triton" backend: the kernels of `dskd_fast.kernels`, on GPUs, or on CPU tensors under Triton's interpreter.
 
 A call is a fixed sequence of launches without any synchronisation; its scratch memory is O(N*C). Importing this module
 imports Triton; nothing is compiled before the first call.
@@ -66,7 +66,7 @@ def contextual_affinity(
     inverse_norm = scratch(n_pad, dtype=torch.float64)
 
     block_c = min(c_pad, prepare.BLOCK_C)
-    per_position = {"C_PAD": c_pad, "BLOCK_P": _BLOCK_P, "BLOCK_C": block_c}
+    per_position = {"C_PAD": c_pad, "BLOCK_P": _BLOCK_P, "BLOCK_C": block_c, **prepare.EXACT}
     position_grid = (batch * (n_pad // _BLOCK_P),)
     logit_scale = 1 / (temperature * math.log(2) * operand_scale**2)
     # Rows are near, at the latest, where even opposite vectors are: |s - t| |t_j - t_i| / T <= 4/T.
@@ -75,7 +75,7 @@ def contextual_affinity(
 
     with _on(device):
         prepare.centre_kernel[batch, prepare.GROUPS.value](
-            teacher, mean, n, channels, width, *teacher.stride(), C_PAD=c_pad, BLOCK_C=block_c
+            teacher, mean, n, channels, width, *teacher.stride(), C_PAD=c_pad, BLOCK_C=block_c, **prepare.EXACT
         )
         prepare.prepare_kernel[position_grid](
             student, teacher, mean, keys, delta, *operand_stats, inverse_norm,
@@ -113,10 +113,11 @@ def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tu
     target = distance if gradient is None else gradient
     strides = (0, 0, 0, 0) if gradient is None else gradient.stride()
     blocks = configs.cosine_blocks(n)
+    options = blocks.launch() | prepare.EXACT
     with _on(student.device):
         cosine.cosine_kernel[(batch * triton.cdiv(n, blocks.p),)](
             student, teacher, distance, target, n, channels, width,
-            *student.stride(), *teacher.stride(), *strides, WITH_GRADIENT=with_gradient, **blocks.launch(),
+            *student.stride(), *teacher.stride(), *strides, WITH_GRADIENT=with_gradient, **options,
         )  # fmt: skip
     return distance, gradient
 
@@ -153,14 +154,12 @@ def _device_refusal(device: torch.device) -> str | None:
     if device not in _REFUSALS:
         try:
             architecture(device)
-        except ValueError as error:
-            _REFUSALS[device] = str(error)
-            return str(error)
-        try:
             cosine_distance(*torch.ones((2, 1, 1, 1, 1), device=device), True)
             _REFUSALS[device] = None
         except torch.OutOfMemoryError:
             raise
+        except ValueError as error:
+            _REFUSALS[device] = str(error)
         except Exception as error:  # Triton raises whatever its compiler, assembler and launcher do
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             _REFUSALS[device] = f"a trial on {device} failed: {reason}"

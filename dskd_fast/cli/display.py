@@ -83,9 +83,8 @@ def backends_table(services: Iterable[Service]) -> Table:
         call = service.device, service.dtype
         if before not in (None, call):
             table.add_section()
-        verdict = (
-            f"no: {service.reason}" if service.reason else "yes, the automatic choice" if service.is_choice else "yes"
-        )
+        served = "yes, and the choice" if service.is_choice else "yes"
+        verdict = f"no: {service.reason}" if service.reason else served
         table.add_row(*(call if call != before else ("", "")), service.backend, verdict)
         before = call
     return table

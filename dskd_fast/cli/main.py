@@ -126,7 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     info = command("info", "Show what a run folder holds.")
     _add_run(info)
 
-    command("doctor", "Show what is installed here and which backends can serve the losses, and why not.")
+    command(
+        "doctor",
+        "Show what is installed here, which backends can serve the losses, and why the others cannot.",
+        "\n\nThe environment variable DSKD_FAST_BACKEND (triton, cuda, cpu or torch) makes every call take that one, "
+        "or\nfail where it cannot serve. Without it a call takes the first backend of its device that can.",
+    )
 
     demo = command(
         "demo",

@@ -26,7 +26,7 @@ class ContextualAffinityLoss(nn.Module):
         reduction: "mean" averages over images and positions, "sum" adds them up, "none" returns the map; levels are
             then added (eq. 7). With "none" and a list of levels, whose maps differ in size, a list of maps is returned.
         precision: "ieee", "tf32", "bf16", "fp16" or None, see `dskd_fast.functional.contextual_affinity`.
-        backend: "auto" or the name of one.
+        backend: as in `dskd_fast.functional.contextual_affinity`.
 
     Raises:
         ValueError, TypeError: when called, as `dskd_fast.functional.contextual_affinity` does; in particular for a
@@ -74,7 +74,7 @@ class CosineDistanceLoss(nn.Module):
         reduction: "mean", "sum" or "none", as there.
         flatten: False, the paper's form: one cosine per position. True, the form of RD4AD's code: one cosine per image,
             over the flattened feature map (the map then has one entry per image).
-        backend: "auto" or the name of one.
+        backend: as in `dskd_fast.functional.contextual_affinity`.
     """
 
     def __init__(self, reduction: str = "mean", flatten: bool = False, backend: str = "auto") -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dskd_fast.errors import UserError
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
-# In the order of preference. Under Triton's interpreter "triton" takes CPU tensors too, but never by itself: it is slow.
+# In the order of preference. Under Triton's interpreter "triton" takes CPU tensors, too, but only if asked: it is slow.
 AUTOMATIC = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
 AUTOMATIC_ELSEWHERE = ("torch",)
 BACKEND_VARIABLE = "DSKD_FAST_BACKEND"
@@ -38,7 +38,7 @@ def load(name: str) -> ModuleType:
     Raises:
         ImportError: what it is built on is missing, or this version has no such backend.
     """
-    # Imported late: Triton takes a second, and a process that works on a CPU never needs it.
+    # Imported late: the kernels are defined when they are imported, and most processes need one backend only.
     if name == "triton":
         from dskd_fast.backends import triton_fused
 
@@ -56,6 +56,8 @@ def refusal(name: str, student: Tensor, teacher: Tensor, precision: str | None) 
         module = load(name)
     except ImportError as error:
         return str(error)
+    except Exception as error:  # a broken installation raises anything
+        return f"importing it failed: {type(error).__name__}: {error}"
     return module.refusal(student, teacher, precision)
 
 

@@ -1,9 +1,9 @@
 """The registered operators: `torch.ops.dskd_fast.contextual_affinity` and `torch.ops.dskd_fast.cosine_distance`.
 
-Both take (B, C, H, W) and return a map (B, H, W) and, if wanted, the map's gradient (B, C, H, W), computed in the same
-call. Each entry of the map depends on its own student vector alone, so the gradient for any grad_output is the saved one
-times a scalar per position: the backward is one multiplication, and running it again gives the same. A second derivative
-is refused.
+Both take (B, C, H, W) and return a map (B, H, W) and, if wanted, the map's gradient (B, C, H, W), computed in the
+same call. Each entry of the map depends on its own student vector alone, so the gradient for any grad_output is the
+saved one times a scalar per position: the backward is one multiplication, and running it again gives the same. A second
+derivative is refused.
 
 Autocast does not cast their inputs, which would round what must be subtracted first: `dskd_fast.functional` turns it
 into a precision, the type to which the operands of the products are rounded. The backend is chosen when the operator
@@ -65,6 +65,11 @@ def _scale_gradient(ctx, grad_map, _):
         # would come out without its larger part.
         raise RuntimeError("the loss has no second derivative: call backward or grad without create_graph=True")
     (gradient,) = ctx.saved_tensors
+    if gradient.dim() == 1:
+        raise RuntimeError(
+            "the loss was computed without its gradient, as when it is exported with a student that does not require "
+            "grad: compute or export it again with one that does"
+        )
     grad = None if grad_map is None else (grad_map.unsqueeze(1) * gradient).to(ctx.dtype)
     return (grad, *(None for _ in ctx.needs_input_grad[1:]))
 

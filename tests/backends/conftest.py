@@ -1,10 +1,12 @@
-"""What a backend's contextual affinity is compared with, and how far from it rounding alone may take it."""
+"""The backends, what their contextual affinity is compared with, and how far from it rounding alone may take it."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+
+from dskd_fast.ops import dispatch
 
 UNIT_ROUNDOFF = {"ieee": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
 FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53
@@ -29,12 +31,12 @@ class Truth:
     def limits(self, student, teacher, temperature, precision, draws=8):
         """What rounding alone does to the two: root mean square errors, KL (B, N) and gradient (B, N).
 
-        A backend rounds the operands of its products (t_i, s_i - t_i, k_j, and the weights p_s - p_t) to a unit
-        roundoff u, and works in float32 from there on. So this evaluates the truth with every operand off by the
-        relative amount u, of random sign, and with the errors of float32: a product of C terms is off by
-        sqrt(C) u32 |x||y| (Higham and Mary's probabilistic bound), exp and the sums by a few u32. What the KL and the
-        gradient then change by is their conditioning at this very input, for any N, C and T; real rounding errors lie
-        within +-u, so they come to about half of it. No term depends on how a backend is written.
+        A backend rounds the operands of its products (t_i or k_i, which give the same softmax; s_i - t_i, k_j, and the
+        weights p_s - p_t) to a unit roundoff u, and works in float32 from there on. So this evaluates the truth with
+        every operand off by the relative amount u, of random sign, and with the errors of float32: a product of C terms
+        is off by sqrt(C) u32 |x||y| (Higham and Mary's probabilistic bound), exp and the sums by a few u32. What the KL
+        and the gradient then change by is their conditioning at this very input, for any N, C and T; real rounding
+        errors lie within +-u, so they come to about half of it. No term depends on how a backend is written.
         """
         random = np.random.default_rng(0)
         u = UNIT_ROUNDOFF[precision]
@@ -52,10 +54,10 @@ class Truth:
             accumulation = math.sqrt(s.shape[1]) * working * sizes[2].T / temperature
             squares = np.zeros((2, len(kl)))
             for _ in range(draws):
-                k = off(keys, u * np.abs(keys))
-                a = off(t, u * np.abs(t)) @ k.T / temperature
+                # The subtractions s - t and t - mean t are themselves exact to a rounding of unit vectors in float64.
+                k = off(keys, u * np.abs(keys) + FLOAT64)
+                a = off(t, u * np.maximum(np.abs(t), np.abs(keys))) @ k.T / temperature
                 a = off(a, 4 * working + accumulation * sizes[0])
-                # The subtraction s - t itself is exact to a rounding of s and t in float64.
                 d = off(delta, u * np.abs(delta) + FLOAT64) @ k.T / temperature
                 d = off(d, accumulation * sizes[1])
                 noisy_kl, weight = self._rows(a, d)
@@ -136,6 +138,141 @@ def _expm1_tail(x):
     for k in range(20, 1, -1):
         series = series * near + 1 / math.factorial(k)
     return np.where(np.abs(x) <= 0.5, series * near * near, np.expm1(x) - x)
+
+
+class Backend:
+    """A backend on a device: takes rows (B, N, C), gives the map (B, N) and the gradient (B, N, C), both on the CPU."""
+
+    def __init__(self, name):
+        implementation, where = name.split("-")
+        self.name = name
+        self.module = dispatch.load(implementation)
+        self.device = "cuda" if where == "cuda" else "cpu"
+        self.is_interpreted = where == "interpreter"
+
+    def affinity(self, student, teacher, temperature, precision="ieee", with_gradient=True, image=None):
+        """Rows are seen as an image of one column, or as one of (H, W)."""
+        return self._rows(*self.affinity_of_maps(
+            *(self._maps(x, image) for x in (student, teacher)), temperature, precision, with_gradient
+        ))  # fmt: skip
+
+    def cosine(self, student, teacher, with_gradient=True, image=None):
+        return self._rows(*self.cosine_of_maps(*(self._maps(x, image) for x in (student, teacher)), with_gradient))
+
+    def affinity_of_maps(self, student, teacher, temperature, precision="ieee", with_gradient=True):
+        """The same on maps (B, C, H, W) that are where the backend runs, which has to take them."""
+        assert self.module.refusal(student, teacher, precision) is None
+        return self.module.contextual_affinity(student, teacher, temperature, precision, with_gradient)
+
+    def cosine_of_maps(self, student, teacher, with_gradient=True):
+        assert self.module.refusal(student, teacher, None) is None
+        return self.module.cosine_distance(student, teacher, with_gradient)
+
+    def some(self, values, k):
+        """All of `values`; interpreted, at a fifth of a second per call, the k-th alone, so that k has to go round."""
+        return (values[k % len(values)],) if self.is_interpreted else values
+
+    def _maps(self, rows, image):
+        return rows.to(self.device).mT.unflatten(2, image or (rows.shape[1], 1))
+
+    def _rows(self, values, gradient):
+        return values.flatten(1).cpu(), None if gradient is None else gradient.flatten(2).mT.cpu()
+
+
+def _backend_or_reason(name):
+    """The backend, or why it cannot run here."""
+    if name.endswith("-cuda") and not torch.cuda.is_available():
+        return "there is no GPU"
+    try:
+        backend = Backend(name)
+    except ImportError as error:
+        return str(error)
+    if name.startswith("triton-") and backend.module._is_interpreted() != backend.is_interpreted:
+        if not backend.is_interpreted:
+            return "TRITON_INTERPRET is set, so that the kernels are not compiled for the GPU"
+        return "the kernels are not interpreted: TRITON_INTERPRET is off, as it is by itself where there is a GPU"
+    one = torch.ones(1, 1, 1, 1, device=backend.device)
+    return backend.module.refusal(one, one, None) or backend
+
+
+def _parameters(*names):
+    return [pytest.param(name, id=name, marks=[pytest.mark.gpu] if name.endswith("-cuda") else []) for name in names]
+
+
+@pytest.fixture(scope="session")
+def all_backends():
+    """Every backend by its name, or the reason why it cannot run here."""
+    names = ("torch-cpu", "triton-interpreter", "torch-cuda", "triton-cuda")
+    return {name: _backend_or_reason(name) for name in names}
+
+
+@pytest.fixture(params=_parameters("torch-cpu", "triton-interpreter", "torch-cuda", "triton-cuda"))
+def backend(request, all_backends):
+    """Interpreted, with tiles as they are for the interpreter; `triton_backend` has those of the table."""
+    opened = _available(all_backends, request.param)
+    if opened.is_interpreted:
+        request.getfixturevalue("set_tiles")(64, 64)
+    return opened
+
+
+@pytest.fixture
+def set_tiles(monkeypatch):
+    """Sets rows and keys of a tile, in place of the table's, and the most channels that a product can have.
+
+    Those of the table fit into a GPU's memories. The interpreter takes about as long for any tile, in any number of
+    products, so that it does the same work in a tenth of the time.
+    """
+    from dskd_fast.kernels import configs
+
+    def patch(rows, keys):
+        def config(architecture, precision, width):
+            channels = min(width, configs.LARGEST_WIDTH)
+            blocks = configs.Blocks(rows, keys, channels, warps=4, stages=1)
+            return configs.Config(blocks, blocks, chunk=channels)
+
+        monkeypatch.setattr(configs, "config", config)
+
+    return patch
+
+
+@pytest.fixture(params=_parameters("triton-interpreter", "triton-cuda"))
+def triton_backend(request, all_backends):
+    return _available(all_backends, request.param)
+
+
+def _available(all_backends, name):
+    if isinstance(all_backends[name], str):
+        pytest.skip(all_backends[name])
+    return all_backends[name]
+
+
+def _inside_nan(x):
+    """Every second position of a window of something larger that is NaN everywhere else."""
+    b, c, h, w = x.shape
+    around = torch.full((b + 2, c + 2, h + 2, 2 * w + 2), math.nan, dtype=x.dtype, device=x.device)
+    view = around[1:-1, 1:-1, 1:-1, 1:-1:2]
+    return view.copy_(x)
+
+
+# Views on the values of a contiguous (B, C, H, W), or on some of them.
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "images innermost": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "inside NaN": _inside_nan,
+    "one image for all": lambda x: x[:1].expand_as(x),
+    "one vector for a row": lambda x: x[..., :1].expand_as(x),
+    "overlapping windows": lambda x: x.as_strided(x.shape, (3, 2, 1, 1)),
+}
+
+
+@pytest.fixture(params=list(LAYOUTS))
+def layouts(request):
+    """A layout for the student and another one for the teacher, in turn."""
+    names = list(LAYOUTS)
+    other = names[(names.index(request.param) + 3) % len(names)]
+    return LAYOUTS[request.param], LAYOUTS[other]
 
 
 @pytest.fixture(scope="session")

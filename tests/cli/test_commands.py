@@ -702,3 +702,23 @@ def test_a_folder_that_is_no_run_is_told(cli_error, data_root, tmp_path, command
     image = data_root / "screw_bag" / "test" / "good" / "000.png"
     for folder in (data_root, tmp_path / "nowhere", image):
         assert "is not a run folder" in cli_error(command, folder, *([image] if command == "predict" else []))
+
+
+def test_doctor(cli, monkeypatch):
+    monkeypatch.delenv("DSKD_FAST_BACKEND", raising=False)
+    code, out, err = cli("doctor")
+    assert code == 0, err
+    for word in ("torch", "triton", "cuda", "cpu", "DSKD_FAST_BACKEND is not set", "yes, and the choice", "no:"):
+        assert word in out
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["train"]])
+def test_an_unknown_default_backend_is_one_sentence(
+    cli_error, monkeypatch, data_root, tiny_arguments, tmp_path, command
+):
+    monkeypatch.setenv("DSKD_FAST_BACKEND", "quantum")
+    if command == ["train"]:
+        command += ["--data-root", data_root, "--category", "screw_bag", "--out", tmp_path / "run", *tiny_arguments]
+    error = cli_error(*command)
+    assert "DSKD_FAST_BACKEND=quantum is not known: use one of" in error
+    assert not (tmp_path / "run").exists()

@@ -34,9 +34,17 @@ def test_every_architecture_has_every_entry():
 
 @pytest.mark.parametrize(
     ("capability", "name"),
-    [((8, 0), "sm_80"), ((8, 6), "sm_89"), ((8, 9), "sm_89"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((10, 3), "sm_100"),
-     ((12, 0), "sm_120"), ((12, 1), "sm_120"), ((13, 0), "sm_120")],
-)  # fmt: skip
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_89"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "sm_120"),
+        ((13, 0), "sm_120"),
+    ],
+)
 def test_compute_capabilities(capability, name):
     assert configs.nvidia_architecture(*capability) == name
 

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
+from dskd_fast.kernels import configs
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 PRECISIONS = ("bf16", "fp16", "tf32", "ieee")
-WIDTHS = (64, 128, 256, 512, 1024)
 # Warp-group products on sm_90, tcgen05 on sm_100, warp products on the others.
 MATRIX = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
 
@@ -39,21 +40,22 @@ def name_of(row):
     return " ".join(str(row[key]) for key in ("architecture", "precision", "width", "kernel", "kind"))
 
 
-def test_every_entry_is_compiled(report):
+def test_every_entry_of_the_table_is_compiled(report, loops):
+    """With every kind of row, and every operand type that uses the entry; and every other kernel, too."""
     result, rows = report
-    expected = {
-        (architecture, precision, width, kernel, kind)
-        for architecture in ARCHITECTURES
-        for precision in PRECISIONS
-        for width in WIDTHS
-        for kernel, kind in [
-            *((kernel, kind) for kernel in ("forward", "gradient") for kind in ("near", "other", "far")),
-            *((kernel, "") for kernel in ("centre", "prepare", "project", "cosine")),
-        ]
-    }
-    assert {
-        tuple(row[key] for key in ("architecture", "precision", "width", "kernel", "kind")) for row in rows
-    } == expected
+    expected = set()
+    for architecture, operands in configs.TABLE.items():
+        for precision in PRECISIONS:
+            for entry in operands[configs.operand_class(precision)].values():
+                for kind in ("near", "other", "far"):
+                    expected.add((architecture, precision, "forward", kind, *entry.forward, None))
+                    expected.add((architecture, precision, "gradient", kind, *entry.gradient, entry.chunk))
+    names = ("architecture", "precision", "kernel", "kind")
+    found = {(*(row[name] for name in names), *row["blocks"], row["chunk"]) for row in loops}
+    assert found == expected
+    others = {(row["architecture"], row["kernel"]) for row in rows if row not in loops}
+    assert others == {(a, kernel) for a in ARCHITECTURES for kernel in ("centre", "prepare", "project", "cosine")}
+    assert {row["precision"] for row in rows if row["kernel"] == "prepare"} == set(PRECISIONS)
     assert [f"{name_of(row)}: {row['error']}" for row in rows if "error" in row] == []
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
@@ -139,3 +141,36 @@ def test_a_bad_entry_is_disqualified():
     result = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
     assert "spilled" in result.stdout
     assert "<<" in result.stdout
+
+
+CODE_FOR_SPECIAL_ARGUMENTS = """
+from dskd_fast.kernels import configs, prepare, report
+from triton.compiler import ASTSource
+import triton
+
+for kernel in ("centre", "prepare", "project", "cosine", "forward", "gradient"):
+    case = report.Case("sm_90", "bf16", 64, kernel, "far")
+    source, options, _ = report._source(case, configs.config("sm_90", "bf16", 64))
+    ones = {name: 1 for name in source.signature if name in ("width", "n_channels") or name.endswith("stride_c")}
+    signature = {name: "constexpr" if name in ones else kind for name, kind in source.signature.items()}
+    signature |= {name: "i64" for name in signature if name.endswith("stride_b")}
+    constants = dict(zip(source.signature, [None] * 99))
+    constants = {source.fn.arg_names[index[0]]: value for index, value in source.constants.items()} | ones
+    special = ASTSource(source.fn, signature, constexprs=constants, attrs=source.attrs)
+    compiled = triton.compile(special, target=report.MACHINES["sm_90"].target, options=options)
+    print(kernel, "n" in source.fn.arg_names and source.fn.params[source.fn.arg_names.index("n")].do_not_specialize)
+    if kernel in ("prepare", "cosine"):
+        print("fused:", compiled.asm["ptx"].count("fma.rn.f64"))
+"""
+
+
+def test_kernels_compile_for_what_the_launcher_turns_into_constants():
+    """A launch makes constants of arguments that are 1 (n is kept from it), and 64-bit ones of those beyond 32 bits.
+    And equal vectors must cancel to exactly 0: no multiply-add may be fused where they are subtracted."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", CODE_FOR_SPECIAL_ARGUMENTS]
+    result = subprocess.run(command, env=clean, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("fused")] == ["fused: 0"] * 2
+    assert [line.split()[1] for line in lines if not line.startswith("fused")] == ["True"] * 5 + ["False"]

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from dskd_fast import ContextualAffinityLoss, CosineDistanceLoss, reference
+from dskd_fast.ops import dispatch
 
 
 def random(*shape, seed=0):
@@ -139,6 +140,22 @@ def test_temperature_and_precision_are_passed_on():
     exact = ContextualAffinityLoss(precision="ieee")(student, teacher)
     assert rounded != exact
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_backend_is_passed_on(monkeypatch, name):
+    asked = []
+    choose = dispatch.choose
+
+    def watch(backend, *call):
+        asked.append(backend)
+        return choose("torch", *call)
+
+    monkeypatch.setattr(dispatch, "choose", watch)
+    for backend in ("auto", *dispatch.BACKENDS):
+        make(name, backend=backend)(levels(1), levels(2))
+        assert set(asked) == {backend}
+        asked.clear()
 
 
 def test_defaults_are_the_papers():

@@ -1,0 +1,492 @@
+"""What every backend has to satisfy, on every device it runs on."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dskd_fast import reference
+from dskd_fast.backends import torch_tiled
+
+# numpy, which the interpreter computes with, warns of infinities and NaN; on a GPU nothing does.
+pytestmark = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:triton\.runtime\.interpreter")
+
+PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
+# Kernels change form at 1/32 and at 4.
+TEMPERATURES = (0.01, 0.02, 1 / 32, 0.05, 0.1, 1, 4, 100)
+HALVES_AND_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def crossing(count, *factors):
+    """`count` cases in which every value of a factor comes up equally often, met by the others' values at random."""
+    random = np.random.default_rng(0)
+    return list(zip(*([values[i % len(values)] for i in random.permutation(count)] for values in factors), strict=True))
+
+
+def relative_error(got, true):
+    return np.linalg.norm(got.detach().double().numpy() - true) / np.linalg.norm(true)
+
+
+def test_all_backends_that_belong_on_this_machine_run_here(all_backends, truth, make_features):
+    """So that a backend that has stopped being tested is seen, not skipped in silence."""
+    student, teacher = make_features(5, 3, 0.1)
+    exact, limits = truth(student, teacher, 1.0), truth.limits(student, teacher, 1.0, "ieee")
+    ran, reasons = set(), {}
+    for name, backend in all_backends.items():
+        if isinstance(backend, str):
+            reasons[name] = backend
+            continue
+        truth.check(backend.affinity(student, teacher, 1.0), exact, limits)
+        ran.add(name)
+    on_gpu = {"torch-cpu", "torch-cuda", "triton-cuda"}
+    assert ran == (on_gpu if torch.cuda.is_available() else {"torch-cpu", "triton-interpreter"}), reasons
+
+
+# Accuracy
+
+
+N = (1, 2, 15, 17, 63, 65, 127, 129)
+C = (1, 3, 48, 65, 130, 256, 300, 1024)
+CASES = crossing(
+    32,
+    # One half of C for every other N: 129 x 1024 alone would take seconds.
+    [(n, c) for k, n in enumerate(N) for c in C[1 - k % 2 :: 2]],
+    [(t, p) for t in TEMPERATURES for p in range(4)],
+    (30, 1, 0.1, 0.01, 0.001),
+    ("rectified", "normal", "clustered"),
+)
+
+
+@pytest.mark.parametrize(("size", "form", "noise", "kind"), [*CASES, ((300, 17), (0.0999, 2), 0.1, "rectified")])
+def test_error_is_no_more_than_rounding_makes_it(backend, truth, make_features, size, form, noise, kind):
+    temperature, k = form
+    student, teacher = make_features(*size, noise, kind)
+    exact = truth(student, teacher, temperature)
+    for precision in backend.some(PRECISIONS, k):
+        result = backend.affinity(student, teacher, temperature, precision)
+        truth.check(result, exact, truth.limits(student, teacher, temperature, precision))
+
+
+class Case:
+    """N = 1000 and C = 256, with what is known about it."""
+
+    def __init__(self, truth, make_features, kind, temperature, noise):
+        self.temperature = temperature
+        self.student, self.teacher = make_features(1000, 256, noise, kind)
+        self.exact = truth(self.student, self.teacher, temperature)
+        self._limits = functools.cache(
+            lambda precision: truth.limits(self.student, self.teacher, temperature, precision, draws=2)
+        )
+
+    def limits(self, precision):
+        """Norms relative to those of the exact results; fp16 has as many digits as tf32."""
+        limits = self._limits("tf32" if precision == "fp16" else precision)
+        return [np.linalg.norm(limit) / np.linalg.norm(exact) for limit, exact in zip(limits, self.exact, strict=True)]
+
+    def errors(self, result):
+        return [relative_error(got, true) for got, true in zip(result, self.exact, strict=True)]
+
+    def textbook(self, precision):
+        """The formulas as printed, in float32, with the operands of the forward's products rounded."""
+        rounding = {
+            "ieee": lambda x: x,
+            "tf32": torch_tiled._round_to_tf32,
+            "bf16": lambda x: x.bfloat16().float(),
+            "fp16": lambda x: x.half().float(),
+        }[precision]
+        leaf = self.student.clone().requires_grad_()
+        s, t = reference.normalise(leaf), reference.normalise(self.teacher)
+        s, t = (x + (rounding(x) - x).detach() for x in (s, t))
+        log_p_teacher, log_p_student = (torch.log_softmax(x @ t.mT / self.temperature, -1) for x in (t, s))
+        kl = self.temperature**2 * (log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(-1)
+        kl.sum().backward()
+        return kl.detach(), leaf.grad
+
+
+@pytest.fixture(scope="module")
+def real_size(truth, make_features):
+    """Cases at a real size, each made once for all backends and precisions."""
+    return functools.cache(functools.partial(Case, truth, make_features))
+
+
+@pytest.fixture
+def few_tiles(backend, request):
+    """Interpreted, all rows at once; sums over the keys still have as many parts as with the tables' tiles."""
+    if backend.is_interpreted:
+        request.getfixturevalue("set_tiles")(1024, 64)
+
+
+# Promised relative errors of the KL map and of the gradient.
+PROMISED = {"ieee": (2e-5, 1e-4), "tf32": (3e-4, 1e-3), "fp16": (3e-4, 1e-3), "bf16": (2e-3, 5e-3)}
+
+
+def check_at_real_size(backend, all_backends, case, precision):
+    result = backend.affinity(case.student, case.teacher, case.temperature, precision, image=(25, 40))
+    plain = all_backends[f"torch-{backend.device}"].affinity(case.student, case.teacher, case.temperature, precision)
+    for error, promised, of_torch, of_textbook, floor in zip(
+        case.errors(result),
+        PROMISED[precision],
+        case.errors(plain),
+        case.errors(case.textbook(precision)),
+        case.limits(precision),
+        strict=True,
+    ):
+        assert error <= promised
+        assert error <= 2 * of_torch + floor
+        assert error <= of_textbook + floor
+
+
+@pytest.mark.parametrize("noise", [1, 0.1, 0.01, 0.001])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_errors_at_a_real_size(backend, all_backends, real_size, few_tiles, precision, noise):
+    check_at_real_size(backend, all_backends, real_size("rectified", 1, noise), precision)
+
+
+@pytest.mark.parametrize(
+    ("k", "kind", "temperature", "noise"),
+    [
+        (2, "rectified", 0.1, 1),
+        (0, "normal", 0.1, 0.01),
+        (3, "clustered", 1, 1),
+        (1, "clustered", 0.1, 0.01),
+        (0, "rectified", 1, 30),
+    ],
+)
+def test_errors_at_a_real_size_of_other_features(
+    backend, all_backends, real_size, few_tiles, k, kind, temperature, noise
+):
+    for precision in backend.some(PRECISIONS, k):
+        check_at_real_size(backend, all_backends, real_size(kind, temperature, noise), precision)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.001])
+def test_the_textbook_in_float32_fails_where_the_backends_keep_their_digits(real_size, noise):
+    case = real_size("rectified", 1, noise)
+    textbook = reference.contextual_affinity(case.student, case.teacher, 1.0)
+    assert relative_error(textbook, case.exact[0]) > 1
+
+
+@pytest.mark.parametrize("teacher_type", HALVES_AND_FLOAT)
+@pytest.mark.parametrize("student_type", HALVES_AND_FLOAT)
+def test_inputs_of_any_types(backend, truth, make_features, student_type, teacher_type):
+    """Half-precision inputs are not rounded again, nor subtracted in half precision."""
+    student, teacher = make_features(33, 20, 0.01)
+    student, teacher = student.to(student_type), teacher.to(teacher_type)
+    k = HALVES_AND_FLOAT.index(student_type) + 2 * HALVES_AND_FLOAT.index(teacher_type)
+    for precision in backend.some(PRECISIONS, k):
+        result = backend.affinity(student, teacher, 0.1, precision)
+        assert [x.dtype for x in result] == [torch.float32] * 2
+        truth.check(result, truth(student, teacher, 0.1), truth.limits(student, teacher, 0.1, precision))
+    result = backend.cosine(student, teacher)
+    assert [x.dtype for x in result] == [torch.float32] * 2
+    exact = reference.cosine_distance(student.double(), teacher.double())
+    torch.testing.assert_close(result[0].double(), exact, rtol=1e-6, atol=1e-12)
+
+
+# Hostile values
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("temperature", [0.01, 0.02, math.nextafter(1 / 32, 0), 1 / 32, 0.1, 1, 4, 100])
+def test_students_that_are_far_off(backend, truth, make_features, temperature, precision):
+    """Opposite, unrelated, zero and close vectors in one image: exp(d) over- and underflows at the low temperatures."""
+    close, teacher = make_features(65, 16, 0.01, "normal")
+    unrelated, _ = make_features(65, 16, 0.01, "normal", seed=1)
+    student = close.clone()
+    student[:, 10:20] = -teacher[:, 10:20]
+    student[:, 20:40] = unrelated[:, 20:40]
+    student[:, 40:45] = 0
+    student[:, 45:50] = teacher[:, 46:51]
+    kl, gradient = backend.affinity(student, teacher, temperature, precision)
+    assert torch.isfinite(kl).all()
+    assert torch.isfinite(gradient).all()
+    exact, limits = truth(student, teacher, temperature), truth.limits(student, teacher, temperature, precision)
+    truth.check((kl, gradient), exact, limits)
+
+
+@pytest.mark.parametrize("temperature", [math.nextafter(4, 0), 4, math.nextafter(4, 5), 4.1])
+def test_opposite_students_where_no_difference_is_large_any_more(backend, truth, make_features, temperature):
+    """At T = 4, |s_i - t_i| |t_j - t_i| / T is 1 at the most, and here exactly that."""
+    teacher = make_features(21, 13, 0.1, "normal")[1]
+    teacher[:, 1::2] = -teacher[:, :-1:2]
+    for precision in backend.some(PRECISIONS, round(temperature)):
+        result = backend.affinity(-teacher, teacher, temperature, precision)
+        truth.check(
+            result, truth(-teacher, teacher, temperature), truth.limits(-teacher, teacher, temperature, precision)
+        )
+
+
+def test_positions_far_off_but_still_alike_keep_their_digits(backend, truth, make_features):
+    """T = 0.01 and 100 % noise: differences of over 30 in the exponent, and yet most KL are 1e-18 and less."""
+    student, teacher = make_features(129, 65, 1.0, "normal")
+    exact = truth(student, teacher, 0.01)
+    assert np.median(exact[0]) < 1e-18
+    truth.check(backend.affinity(student, teacher, 0.01), exact, truth.limits(student, teacher, 0.01, "ieee"))
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_a_large_common_shift_of_the_student_keeps_the_digits(backend, truth, k):
+    """Within one material all d_ij are nearly the same; their common part must not drown the KL."""
+    random = torch.Generator().manual_seed(0)
+    material = torch.randn(8, 64, generator=random)[torch.arange(96) % 8]
+    teacher = (material + 0.02 * torch.randn(96, 64, generator=random))[None]
+    student = teacher - 0.3 * material
+    student = student + 0.3 * torch.randn(1, 1, 64, generator=random)
+    precision = PRECISIONS[k]
+    result = backend.affinity(student, teacher, 0.1, precision)
+    truth.check(result, truth(student, teacher, 0.1), truth.limits(student, teacher, 0.1, precision))
+
+
+@pytest.mark.parametrize(("k", "temperature"), list(enumerate((0.01, 0.02, 1 / 32, 0.05, 1, 4, 100))))
+def test_student_equal_to_teacher_gives_exactly_zero(backend, make_features, k, temperature):
+    _, teacher = make_features(63, 48, 0.0)
+    teacher[0, :3] = 0
+    # Of powers of two, the directions are equal to the last bit.
+    students, teachers = torch.cat((teacher, 4 * teacher, teacher / 1024)), teacher.expand(3, -1, -1)
+    for precision in backend.some(PRECISIONS, k):
+        for result in backend.affinity(students, teachers, temperature, precision):
+            assert torch.equal(result, torch.zeros_like(result))
+    for result in backend.cosine(students[:, 3:], teachers[:, 3:]):
+        assert torch.equal(result, torch.zeros_like(result))
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(0, 0.05), (1, 0.01), (2, 1), (3, 100)])
+@pytest.mark.parametrize("who", ["student", "teacher", "both"])
+def test_zero_vectors(backend, truth, make_features, who, k, temperature):
+    student, teacher = make_features(17, 9, 0.1)
+    if who != "teacher":
+        student[:, [0, 5, 16]] = 0
+    if who != "student":
+        teacher[:, [0, 6]] = 0
+    textbook = reference.contextual_affinity(student.double(), teacher.double(), temperature)
+    lost = 2.0**-50 * temperature**2 * (1 + 1 / temperature)
+    for precision in backend.some(PRECISIONS, k):
+        result = backend.affinity(student, teacher, temperature, precision)
+        limits = truth.limits(student, teacher, temperature, precision)
+        truth.check(result, truth(student, teacher, temperature), limits)
+        assert (result[1][:, (student == 0).all(-1)[0]] == 0).all()
+        error = (result[0].double() - textbook).abs().numpy()
+        assert (error <= 12 * limits[0] + lost).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_vectors_zero(backend, precision):
+    zeros = torch.zeros(2, 5, 3)
+    kl, gradient = backend.affinity(zeros, zeros, 0.5, precision)
+    assert torch.equal(kl, torch.zeros(2, 5))
+    assert torch.equal(gradient, zeros)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_only_directions_count(backend, make_features, precision):
+    """Powers of two move no digit, so a student of any magnitude gives the same bits, and gradients in proportion."""
+    student, teacher = make_features(33, 12, 0.1)
+    kl, gradient = backend.affinity(student, teacher, 0.1, precision)
+    for exponent in (-90, 90):
+        scaled_kl, scaled_gradient = backend.affinity(student * 2.0**exponent, teacher * 2.0**-exponent, 0.1, precision)
+        assert torch.equal(scaled_kl, kl)
+        assert torch.equal(scaled_gradient * 2.0**exponent, gradient)
+
+
+def test_subnormal_features(backend, make_features):
+    student, teacher = make_features(9, 4, 0.5, "normal")
+    tiny = teacher * 1e-40
+    kl, gradient = backend.affinity(tiny, tiny, 1.0)
+    assert torch.equal(kl, torch.zeros(1, 9))
+    assert torch.equal(gradient, torch.zeros(1, 9, 4))
+    assert torch.isfinite(backend.affinity(student, tiny, 1.0)[0]).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("k", "temperature"), [(0, 0.02), (1, 0.05), (2, 1), (3, 4)])
+def test_a_student_that_is_not_finite_spoils_its_own_position_alone(backend, truth, make_features, k, temperature, bad):
+    student, teacher = make_features(17, 9, 0.1, batch=2)
+    exact = truth(student, teacher, temperature)
+    limits = {precision: truth.limits(student, teacher, temperature, precision) for precision in PRECISIONS}
+    student[1, 4, 2] = bad
+    spoiled = torch.zeros(2, 17, dtype=torch.bool)
+    spoiled[1, 4] = True
+    for precision in backend.some(PRECISIONS, k):
+        kl, gradient = backend.affinity(student, teacher, temperature, precision)
+        assert torch.equal(kl.isnan(), spoiled)
+        assert torch.equal(gradient.isnan().any(-1), spoiled)
+        kl[1, 4], gradient[1, 4] = (torch.as_tensor(x[1, 4]) for x in exact)
+        truth.check((kl, gradient), exact, limits[precision])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("k", "temperature", "n"), [(0, 0.5, 17), (1, 0.02, 17), (2, 4, 17), (3, 0.02, 300)])
+def test_a_teacher_that_is_not_finite_spoils_its_own_image_alone(backend, make_features, k, temperature, n, bad):
+    """Its vector is a key of every position there, be it one of those that are averaged for the centre or not."""
+    student, teacher = make_features(n, 9, 0.1, batch=3)
+    teacher[1, n // 2, 2] = teacher[2, n // 2 + 1, 2] = bad
+    for precision in backend.some(PRECISIONS, k):
+        for result in backend.affinity(student, teacher, temperature, precision):
+            assert torch.isfinite(result[0]).all()
+            assert result[1:].isnan().all()
+
+
+# Shapes, strides, memory
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (0, 0, 3)])
+def test_nothing_to_compare(backend, shape):
+    empty = torch.zeros(shape)
+    for precision in PRECISIONS:
+        kl, gradient = backend.affinity(empty, empty, 1.0, precision)
+        assert kl.shape == shape[:2]
+        assert gradient.shape == shape
+    distance, gradient = backend.cosine(empty, empty)
+    assert distance.shape == shape[:2]
+    assert gradient.shape == shape
+
+
+def test_a_large_batch(backend, truth, make_features):
+    """More images than fit into one dimension of a grid, where that does not take minutes."""
+    repeats = 2 if backend.is_interpreted else 22_000
+    student, teacher = make_features(2, 3, 0.1, batch=3)
+    exact, limits = truth(student, teacher, 0.1), truth.limits(student, teacher, 0.1, "bf16")
+    result = backend.affinity(student.repeat(repeats, 1, 1), teacher.repeat(repeats, 1, 1), 0.1, "bf16")
+    exact, limits = ([np.tile(x, (repeats, *(1 for _ in x.shape[1:]))) for x in pair] for pair in (exact, limits))
+    truth.check(result, exact, limits)
+
+
+def as_rows(x):
+    return x.flatten(2).mT.cpu()
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_any_strides(backend, truth, make_features, layouts, k):
+    shape = b, c, h, w = ((2, 5, 4, 6), (2, 3, 1, 7), (2, 4, 7, 1))[k]
+    maps = [x.to(backend.device).mT.unflatten(2, (h, w)).contiguous() for x in make_features(h * w, c, 0.1, batch=b)]
+    student, teacher = (layout(x) for layout, x in zip(layouts, maps, strict=True))
+    assert student.shape == teacher.shape == shape
+    s, t = as_rows(student), as_rows(teacher)
+    kl, gradient = backend.affinity_of_maps(student, teacher, 0.1)
+    truth.check((as_rows(kl[:, None])[..., 0], as_rows(gradient)), truth(s, t, 0.1), truth.limits(s, t, 0.1, "ieee"))
+    distance, cosine_gradient = backend.cosine_of_maps(student, teacher)
+    exact = reference.cosine_distance(s.double(), t.double())
+    torch.testing.assert_close(as_rows(distance[:, None])[..., 0].double(), exact, rtol=1e-6, atol=1e-12)
+    for values, of_student in ((kl, gradient), (distance, cosine_gradient)):
+        assert values.shape == (b, h, w)
+        assert values.is_contiguous()
+        assert of_student.stride() == torch.empty_like(student).stride()
+        assert values.dtype == of_student.dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def huge_storage():
+    """2^31 elements and a few more; only the pages that are written to are ever there."""
+    return functools.cache(lambda device: torch.empty(2**31 + 24, dtype=torch.float16, device=device))
+
+
+@pytest.mark.parametrize("dimension", range(4))
+@pytest.mark.parametrize("who", [0, 1], ids=["student", "teacher"])
+def test_offsets_beyond_32_bits(backend, truth, make_features, huge_storage, who, dimension):
+    """Two steps of 2^30 along one dimension: the stride still is a 32-bit number, the offsets are not."""
+    b, c, h, w = (3 if d == dimension else 2 for d in range(4))
+    maps = [x.half().mT.unflatten(2, (h, w)).contiguous() for x in make_features(h * w, c, 0.1, batch=b)]
+    maps = [x.to(backend.device) for x in maps]
+    strides = list(maps[0].stride())
+    strides[dimension] = 2**30
+    maps[who] = huge_storage(backend.device).as_strided((b, c, h, w), strides).copy_(maps[who])
+    s, t = (as_rows(x) for x in maps)
+    kl, gradient = backend.affinity_of_maps(*maps, 0.1)
+    truth.check((as_rows(kl[:, None])[..., 0], as_rows(gradient)), truth(s, t, 0.1), truth.limits(s, t, 0.1, "ieee"))
+    distance, _ = backend.cosine_of_maps(*maps)
+    exact = reference.cosine_distance(s.double(), t.double())
+    torch.testing.assert_close(as_rows(distance[:, None])[..., 0].double(), exact, rtol=1e-6, atol=1e-12)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """New tensors are full of NaN while it is on: `with poisoned_memory():`"""
+
+    class Poison:
+        def __enter__(self):
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = True
+            assert torch.empty(9).isnan().all()
+
+        def __exit__(self, *_):
+            torch.use_deterministic_algorithms(False)
+
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    yield Poison
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.mark.parametrize(("precision", "temperature"), [*zip(PRECISIONS, (0.02, 0.1, 1, 4), strict=True)])
+def test_the_same_bits_again_whatever_was_in_memory(backend, make_features, poisoned_memory, precision, temperature):
+    """Inputs are left alone, too."""
+    student, teacher = make_features(65, 20, 0.1)
+    student[0, :7] *= -1
+    before = student.clone(), teacher.clone()
+    first = backend.affinity(student, teacher, temperature, precision), backend.cosine(student, teacher)
+    with poisoned_memory():
+        second = backend.affinity(student, teacher, temperature, precision), backend.cosine(student, teacher)
+    for a, b in zip(first, second, strict=True):
+        assert all(map(torch.equal, a, b))
+    assert torch.equal(student, before[0])
+    assert torch.equal(teacher, before[1])
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.5, 4])
+def test_without_a_gradient_none_is_made(backend, make_features, temperature):
+    student, teacher = make_features(33, 12, 0.1)
+    kl, gradient = backend.affinity(student, teacher, temperature, with_gradient=False)
+    assert gradient is None
+    assert torch.equal(kl, backend.affinity(student, teacher, temperature)[0])
+    distance, gradient = backend.cosine(student, teacher, with_gradient=False)
+    assert gradient is None
+    assert torch.equal(distance, backend.cosine(student, teacher)[0])
+
+
+def test_autocast_does_not_round_the_operands_of_a_backend(backend, make_features):
+    student, teacher = make_features(33, 12, 0.1)
+    outside = backend.affinity(student, teacher, 0.1), backend.cosine(student, teacher)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        inside = backend.affinity(student, teacher, 0.1), backend.cosine(student, teacher)
+    for a, b in zip(outside, inside, strict=True):
+        assert all(map(torch.equal, a, b))
+
+
+# Cosine distance
+
+
+@pytest.mark.parametrize("noise", [1, 0.1, 0.001])
+@pytest.mark.parametrize(("n", "c"), [(65, 48), (1, 5000), (127, 3), (33, 300)])
+def test_cosine_distance_keeps_its_digits(backend, make_features, noise, n, c):
+    """1 - cos is 1e-6 at 0.1 % noise, of which float32 knows one digit if 1 is subtracted."""
+    student, teacher = make_features(n, c, noise, batch=2)
+    leaf = student.double().requires_grad_()
+    exact = reference.cosine_distance(leaf, teacher.double())
+    exact.sum().backward()
+    distance, gradient = backend.cosine(student, teacher)
+    assert distance.dtype == gradient.dtype == torch.float32
+    # In float64, subtracting from 1 leaves eps of the cosine; and both sides do.
+    torch.testing.assert_close(distance.double(), exact.detach(), rtol=1e-6 + 1e-15 / noise**2, atol=1e-15)
+    torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-6, atol=1e-6 * leaf.grad.abs().max().item())
+    if noise == 0.001 and n == 65:
+        assert relative_error(reference.cosine_distance(student, teacher), exact.detach().numpy()) > 0.01
+
+
+def test_cosine_distance_of_special_pairs(backend):
+    student = torch.tensor([[[1.0, 2.0], [0.0, 0.0], [0.0, 0.0], [3.0, 4.0], [1.0, 0.0], [2.0, 0.0]]])
+    teacher = torch.tensor([[[-1.0, -2.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 5.0], [1.0, 0.0]]])
+    distance, gradient = backend.cosine(student, teacher)
+    torch.testing.assert_close(distance, torch.tensor([[2.0, 1, 1, 1, 1, 0]]))
+    # d(1 - cos)/ds = (cos s/|s| - t/|t|) / |s|; a vector without direction neither gets nor gives a gradient.
+    torch.testing.assert_close(gradient[0, 4], torch.tensor([0.0, -1.0]))
+    assert (gradient[0, [0, 1, 2, 3, 5]].abs() < 1e-15).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_cosine_distance_of_what_is_not_finite(backend, bad):
+    student, teacher = torch.ones(1, 3, 2), torch.ones(1, 3, 2)
+    student[0, 0, 0] = teacher[0, 1, 0] = bad
+    distance, gradient = backend.cosine(student, teacher)
+    assert distance.isnan().tolist() == [[True, True, False]]
+    assert gradient.isnan().any(-1).tolist() == [[True, True, False]]

@@ -1,0 +1,441 @@
+"""What the Triton backend alone has: launches and scratch memory, kernels for near and far rows, refusals."""
+
+import importlib
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+triton = pytest.importorskip("triton")
+triton_fused = importlib.import_module("dskd_fast.backends.triton_fused")
+affinity, configs, cosine, prepare = (
+    getattr(triton_fused, name) for name in ("affinity", "configs", "cosine", "prepare")
+)
+
+# numpy, which the interpreter computes with, warns of infinities and NaN; on a GPU nothing does.
+pytestmark = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:triton\.runtime\.interpreter")
+
+PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
+KERNELS = {
+    "centre": prepare.centre_kernel,
+    "prepare": prepare.prepare_kernel,
+    "forward": affinity.forward_kernel,
+    "gradient": affinity.gradient_kernel,
+    "project": prepare.project_kernel,
+    "cosine": cosine.cosine_kernel,
+}
+# Without a gradient, with one; at a temperature at which all rows are near, and below it.
+LAUNCHES = {
+    (False, 4.0): {"centre": 1, "prepare": 1, "forward": 1},
+    (True, 4.0): {"centre": 1, "prepare": 1, "forward": 1, "gradient": 1, "project": 1},
+    (False, 1.0): {"centre": 1, "prepare": 1, "forward": 2},
+    (True, 1.0): {"centre": 1, "prepare": 1, "forward": 2, "gradient": 2, "project": 1},
+}
+
+
+class Watch(TorchDispatchMode):
+    """Counts launches of kernels, and what a backend has torch do around them."""
+
+    def __init__(self, monkeypatch, only_watch):
+        super().__init__()
+        self.launches = Counter()
+        self.operations = Counter()
+        self.allocated = []
+        self._is_launching = False
+        for name, kernel in KERNELS.items():
+            monkeypatch.setattr(kernel, "run", self._watched(name, None if only_watch else kernel.run))
+
+    def _watched(self, name, run):
+        def launch(*arguments, **keywords):
+            self.launches[name] += 1
+            if run is not None:
+                self._is_launching = True  # the interpreter has torch do a lot
+                try:
+                    run(*arguments, **keywords)
+                finally:
+                    self._is_launching = False
+
+        return launch
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not self._is_launching:
+            self.operations[func.overloadpacket._qualified_op_name] += 1
+            self.allocated.append(out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    return Watch(monkeypatch, only_watch=False)
+
+
+@pytest.fixture
+def watch_without_launching(monkeypatch):
+    """What the host does takes no time, so that real sizes can be looked at."""
+    return Watch(monkeypatch, only_watch=True)
+
+
+def channels_first(triton_backend, rows):
+    """(B, N, C) -> (B, C, N), where the backend runs."""
+    return [x.to(triton_backend.device).mT for x in rows]
+
+
+def pair_of(triton_backend, make_features, n, c):
+    """Images of one column."""
+    return [x.unsqueeze(-1) for x in channels_first(triton_backend, make_features(n, c, 0.1))]
+
+
+# Launches
+
+
+@pytest.mark.parametrize(("with_gradient", "temperature"), LAUNCHES)
+def test_launches(triton_backend, make_features, watch, with_gradient, temperature):
+    """The kernels really run, interpreted where there is no GPU; and only those that have something to do."""
+    student, teacher = make_features(5, 3, 0.1)
+    kl, gradient = triton_backend.affinity(student, teacher, temperature, with_gradient=with_gradient)
+    assert watch.launches == LAUNCHES[with_gradient, temperature]
+    assert (kl > 0).all()
+    assert gradient is None or (gradient != 0).all()
+    distance, gradient = triton_backend.cosine(student, teacher, with_gradient)
+    assert watch.launches == LAUNCHES[with_gradient, temperature] | {"cosine": 1}
+    assert (distance > 0).all()
+    assert gradient is None or (gradient != 0).all()
+
+
+def test_kernels_are_interpreted_where_there_is_no_gpu_and_compiled_where_there_is_one():
+    for kernel in KERNELS.values():
+        assert isinstance(kernel, triton.runtime.JITFunction) == torch.cuda.is_available()
+    assert triton_fused._is_interpreted() != torch.cuda.is_available()
+
+
+def test_nothing_is_launched_for_nothing(triton_backend, watch):
+    for shape in ((0, 5, 3), (2, 0, 3)):
+        triton_backend.affinity(torch.zeros(shape), torch.zeros(shape), 1.0)
+        triton_backend.cosine(torch.zeros(shape), torch.zeros(shape))
+    assert not watch.launches
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_the_host_only_allocates_and_launches(
+    triton_backend, make_features, layouts, watch_without_launching, with_gradient
+):
+    """No copy of an input of any strides, nothing that would wait for the device, nothing that fills a buffer."""
+    maps = [
+        x.to(triton_backend.device).mT.unflatten(2, (4, 6)).contiguous() for x in make_features(24, 5, 0.1, batch=2)
+    ]
+    student, teacher = (layout(x) for layout, x in zip(layouts, maps, strict=True))
+    with watch_without_launching as watch:
+        for precision in PRECISIONS:
+            triton_backend.affinity_of_maps(student, teacher, 0.1, precision, with_gradient)
+        triton_backend.cosine_of_maps(student, teacher, with_gradient)
+    assert watch.launches["prepare"] == 4
+    assert set(watch.operations) <= {"aten::empty", "aten::empty_like"}
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_memory_goes_with_the_number_of_positions(triton_backend, make_features, monkeypatch, precision, with_gradient):
+    n, c = 1024, 256
+    used = {}
+    for positions in (n, 8 * n):
+        pair = pair_of(triton_backend, make_features, positions, c)
+        with Watch(monkeypatch, only_watch=True) as watch:
+            triton_backend.affinity_of_maps(*pair, 1.0, precision, with_gradient)
+        used[positions] = sum(watch.allocated)
+        # Each buffer holds one number per position and channel, or fewer.
+        assert max(watch.allocated) <= 4 * positions * c
+        monkeypatch.undo()
+    assert used[n] < used[8 * n] <= 8 * used[n]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("triton_backend", ["triton-cuda"], indirect=True)
+def test_nothing_waits_for_the_gpu(triton_backend, make_features):
+    pair = pair_of(triton_backend, make_features, 65, 20)
+    triton_backend.affinity_of_maps(*pair, 0.1)  # compiling may wait
+    triton_backend.cosine_of_maps(*pair)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        triton_backend.affinity_of_maps(*pair, 0.1)
+        triton_backend.cosine_of_maps(*pair)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+# What is read and written
+
+
+def test_strides_do_not_change_a_bit(triton_backend, make_features, layouts, set_tiles):
+    set_tiles(128, 128)
+    maps = [
+        x.to(triton_backend.device).mT.unflatten(2, (4, 6)).contiguous() for x in make_features(24, 5, 0.1, batch=2)
+    ]
+    views = [layout(x) for layout, x in zip(layouts, maps, strict=True)]
+    copies = [x.clone(memory_format=torch.contiguous_format) for x in views]
+    for compute in (lambda s, t: triton_backend.affinity_of_maps(s, t, 0.1, "bf16"), triton_backend.cosine_of_maps):
+        assert all(map(torch.equal, compute(*views), compute(*copies)))
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "temperature", "precision"),
+    [(129, 17, 0.02, "ieee"), (127, 65, 1, "tf32"), (1, 1, 4, "bf16"), (65, 130, 0.1, "fp16"), (1, 300, 1, "bf16")],
+)
+def test_nothing_is_written_outside_of_the_buffers(
+    triton_backend, make_features, monkeypatch, n, c, temperature, precision
+):
+    """Every buffer lies inside a larger one, whose other elements have to stay as they are."""
+    around, guard, mark = [], 1024, -12345.0
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def guarded(shape, *, dtype, device):
+        outer = torch.full((math.prod(shape) + 2 * guard,), mark, dtype=dtype, device=device)
+        around.append(outer)
+        return outer[guard:-guard].view(shape)
+
+    def guarded_like(x, *, dtype):
+        strides = empty_like(x, dtype=dtype).stride()
+        return guarded((x.numel(),), dtype=dtype, device=x.device).as_strided(x.shape, strides, guard)
+
+    pair = pair_of(triton_backend, make_features, n, c)
+    expected = triton_backend.affinity_of_maps(*pair, temperature, precision), triton_backend.cosine_of_maps(*pair)
+    monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(torch, "empty_like", guarded_like)
+    result = triton_backend.affinity_of_maps(*pair, temperature, precision), triton_backend.cosine_of_maps(*pair)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    for a, b in zip(result, expected, strict=True):
+        assert all(map(torch.equal, a, b))
+    assert len(around) > 10
+    for outer in around:
+        margins = torch.cat((outer[:guard], outer[-guard:]))
+        assert torch.equal(margins, torch.full_like(margins, mark))
+
+
+# Near and far rows, tiles
+
+
+def use_tiles(monkeypatch, forward, gradient, chunk=64):
+    """(rows, keys, channels of a product) of both kernels, and columns of the gradient at a time."""
+    forward, gradient = (configs.Blocks(*sizes, warps=4, stages=1) for sizes in (forward, gradient))
+    monkeypatch.setattr(configs, "config", lambda *_: configs.Config(forward, gradient, chunk))
+
+
+@pytest.mark.parametrize("rows", [(64, 64), (32, 64), (64, 32)])
+@pytest.mark.parametrize("far_row", [3, 67])
+@pytest.mark.parametrize(("k", "temperature"), [(0, 0.02), (1, 0.05), (2, 0.5), (3, 3.99)])
+def test_near_and_far_blocks_in_one_image(
+    triton_backend, truth, make_features, monkeypatch, k, temperature, far_row, rows
+):
+    """A single far row: its block of rows, whatever a kernel takes for one, is far, and all others are near."""
+    use_tiles(monkeypatch, *((m, 64, 64) for m in rows))
+    student, teacher = make_features(100, 20, 1e-4, "normal")
+    student[0, far_row] = -teacher[0, far_row]
+    s, t = (x[0].double() / x[0].double().norm(dim=-1, keepdim=True) for x in (student, teacher))
+    bound = 2 * (s - t).norm(dim=-1) / temperature
+    assert (bound > affinity.RADIUS.value).nonzero().flatten().tolist() == [far_row]
+    precision = PRECISIONS[k]
+    result = triton_backend.affinity(student, teacher, temperature, precision)
+    limits = truth.limits(student, teacher, temperature, precision)
+    truth.check(result, truth(student, teacher, temperature), limits)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.1, 1])
+def test_students_on_both_sides_of_the_radius(triton_backend, truth, make_features, temperature):
+    """Rows whose bound is RADIUS to within a rounding either way: no row may be left out by both kinds of a kernel."""
+    teacher = make_features(9, 2, 0.1, "normal")[1].double()
+    teacher /= teacher.norm(dim=-1, keepdim=True)
+    for factor in (1 - 1e-7, 1, 1 + 1e-7):
+        angle = 2 * math.asin(factor * temperature * affinity.RADIUS.value / 4)
+        x, y = teacher.unbind(-1)
+        student = torch.stack(
+            (x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)), -1
+        )
+        s, t = student.float(), teacher.float()
+        result = triton_backend.affinity(s, t, temperature)
+        truth.check(result, truth(s, t, temperature), truth.limits(s, t, temperature, "ieee"))
+
+
+@pytest.mark.parametrize(
+    ("k", "temperature", "forward", "gradient", "chunk"),
+    [
+        (0, 0.02, (128, 32, 64), (32, 128, 16), 64),
+        (1, 1, (32, 64, 32), (64, 32, 64), 32),
+        (2, 0.1, (16, 128, 16), (128, 16, 32), 16),
+        (3, 0.05, (64, 128, 64), (64, 64, 64), 32),
+    ],
+)
+def test_results_do_not_depend_on_the_tiles(
+    triton_backend, truth, make_features, monkeypatch, k, temperature, forward, gradient, chunk
+):
+    """More rows than keys and fewer; all channels in a product or not; all columns of the gradient at once or not."""
+    use_tiles(monkeypatch, forward, gradient, chunk)
+    student, teacher = make_features(129, 40, 0.1)
+    student[:, 40:50] = -teacher[:, 40:50]
+    precision = PRECISIONS[k]
+    result = triton_backend.affinity(student, teacher, temperature, precision)
+    limits = truth.limits(student, teacher, temperature, precision)
+    truth.check(result, truth(student, teacher, temperature), limits)
+
+
+NARROW = sorted({(width, precision, entry)
+                 for table in configs.TABLE.values()
+                 for precision in PRECISIONS
+                 for width, entry in table[configs.operand_class(precision)].items()
+                 if width <= 128})  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "precision", "entry"), NARROW)
+def test_entries_of_the_table(triton_backend, truth, make_features, monkeypatch, width, precision, entry):
+    """Whatever GPU they are for: where they do not fit into this one's memories, that is an error, not a wrong result.
+
+    Interpreted, the others take minutes; what they have that these have not, is in the test above.
+    """
+    monkeypatch.setattr(configs, "config", lambda *_: entry)
+    student, teacher = make_features(70, width - 1, 0.1)
+    result = triton_backend.affinity(student, teacher, 0.1, precision)
+    truth.check(result, truth(student, teacher, 0.1), truth.limits(student, teacher, 0.1, precision))
+
+
+# Refusals
+
+
+def fake(*shape, device="cuda", dtype=torch.float32):
+    """A tensor without memory, on a device that need not be there."""
+    with FakeTensorMode():
+        return torch.empty(shape, device=device, dtype=dtype)
+
+
+@pytest.fixture
+def working_gpu(monkeypatch):
+    """As if a trial on GPU 0 had succeeded."""
+    monkeypatch.setattr(triton_fused, "_REFUSALS", {torch.device("cuda", 0): None})
+
+
+@pytest.mark.parametrize("precision", [*PRECISIONS, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_ordinary_calls_are_served_on_a_gpu(working_gpu, precision, dtype):
+    assert triton_fused.refusal(fake(16, 1024, 64, 64), fake(16, 1024, 64, 64, dtype=dtype), precision) is None
+
+
+@pytest.mark.parametrize("precision", [*PRECISIONS, None])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_float64_is_refused(working_gpu, device, precision):
+    single, double = fake(1, 2, 3, 4, device=device), fake(1, 2, 3, 4, device=device, dtype=torch.float64)
+    for pair in ((single, double), (double, single), (double, double)):
+        assert triton_fused.refusal(*pair, precision) == "it has no float64"
+
+
+@pytest.mark.parametrize("precision", ["bf16", None])
+def test_cpu_tensors_are_refused_unless_interpreted(monkeypatch, precision):
+    x = torch.zeros(1, 2, 3, 4)
+    monkeypatch.setattr(triton_fused, "_is_interpreted", lambda: False)
+    expected = "it runs on GPUs (with TRITON_INTERPRET=1, slowly, on CPU tensors too)"
+    assert triton_fused.refusal(x, x, precision) == expected
+    monkeypatch.setattr(triton_fused, "_is_interpreted", lambda: True)
+    assert triton_fused.refusal(x, x, precision) is None
+
+
+def test_other_devices_are_refused():
+    x = torch.zeros(1, 2, 3, 4, device="meta")
+    assert triton_fused.refusal(x, x, "ieee") == "it does not run on meta devices"
+
+
+def test_more_positions_than_sums_can_take_are_refused(working_gpu):
+    most = triton_fused.MAX_POSITIONS
+    good, bad = fake(1, 1, 2, most // 2), fake(1, 1, 1, most + 1)
+    assert triton_fused.refusal(good, good, "ieee") is None
+    assert triton_fused.refusal(bad, bad, "ieee") == f"it takes at most {most} positions, not {most + 1}"
+    assert triton_fused.refusal(bad, bad, None) is None
+
+
+def test_more_elements_than_offsets_can_take_are_refused(working_gpu):
+    n, most = 2**16, triton_fused.MAX_ELEMENTS
+    good, bad = fake(1, most // n - configs.LARGEST_WIDTH, 1, n), fake(1, most // n, 1, n)
+    assert triton_fused.refusal(good, good, "ieee") is None
+    assert triton_fused.refusal(bad, bad, "ieee") == f"it takes at most {most - 1} elements per image, not {most}"
+    assert triton_fused.refusal(bad, bad, None) is None
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    """A device that has not been tried yet; the trial calls what the test puts into it, and counts."""
+
+    class Trial:
+        device = torch.device("cpu")
+        count = 0
+
+        def run(self):
+            return None
+
+    trial = Trial()
+
+    def cosine_distance(student, teacher, with_gradient):
+        trial.count += 1
+        assert student.device == teacher.device == trial.device
+        return trial.run()
+
+    monkeypatch.setattr(triton_fused, "_REFUSALS", {})
+    monkeypatch.setattr(triton_fused, "cosine_distance", cosine_distance)
+    return trial
+
+
+def failing(error):
+    def run():
+        raise error
+
+    return run
+
+
+def test_a_device_is_tried_once(trial):
+    assert [triton_fused._device_refusal(trial.device) for _ in range(3)] == [None] * 3
+    assert trial.count == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("PTXAS error: sm_30 is not known\nsecond line"), "PTXAS error: sm_30 is not known"),
+        (KeyError(), "KeyError"),
+        (FileNotFoundError(2, "No such file", "gcc"), "[Errno 2] No such file: 'gcc'"),
+    ],
+)
+def test_a_device_that_fails_is_refused_from_then_on(trial, error, reason):
+    trial.run = failing(error)
+    first = triton_fused._device_refusal(trial.device)
+    assert first == f"a trial on cpu failed: {reason}"
+    trial.run = lambda: None
+    assert triton_fused._device_refusal(trial.device) == first
+    assert trial.count == 1
+
+
+def test_a_device_that_the_kernels_are_not_made_for_is_not_tried(monkeypatch, trial):
+    def architecture(device):
+        raise ValueError("its compute capability is 7.5, and the kernels need 8.0")
+
+    monkeypatch.setattr(triton_fused, "architecture", architecture)
+    for _ in range(2):
+        reason = triton_fused._device_refusal(trial.device)
+        assert reason == "its compute capability is 7.5, and the kernels need 8.0"
+    assert trial.count == 0
+
+
+def test_a_trial_for_which_there_was_no_memory_says_nothing_about_the_device(trial):
+    trial.run = failing(torch.OutOfMemoryError("full"))
+    with pytest.raises(torch.OutOfMemoryError):
+        triton_fused._device_refusal(trial.device)
+    trial.run = lambda: None
+    assert triton_fused._device_refusal(trial.device) is None
+    assert trial.count == 2
+
+
+def test_a_gpu_that_fails_is_refused_for_every_call(monkeypatch):
+    monkeypatch.setattr(triton_fused, "_device_refusal", lambda device: f"a trial on {device} failed: it smokes")
+    for precision in (*PRECISIONS, None):
+        assert (
+            triton_fused.refusal(fake(1, 2, 3, 4), fake(1, 2, 3, 4), precision) == "a trial on cuda:0 failed: it smokes"
+        )

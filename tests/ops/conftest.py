@@ -1,0 +1,41 @@
+"""Where the operators are tested: each backend on the devices that it serves."""
+
+import importlib.util
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from dskd_fast.ops.dispatch import BACKEND_VARIABLE
+
+
+class Place(NamedTuple):
+    backend: str
+    device: str
+
+
+PLACES = [Place(backend, device) for device in ("cpu", "cuda") for backend in ("torch", "triton")]
+
+
+def pytest_make_parametrize_id(val):
+    return f"{val.backend} on {val.device}" if isinstance(val, Place) else None
+
+
+@pytest.fixture(
+    params=[pytest.param(place, marks=pytest.mark.gpu if place.device == "cuda" else ()) for place in PLACES]
+)
+def place(request) -> Place:
+    """A backend and a device for its tensors."""
+    backend, device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if backend == "triton" and device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is off where there is a GPU, whose own variant of this test runs instead")
+    return Place(backend, device)
+
+
+@pytest.fixture(autouse=True)
+def _no_default_backend(monkeypatch):
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from dskd_fast.errors import UserError
+from dskd_fast.ops import dispatch
+from dskd_fast.workflow import doctor
+
+
+@pytest.fixture(autouse=True)
+def _no_default(monkeypatch):
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
+
+
+def test_versions_name_what_matters():
+    found = doctor.versions()
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"dskd-fast", "Python", "triton", "CPU", "folder"} <= found.keys()
+    assert all(isinstance(value, str) and value for value in found.values())
+    assert ("GPU" in found) is not torch.cuda.is_available()
+
+
+def test_every_backend_answers_for_every_device():
+    services = doctor.services()
+    calls = {(service.device, service.dtype) for service in services}
+    assert len(services) == len(calls) * len(dispatch.BACKENDS)
+    for call in calls:
+        answers = [service for service in services if (service.device, service.dtype) == call]
+        assert [service.backend for service in answers] == list(dispatch.BACKENDS)
+        (choice,) = (service for service in answers if service.is_choice)
+        assert choice.reason is None
+    assert all(service.reason is None or service.reason for service in services)
+
+
+def test_the_table_says_what_a_call_then_does():
+    x = torch.randn(1, 4, 3, 3)
+    for service in doctor.services():
+        if service.device != "cpu" or service.dtype == "float64":
+            continue
+        if service.reason is None:
+            assert dispatch.choose(service.backend, x, x, "ieee").name == service.backend
+        else:
+            with pytest.raises(dispatch.BackendError) as error:
+                dispatch.choose(service.backend, x, x, "ieee")
+            assert service.reason in str(error.value)
+        assert service.is_choice == (dispatch.choose("auto", x, x, "ieee").name == service.backend)
+
+
+def test_the_variable(monkeypatch):
+    assert "not set" in doctor.default_backend()
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "torch")
+    assert "every call takes it" in doctor.default_backend()
+    assert {service.backend for service in doctor.services() if service.is_choice} == {"torch"}
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "cuda")
+    assert not any(service.is_choice for service in doctor.services() if service.device == "cpu")
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "quantum")
+    with pytest.raises(UserError, match=r"DSKD_FAST_BACKEND=quantum is not known: use one of .*torch"):
+        doctor.default_backend()
+
+
+def test_a_package_that_is_missing(monkeypatch):
+    def missing(name):
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", missing)
+    assert doctor.versions()["triton"] == "not installed"
+
+
+def test_a_broken_triton_is_told_and_does_no_harm(monkeypatch):
+    """As on Windows, or with an old driver."""
+    load = dispatch.load
+
+    def broken(name):
+        if name == "triton":
+            raise ImportError("No module named 'triton'")
+        return load(name)
+
+    monkeypatch.setattr(dispatch, "load", broken)
+    services = [service for service in doctor.services() if service.device == "cpu"]
+    assert {service.reason for service in services if service.backend == "triton"} == {"No module named 'triton'"}
+    assert {service.backend for service in services if service.is_choice} == {"torch"}
