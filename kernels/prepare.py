@@ -11,9 +11,10 @@ import triton.language as tl
 
 from dskd_fast.kernels.arithmetic import LOG2E, to_operand
 
-# Positions and channels of a block.
+# Positions and channels of a block; channels of one of the centre's, whose positions are GROUP.
 BLOCK_P = 32
 BLOCK_C = 32
+CENTRE_BLOCK_C = 64
 # For every launch over positions: x/|x| - y/|y| must be exactly 0 for equal vectors, and a fused multiply-add would
 # round one of the two only.
 EXACT = {"enable_fp_fusion": False}

@@ -152,7 +152,8 @@ def _source(case: Case, config: configs.Config) -> tuple[ASTSource, dict[str, in
     elif case.kernel == "cosine":
         launch = configs.cosine_blocks(4096).launch()
     else:
-        launch = {"BLOCK_P": prepare.BLOCK_P, "BLOCK_C": min(case.width, prepare.BLOCK_C)}
+        block_c = prepare.CENTRE_BLOCK_C if case.kernel == "centre" else prepare.BLOCK_C
+        launch = {"BLOCK_P": prepare.BLOCK_P, "BLOCK_C": block_c}
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
     if blocks is None:
         options |= prepare.EXACT

@@ -18,8 +18,6 @@ MAX_POSITIONS = 1 << 17
 # Offsets within one image are 32-bit.
 MAX_ELEMENTS = 1 << 31
 
-_BLOCK_P = prepare.BLOCK_P
-
 
 def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | None:
     """Why this backend cannot serve a call, None if it can; precision None stands for the cosine distance."""
@@ -65,9 +63,8 @@ def contextual_affinity(
     row_stats = [scratch(n_pad) for _ in ("u", "teacher_shift", "student_shift", "factor")]
     inverse_norm = scratch(n_pad, dtype=torch.float64)
 
-    block_c = min(c_pad, prepare.BLOCK_C)
-    per_position = {"C_PAD": c_pad, "BLOCK_P": _BLOCK_P, "BLOCK_C": block_c, **prepare.EXACT}
-    position_grid = (batch * (n_pad // _BLOCK_P),)
+    per_position = {"C_PAD": c_pad, "BLOCK_P": prepare.BLOCK_P, "BLOCK_C": prepare.BLOCK_C, **prepare.EXACT}
+    position_grid = (batch * (n_pad // prepare.BLOCK_P),)
     logit_scale = 1 / (temperature * math.log(2) * operand_scale**2)
     # Rows are near, at the latest, where even opposite vectors are: |s - t| |t_j - t_i| / T <= 4/T.
     kinds = (True,) if temperature >= 4 / affinity.RADIUS.value else (True, False)
@@ -75,7 +72,15 @@ def contextual_affinity(
 
     with _on(device):
         prepare.centre_kernel[batch, prepare.GROUPS.value](
-            teacher, mean, n, channels, width, *teacher.stride(), C_PAD=c_pad, BLOCK_C=block_c, **prepare.EXACT
+            teacher,
+            mean,
+            n,
+            channels,
+            width,
+            *teacher.stride(),
+            C_PAD=c_pad,
+            BLOCK_C=prepare.CENTRE_BLOCK_C,
+            **prepare.EXACT,
         )
         prepare.prepare_kernel[position_grid](
             student, teacher, mean, keys, delta, *operand_stats, inverse_norm,
