@@ -261,15 +261,19 @@ def _estimate(
     loaded += 0 if is_resident and chunk in (0, case.width) else blocks.n * chunk
     peak = {"tf32": machine.tf32, "ieee": machine.ieee}.get(case.precision, machine.half)
     exponentials = count[exponential] * warps * machine.target.warp_size
+    # With few rows, several warps do the same products. How often a tile runs an inner loop is not in the binary, so
+    # only without one is the count exact.
+    is_counted = all(times == 1 for _, times in body)
+    done = max(flops, 2 * multiply_adds * warps) if is_counted else flops
     clocks = {
-        "products": flops / peak,
+        "products": done / peak,
         "issue": count.total() * warps / machine.issue,
         "exp": exponentials / machine.exponentials,
         "cache": loaded * operand / machine.cache,
     }
     bound = max(clocks, key=clocks.get)
     return {
-        "multiply_adds": multiply_adds or None,
+        "multiply_adds": multiply_adds * warps if is_counted and multiply_adds else None,
         "matrix": matrix,
         "matrix_instructions": count[matrix],
         "instructions": count.total(),

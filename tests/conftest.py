@@ -20,6 +20,7 @@ from PIL import Image
 from dskd_fast.cli import main
 from dskd_fast.data.layout import DATA_ROOT_VARIABLE
 from dskd_fast.data.synthetic import make_screw_bag
+from dskd_fast.ops.dispatch import BACKEND_VARIABLE
 from dskd_fast.workflow.run import load_run
 from dskd_fast.workflow.train import TrainingOptions
 
@@ -32,7 +33,8 @@ TINY_TEACHER = "test_resnet"
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch):
-    monkeypatch.delenv(DATA_ROOT_VARIABLE, raising=False)
+    for variable in (DATA_ROOT_VARIABLE, BACKEND_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

@@ -5,6 +5,7 @@ other architectures too, on the GPU that is there. It never happens by itself: n
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -102,22 +103,25 @@ def _candidates(precision: str, width: int) -> Iterable[Config]:
                 yield entry
 
 
+def _level(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"0*[1-9]\d*x0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NxC, two whole numbers from 1 up as in 4096x256")
+    n, c = text.split("x")
+    return int(n), int(c)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Time each level given as NxC and print what is fastest."""
     parser = argparse.ArgumentParser(prog="python -m dskd_fast.backends.triton_tune", description=__doc__)
-    parser.add_argument("levels", nargs="+", metavar="NxC", help="positions and channels, such as 4096x256")
+    parser.add_argument("levels", nargs="+", type=_level, metavar="NxC", help="positions and channels, as in 4096x256")
     parser.add_argument("--batch", type=int, default=8, help="images per call (default: 8)")
     parser.add_argument("--precision", choices=("ieee", "tf32", "bf16", "fp16"), default="bf16")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("triton_tune: torch finds no usable GPU here, and there is nothing to time without one", file=sys.stderr)
         return 2
-    for level in arguments.levels:
-        try:
-            n, c = (int(part) for part in level.split("x"))
-        except ValueError:
-            print(f"triton_tune: {level} is not NxC, such as 4096x256", file=sys.stderr)
-            return 2
+    for n, c in arguments.levels:
+        level = f"{n}x{c}"
         teacher, noise = torch.randn((2, arguments.batch, c, n, 1), device="cuda")
         student = teacher + 0.1 * noise  # as in training, once it has begun to converge
         chosen, trials = tune(student, teacher, precision=arguments.precision)

@@ -217,20 +217,24 @@ def backend(request, all_backends):
 
 @pytest.fixture
 def set_tiles(monkeypatch):
-    """Sets rows and keys of a tile, in place of the table's, and the most channels that a product can have.
+    """Sets rows and keys of a tile in place of the table's, with all positions and channels of an image in few blocks.
 
-    Those of the table fit into a GPU's memories. The interpreter takes about as long for any tile, in any number of
-    products, so that it does the same work in a tenth of the time.
+    Those that the backend comes with fit into a GPU's memories. The interpreter takes about as long for a large block
+    as for a small one, so that it does the same work in a tenth of the time.
     """
-    from dskd_fast.kernels import configs
 
     def patch(rows, keys):
+        from dskd_fast.backends import triton_fused
+        from dskd_fast.kernels import configs, prepare
+
         def config(architecture, precision, width):
             channels = min(width, configs.LARGEST_WIDTH)
             blocks = configs.Blocks(rows, keys, channels, warps=4, stages=1)
             return configs.Config(blocks, blocks, chunk=channels)
 
         monkeypatch.setattr(configs, "config", config)
+        monkeypatch.setattr(triton_fused, "_BLOCK_P", configs.ROW_MULTIPLE)
+        monkeypatch.setattr(prepare, "BLOCK_C", configs.LARGEST_WIDTH)
 
     return patch
 

@@ -1,6 +1,5 @@
 """What the Triton backend alone has: launches and scratch memory, kernels for near and far rows, refusals."""
 
-import importlib
 import math
 from collections import Counter
 
@@ -9,11 +8,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-triton = pytest.importorskip("triton")
-triton_fused = importlib.import_module("dskd_fast.backends.triton_fused")
-affinity, configs, cosine, prepare = (
-    getattr(triton_fused, name) for name in ("affinity", "configs", "cosine", "prepare")
-)
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.runtime import JITFunction
+
+from dskd_fast.backends import triton_fused
+from dskd_fast.kernels import affinity, configs, cosine, prepare
 
 # numpy, which the interpreter computes with, warns of infinities and NaN; on a GPU nothing does.
 pytestmark = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:triton\.runtime\.interpreter")
@@ -108,7 +108,7 @@ def test_launches(triton_backend, make_features, watch, with_gradient, temperatu
 
 def test_kernels_are_interpreted_where_there_is_no_gpu_and_compiled_where_there_is_one():
     for kernel in KERNELS.values():
-        assert isinstance(kernel, triton.runtime.JITFunction) == torch.cuda.is_available()
+        assert isinstance(kernel, JITFunction) == torch.cuda.is_available()
     assert triton_fused._is_interpreted() != torch.cuda.is_available()
 
 
@@ -244,20 +244,17 @@ def test_near_and_far_blocks_in_one_image(
     truth.check(result, truth(student, teacher, temperature), limits)
 
 
-@pytest.mark.parametrize("temperature", [0.02, 0.1, 1])
-def test_students_on_both_sides_of_the_radius(triton_backend, truth, make_features, temperature):
-    """Rows whose bound is RADIUS to within a rounding either way: no row may be left out by both kinds of a kernel."""
-    teacher = make_features(9, 2, 0.1, "normal")[1].double()
-    teacher /= teacher.norm(dim=-1, keepdim=True)
-    for factor in (1 - 1e-7, 1, 1 + 1e-7):
-        angle = 2 * math.asin(factor * temperature * affinity.RADIUS.value / 4)
-        x, y = teacher.unbind(-1)
-        student = torch.stack(
-            (x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)), -1
-        )
-        s, t = student.float(), teacher.float()
-        result = triton_backend.affinity(s, t, temperature)
-        truth.check(result, truth(s, t, temperature), truth.limits(s, t, temperature, "ieee"))
+def test_rows_on_both_sides_of_the_radius_by_a_rounding(triton_backend, truth, make_features):
+    """None may be left out by both kinds of a kernel, nor served by both."""
+    factors = torch.linspace(1 - 2e-7, 1 + 2e-7, 6, dtype=torch.float64)
+    teacher = make_features(5, 2, 0.1, "normal")[1].double().expand(6, -1, -1)
+    teacher = teacher / teacher.norm(dim=-1, keepdim=True)
+    angle = 2 * torch.asin(factors * affinity.RADIUS.value / 4)  # |s - t| = 2 sin(angle/2), at T = 1
+    x, y = teacher[:, 2].unbind(-1)
+    student = teacher.clone()
+    student[:, 2, 0], student[:, 2, 1] = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
+    s, t = student.float(), teacher.float()
+    truth.check(triton_backend.affinity(s, t, 1.0), truth(s, t, 1.0), truth.limits(s, t, 1.0, "ieee"))
 
 
 @pytest.mark.parametrize(

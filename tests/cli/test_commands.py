@@ -704,8 +704,7 @@ def test_a_folder_that_is_no_run_is_told(cli_error, data_root, tmp_path, command
         assert "is not a run folder" in cli_error(command, folder, *([image] if command == "predict" else []))
 
 
-def test_doctor(cli, monkeypatch):
-    monkeypatch.delenv("DSKD_FAST_BACKEND", raising=False)
+def test_doctor(cli):
     code, out, err = cli("doctor")
     assert code == 0, err
     for word in ("torch", "triton", "cuda", "cpu", "DSKD_FAST_BACKEND is not set", "yes, and the choice", "no:"):

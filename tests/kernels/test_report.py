@@ -74,8 +74,8 @@ def test_shared_memory_and_registers_suffice_for_a_block(report):
 
 
 def test_the_products_are_done_by_matrix_units(loops):
-    """All of them, and no more: the instructions of a tile multiply as often as the formula says. (tcgen05's do not
-    tell their shape.)"""
+    """All of them: the instructions of a tile multiply as often as the formula says, or more where the rows are too few
+    for the warps to have some each. (tcgen05's do not tell their shape.)"""
     for row in loops:
         if row["precision"] == "ieee":
             assert row["matrix"] in ("FFMA", "v_fma_f32", "v_fmac_f32", "v_pk_fma_f32"), name_of(row)
@@ -85,7 +85,9 @@ def test_the_products_are_done_by_matrix_units(loops):
         if row["multiply_adds"]:
             m, n, _, warps, _ = row["blocks"]
             wanted = m * n * (2 * row["width"] + (row["chunk"] or 0))
-            assert row["multiply_adds"] * warps == wanted, name_of(row)
+            assert wanted <= row["multiply_adds"] <= 2 * wanted, name_of(row)
+            if MATRIX[row["architecture"]] != "v_mfma" and warps == 4:
+                assert row["multiply_adds"] == wanted, name_of(row)
     told = {row["architecture"] for row in loops if row.get("multiply_adds")}
     assert told == {"sm_80", "sm_89", "sm_90", "sm_120", "gfx942"}
 

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from dskd_fast.ops.dispatch import BACKEND_VARIABLE
-
 
 class Place(NamedTuple):
     backend: str
@@ -34,8 +32,3 @@ def place(request) -> Place:
     if backend == "triton" and device == "cpu" and torch.cuda.is_available():
         pytest.skip("Triton's interpreter is off where there is a GPU, whose own variant of this test runs instead")
     return Place(backend, device)
-
-
-@pytest.fixture(autouse=True)
-def _no_default_backend(monkeypatch):
-    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)

@@ -6,11 +6,6 @@ from dskd_fast.ops import dispatch
 from dskd_fast.workflow import doctor
 
 
-@pytest.fixture(autouse=True)
-def _no_default(monkeypatch):
-    monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
-
-
 def test_versions_name_what_matters():
     found = doctor.versions()
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
