@@ -4,11 +4,11 @@ Index i is a row (a position whose KL is wanted), j a key. With k the centred un
 everything relative to the row's own key j = i:
 
     a[i, j] = <t_i, k_j - k_i> / (T log 2)      teacher's logit, so that exp2 needs no multiplication
-    c[i, j] = <delta_i, k_j - k_i> / T          what the student adds to it
+    c[i, j] = <delta_i, k_j> / T - shift_i      what the student adds to it; shift_i is <delta_i, k_i> / T or 0
     E = exp2(a),  Z = sum_j E,  u = sum_j E expm1(c) / Z,  v = sum_j E (expm1(c) - c) / Z
     KL_i = T^2 (log1p(u) - u + v)               gradient: (T/Z) sum_j E (expm1(c) - u)/(1 + u) k_j
 
-A row's own key is left out of the tiles (E would be 1 and c 0) and added exactly afterwards.
+A row's own key, with E = 1, is left out of the tiles and added exactly afterwards.
 
 Each kernel comes in two kinds. NEAR serves the blocks of rows in which no |c| can exceed RADIUS, and needs no
 exponential but the teacher's; the other serves the rest. Both are launched over all blocks and each leaves the other's
@@ -38,7 +38,7 @@ def _products(
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     offs_c = tl.arange(0, BLOCK_C)
-    input_precision: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32"
+    input_precision: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
     k = row_keys
     if C_PAD == BLOCK_C:
         k = tl.load(keys + offs_j[:, None] * C_PAD + offs_c[None, :])
@@ -55,11 +55,11 @@ def _products(
 
 @triton.jit
 def _logits(
-    a, c, row_constant, own_c, c_scale, bias, logit_scale, offs_i, offs_j, start_i, start_j,
+    a, c, row_constant, c_shift, c_scale, bias, logit_scale, offs_i, offs_j, start_i, start_j,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     a = a * logit_scale + (tl.load(bias + offs_j)[None, :] - row_constant[:, None])
-    c = c * c_scale[:, None] - own_c[:, None]
+    c = c * c_scale[:, None] - c_shift[:, None]
     if (start_j < start_i + BLOCK_M) & (start_i < start_j + BLOCK_N):
         a = tl.where(offs_i[:, None] == offs_j[None, :], NEVER, a)
     return a, c
@@ -69,11 +69,12 @@ def _logits(
 def forward_kernel(
     keys,  # (B, N_PAD, C_PAD)
     delta,  # (B, N_PAD, C_PAD)
-    bias,  # (B, N_PAD) float32, as are the next four
+    bias,  # (B, N_PAD) float32, as are the next five
     own_logit,
-    own_c,
+    c_shift,
     c_scale,
     c_bound,
+    c_own,
     kl,  # (B, N) float32 out
     u_out,  # (B, N_PAD) float32 out, as are the next three: what the gradient needs of a row
     teacher_shift,
@@ -98,14 +99,15 @@ def forward_kernel(
     offs_i = start_i + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
     rows = b * n_pad + offs_i
-    is_near = tl.max(tl.load(c_bound + rows), 0) <= RADIUS
+    # A block of NaN alone is near: where all others must be, nothing else would write its results.
+    is_near = (tl.max(tl.load(c_bound + rows), 0) > RADIUS) == 0
     if is_near != NEAR:
         return
     keys += b * n_pad * C_PAD
     delta += b * n_pad * C_PAD
     bias += b * n_pad
     row_constant = tl.load(own_logit + rows)
-    row_own_c = tl.load(own_c + rows)
+    row_c_shift = tl.load(c_shift + rows)
     row_c_scale = tl.load(c_scale + rows)
     row_keys = tl.load(keys + offs_i[:, None] * C_PAD + offs_c[None, :])
     row_delta = tl.load(delta + offs_i[:, None] * C_PAD + offs_c[None, :])
@@ -122,7 +124,7 @@ def forward_kernel(
             row_keys, row_delta, keys, delta, offs_i, offs_j, BLOCK_M, BLOCK_N, BLOCK_C, C_PAD, PRECISION
         )
         a, c = _logits(
-            a, c, row_constant, row_own_c, row_c_scale, bias, logit_scale,
+            a, c, row_constant, row_c_shift, row_c_scale, bias, logit_scale,
             offs_i, offs_j, start_i, start_j, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         e = tl.exp2(a)
@@ -140,7 +142,17 @@ def forward_kernel(
         if SCALE_WEIGHTS:
             largest = tl.maximum(largest, tl.max(tl.abs(term + e * c), 1))
     others = z
+    own = tl.load(c_own + rows)
+    own_tail = expm1_tail(own)
+    if not NEAR:
+        own_student = tl.exp2(own * LOG2E)
+        own_tail = tl.where(tl.abs(own) <= RADIUS, own_tail, own_student - 1 - own)
+        student += own_student
+        if WITH_FAR:
+            student_far += tl.exp2(own * LOG2E - FAR_SHIFT)
     z += 1
+    first += own
+    tail += own_tail
     v = tail / z
     u = v + first / z
     # Where the difference log1p(u) - u cancels it is summed as a series, elsewhere taken in float64; and where most of
@@ -149,7 +161,7 @@ def forward_kernel(
     mean = first.to(tl.float64) / wide
     ratio = 1 + (tail.to(tl.float64) / wide + mean)
     if not NEAR:
-        ratio = tl.where(u > -0.5, ratio, (1 + student.to(tl.float64)) / wide)
+        ratio = tl.where(u > -0.5, ratio, student.to(tl.float64) / wide)
     divergence = tl.where(tl.abs(u) <= 0.0625, v - log1p_tail(u), (tl.log(ratio) - mean).to(tl.float32))
     if WITH_FAR and not NEAR:
         is_far = student_far >= 2.0 ** (95 - 190)
@@ -163,7 +175,7 @@ def forward_kernel(
         key_scale = 1.0
         top = 0
         if SCALE_WEIGHTS:
-            # No |E (expm1(c) - u)| of the row is larger than this, nor are all smaller than 1/(N + 1) of it.
+            # No |E (expm1(c) - u)| of the row is larger than this, nor are all smaller than a fraction 1/(2N) of it.
             largest += tl.abs(u) * tl.minimum(others, 1.0)
             teacher_exponent = FP16_EXPONENT - tl.ceil(tl.log2(tl.maximum(largest, 1e-30)))
             key_scale = FP16_SCALE
@@ -188,7 +200,7 @@ def gradient_kernel(
     delta,  # (B, N_PAD, C_PAD)
     bias,  # (B, N_PAD) float32, as are the next seven
     own_logit,
-    own_c,
+    c_shift,
     c_scale,
     c_bound,
     u_in,
@@ -213,7 +225,8 @@ def gradient_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     chunk = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     rows = b * n_pad + offs_i
-    is_near = tl.max(tl.load(c_bound + rows), 0) <= RADIUS
+    # A block of NaN alone is near: where all others must be, nothing else would write its results.
+    is_near = (tl.max(tl.load(c_bound + rows), 0) > RADIUS) == 0
     if is_near != NEAR:
         return
     keys += b * n_pad * C_PAD
@@ -221,7 +234,7 @@ def gradient_kernel(
     bias += b * n_pad
     row_shift = tl.load(teacher_shift + rows)
     row_constant = tl.load(own_logit + rows) - row_shift
-    row_own_c = tl.load(own_c + rows)
+    row_c_shift = tl.load(c_shift + rows)
     row_c_scale = tl.load(c_scale + rows)
     u = tl.load(u_in + rows)
     further = u
@@ -229,7 +242,7 @@ def gradient_kernel(
         further = tl.load(student_shift + rows) - row_shift
     row_keys = tl.load(keys + offs_i[:, None] * C_PAD + offs_c[None, :])
     row_delta = tl.load(delta + offs_i[:, None] * C_PAD + offs_c[None, :])
-    input_precision: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32"
+    input_precision: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
     g = tl.zeros((BLOCK_M, CHUNK), tl.float32)
     for start_j in range(0, n_pad, BLOCK_N):
         offs_j = start_j + tl.arange(0, BLOCK_N)
@@ -237,7 +250,7 @@ def gradient_kernel(
             row_keys, row_delta, keys, delta, offs_i, offs_j, BLOCK_M, BLOCK_N, BLOCK_C, C_PAD, PRECISION
         )
         a, c = _logits(
-            a, c, row_constant, row_own_c, row_c_scale, bias, logit_scale,
+            a, c, row_constant, row_c_shift, row_c_scale, bias, logit_scale,
             offs_i, offs_j, start_i, start_j, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         e = tl.exp2(a)

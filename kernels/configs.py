@@ -4,6 +4,7 @@ How the entries were chosen is in README.md. `python -m dskd_fast.kernels.report
 `dskd_fast.backends.triton_tune` times them on a GPU.
 """
 
+import copy
 from typing import NamedTuple
 
 # N is padded to a multiple of this, which all block sizes divide.
@@ -92,7 +93,7 @@ _WARPGROUP_TF32 = {
     512: _entry((64, 128, 32, 8, 2), (64, 64, 32, 8, 2), 256),
     WIDE: _entry((64, 128, 32, 8, 2), (64, 64, 32, 8, 2), 256),
 }
-TABLE: dict[str, dict[str, dict[int, Config]]] = {
+_TABLE = {
     "sm_80": {
         "half": _MMA_HALF
         | {
@@ -162,6 +163,10 @@ TABLE: dict[str, dict[str, dict[int, Config]]] = {
 }
 
 
+# Each architecture has entries of its own, which tuning may replace.
+TABLE: dict[str, dict[str, dict[int, Config]]] = copy.deepcopy(_TABLE)
+
+
 def config(architecture: str, precision: str, width: int) -> Config:
     """The table's entry for padded channels `width`."""
     return TABLE[architecture][operand_class(precision)][min(width, WIDE)]
@@ -208,6 +213,6 @@ def amd_architecture(name: str) -> str:
     Raises:
         ValueError: for any that the table has not been made for.
     """
-    if name.split(":")[0] not in ("gfx942", "gfx950"):
-        raise ValueError(f"its architecture is {name}, and the kernels are made for gfx942 and gfx950")
+    if name.split(":")[0] != "gfx942":
+        raise ValueError(f"its architecture is {name}, and the kernels are made for gfx942")
     return "gfx942"

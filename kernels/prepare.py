@@ -9,7 +9,7 @@ padding, so that the kernels over pairs need no mask.
 import triton
 import triton.language as tl
 
-from dskd_fast.kernels.arithmetic import LOG2E, to_operand
+from dskd_fast.kernels.arithmetic import LOG2E, RADIUS, expm1_tail, to_operand
 
 # Positions and channels of a block; channels of one of the centre's, whose positions are GROUP.
 BLOCK_P = 32
@@ -25,9 +25,12 @@ GROUP = tl.constexpr(16)
 GROUPS = tl.constexpr(16)
 
 # fp16 operands: powers of two that bring unit vectors, and rows of differences and of weights, to the upper end of
-# fp16's range, where what is 2^-28 of the largest still has all its digits.
+# fp16's range.
 FP16_SCALE = tl.constexpr(16384.0)
 FP16_EXPONENT = tl.constexpr(14)
+
+# Below this temperature c is taken relative to its value for the row's own key, else relative to 0 (README.md).
+OWN_SHIFT_BELOW = 0.15
 
 # Stands for minus infinity in logits: its exp2 is 0, and 0 times it is 0 rather than NaN.
 NEVER = tl.constexpr(-1e4)
@@ -95,9 +98,10 @@ def prepare_kernel(
     delta,  # (B, N_PAD, C_PAD) out: s_i - t_i, times a power of two per row for fp16
     bias,  # (B, N_PAD) float32 out: <mean, k_j> / (T log 2), NEVER in the padding
     own_logit,  # (B, N_PAD) float32 out: <t_i, k_i> / (T log 2)
-    own_c,  # (B, N_PAD) float32 out: <delta_i, k_i> / T
+    c_shift,  # (B, N_PAD) float32 out: what is subtracted from <delta_i, k_j> / T to give c: its own value or 0
     c_scale,  # (B, N_PAD) float32 out: what a product of a row of delta with a key is multiplied by
-    c_bound,  # (B, N_PAD) float32 out: no |<delta_i, k_j - k_i>| / T is larger
+    c_bound,  # (B, N_PAD) float32 out: no |c| is larger
+    c_own,  # (B, N_PAD) float32 out: c of the row's own key
     inverse_norm,  # (B, N_PAD) float64 out: 1/|student_i|
     inverse_temperature,
     n,
@@ -116,6 +120,7 @@ def prepare_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
+    OWN_SHIFT: tl.constexpr,
 ):
     blocks = n_pad // BLOCK_P
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -168,7 +173,9 @@ def prepare_kernel(
         tl.store(delta + place, to_operand(d * scale[:, None], dtype, PRECISION))
     tl.store(bias + rows, tl.where(is_position, (mk * inverse_temperature * LOG2E).to(tl.float32), NEVER))
     tl.store(own_logit + rows, tl.where(is_position, ((kk + mk) * inverse_temperature * LOG2E).to(tl.float32), -NEVER))
-    tl.store(own_c + rows, (dk * inverse_temperature).to(tl.float32))
+    own = (dk * inverse_temperature).to(tl.float32)
+    tl.store(c_shift + rows, own if OWN_SHIFT else own * 0)
+    tl.store(c_own + rows, own * 0 if OWN_SHIFT else own)
     tl.store(c_scale + rows, inverse_temperature / (scale * key_scale))
     tl.store(c_bound + rows, (tl.sqrt(dd) * 2).to(tl.float32) * inverse_temperature)
     tl.store(inverse_norm + rows, s_inverse)
@@ -186,6 +193,7 @@ def _unit_gradient(raw, keys, rows, channels, own_weight, shift, factor, C_PAD: 
 def project_kernel(
     raw,  # (B, N_PAD, C_PAD) float32: of gradient_kernel
     keys,  # (B, N_PAD, C_PAD)
+    c_own,  # (B, N_PAD) float32
     u,  # (B, N_PAD) float32, as are the next three: of forward_kernel
     teacher_shift,
     student_shift,
@@ -217,8 +225,12 @@ def project_kernel(
     inverse = tl.load(inverse_norm + rows)
     shift = tl.load(teacher_shift + rows)
     row_factor = tl.load(factor + rows)
-    # E = 1 and c = 0 for a row's own key; of a far row, the weight is the difference of two probabilities.
-    own_weight = tl.exp2(tl.load(student_shift + rows)) - tl.exp2(shift) - tl.exp2(shift) * tl.load(u + rows)
+    # E = 1 for a row's own key; of a far row, the weight is the difference of two probabilities.
+    own = tl.load(c_own + rows)
+    small = tl.where(tl.abs(own) <= RADIUS, own, 0.0)
+    expm1_own = tl.where(tl.abs(own) <= RADIUS, expm1_tail(small) + small, tl.exp2(own * LOG2E) - 1)
+    own_weight = tl.exp2(tl.load(student_shift + rows)) - tl.exp2(shift)
+    own_weight += tl.exp2(shift) * (expm1_own - tl.load(u + rows))
     student += b * s_stride_b
     along = tl.zeros((BLOCK_P,), tl.float32)
     for start_c in range(0, C_PAD, BLOCK_C):

@@ -113,7 +113,7 @@ def inspect(case: Case, config: configs.Config | None = None) -> dict[str, Any]:
     try:
         kernel = triton.compile(source, target=machine.target, options=options)
     except Exception as error:  # whatever Triton, LLVM and the assembler raise
-        return row | {"error": (str(error).strip().splitlines() or [repr(error)])[-1]}
+        return row | {"error": repr(error.__cause__ or error)[:300]}
     if machine.target.backend == "cuda":
         usage, instructions, labels = _read_cubin(kernel.asm["cubin"])
     else:
@@ -370,6 +370,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not isinstance(affinity.forward_kernel, triton.runtime.JITFunction):
         print("report: TRITON_INTERPRET is set, under which Triton compiles nothing: unset it", file=sys.stderr)
+        return 2
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        print(f"report: the folder of {arguments.json} does not exist: make it first", file=sys.stderr)
         return 2
     wanted = list(cases(arguments.architecture, arguments.precision))
     with ProcessPoolExecutor(os.cpu_count()) as pool:

@@ -6,6 +6,7 @@ imports Triton; nothing is compiled before the first call.
 
 import contextlib
 import math
+import warnings
 
 import torch
 import triton
@@ -21,12 +22,15 @@ MAX_ELEMENTS = 1 << 31
 
 def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | None:
     """Why this backend cannot serve a call, None if it can; precision None stands for the cosine distance."""
-    if torch.float64 in (student.dtype, teacher.dtype):
-        return "it has no float64"
+    for dtype in (student.dtype, teacher.dtype):
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it does not take {str(dtype).removeprefix('torch.')}"
     if student.device.type == "cpu":
         return None if _is_interpreted() else "it runs on GPUs (with TRITON_INTERPRET=1, slowly, on CPU tensors too)"
     if student.device.type != "cuda":
         return f"it does not run on {student.device.type} devices"
+    if _is_interpreted():
+        return "TRITON_INTERPRET is set, under which it takes CPU tensors only"
     if (reason := _device_refusal(student.device)) is not None:
         return reason
     if precision is not None:
@@ -59,7 +63,7 @@ def contextual_affinity(
 
     mean = scratch(prepare.GROUPS.value, c_pad)
     keys, delta = (scratch(n_pad, c_pad, dtype=operand_dtype) for _ in range(2))
-    operand_stats = [scratch(n_pad) for _ in ("bias", "own_logit", "own_c", "c_scale", "c_bound")]
+    operand_stats = [scratch(n_pad) for _ in ("bias", "own_logit", "c_shift", "c_scale", "c_bound", "c_own")]
     row_stats = [scratch(n_pad) for _ in ("u", "teacher_shift", "student_shift", "factor")]
     inverse_norm = scratch(n_pad, dtype=torch.float64)
 
@@ -85,7 +89,7 @@ def contextual_affinity(
         prepare.prepare_kernel[position_grid](
             student, teacher, mean, keys, delta, *operand_stats, inverse_norm,
             1 / temperature, n, n_pad, channels, width, *student.stride(), *teacher.stride(),
-            PRECISION=precision, **per_position,
+            PRECISION=precision, OWN_SHIFT=temperature < prepare.OWN_SHIFT_BELOW, **per_position,
         )  # fmt: skip
         for near in kinds:
             affinity.forward_kernel[(batch * (n_pad // config.forward.m),)](
@@ -96,11 +100,11 @@ def contextual_affinity(
             raw = scratch(n_pad, c_pad)
             for near in kinds:
                 affinity.gradient_kernel[batch * (n_pad // config.gradient.m), c_pad // config.chunk](
-                    keys, delta, *operand_stats, *row_stats[:3], raw, logit_scale, n_pad,
+                    keys, delta, *operand_stats[:5], *row_stats[:3], raw, logit_scale, n_pad,
                     NEAR=near, CHUNK=config.chunk, **variant, **config.gradient.launch(),
                 )  # fmt: skip
             prepare.project_kernel[position_grid](
-                raw, keys, *row_stats, inverse_norm, student, gradient,
+                raw, keys, operand_stats[5], *row_stats, inverse_norm, student, gradient,
                 n, n_pad, channels, width, *student.stride(), *gradient.stride(), **per_position,
             )  # fmt: skip
     return kl, gradient
@@ -157,6 +161,8 @@ _REFUSALS: dict[torch.device, str | None] = {}
 def _device_refusal(device: torch.device) -> str | None:
     """Why nothing can run on a GPU, found out once by running the smallest kernel there is."""
     if device not in _REFUSALS:
+        if torch.cuda.is_current_stream_capturing():
+            return None  # a first compilation would end the capture; what can be found out waits for the next call
         try:
             architecture(device)
             cosine_distance(*torch.ones((2, 1, 1, 1, 1), device=device), True)
@@ -168,4 +174,5 @@ def _device_refusal(device: torch.device) -> str | None:
         except Exception as error:  # Triton raises whatever its compiler, assembler and launcher do
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             _REFUSALS[device] = f"a trial on {device} failed: {reason}"
+            warnings.warn(f"dskd_fast uses no Triton kernels: {_REFUSALS[device]}", stacklevel=2)
     return _REFUSALS[device]

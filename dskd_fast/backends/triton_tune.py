@@ -110,11 +110,17 @@ def _level(text: str) -> tuple[int, int]:
     return int(n), int(c)
 
 
+def _batch(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Time each level given as NxC and print what is fastest."""
     parser = argparse.ArgumentParser(prog="python -m dskd_fast.backends.triton_tune", description=__doc__)
     parser.add_argument("levels", nargs="+", type=_level, metavar="NxC", help="positions and channels, as in 4096x256")
-    parser.add_argument("--batch", type=int, default=8, help="images per call (default: 8)")
+    parser.add_argument("--batch", type=_batch, default=8, metavar="B", help="images per call (default: 8)")
     parser.add_argument("--precision", choices=("ieee", "tf32", "bf16", "fp16"), default="bf16")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -124,7 +130,11 @@ def main(argv: list[str] | None = None) -> int:
         level = f"{n}x{c}"
         teacher, noise = torch.randn((2, arguments.batch, c, n, 1), device="cuda")
         student = teacher + 0.1 * noise  # as in training, once it has begun to converge
-        chosen, trials = tune(student, teacher, precision=arguments.precision)
+        try:
+            chosen, trials = tune(student, teacher, precision=arguments.precision)
+        except RuntimeError as error:
+            print(f"triton_tune: {level}: {error}", file=sys.stderr)
+            return 2
         for trial in trials:
             result = trial.reason or f"{trial.milliseconds:.3f} ms"
             print(f"{level} {trial.kernel:8} {tuple(trial.blocks)} {trial.chunk or ''}: {result}")

@@ -144,10 +144,11 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
+    default = diagnosis.default_backend()
     for name, value in diagnosis.versions().items():
         console.print(f"{name:14} {value}")
     console.print(backends_table(diagnosis.services()), soft_wrap=False)
-    console.print(diagnosis.default_backend())
+    console.print(default)
     return 0
 
 

@@ -55,6 +55,8 @@ def refusal(name: str, student: Tensor, teacher: Tensor, precision: str | None) 
     try:
         module = load(name)
     except ImportError as error:
+        if error.name == "dskd_fast.kernels":
+            return "dskd_fast is imported from its repository, without its kernels: pip install -e . there"
         return str(error)
     except Exception as error:  # a broken installation raises anything
         return f"importing it failed: {type(error).__name__}: {error}"

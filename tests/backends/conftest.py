@@ -145,7 +145,6 @@ class Backend:
 
     def __init__(self, name):
         implementation, where = name.split("-")
-        self.name = name
         self.module = dispatch.load(implementation)
         self.device = "cuda" if where == "cuda" else "cpu"
         self.is_interpreted = where == "interpreter"
@@ -156,8 +155,8 @@ class Backend:
             *(self._maps(x, image) for x in (student, teacher)), temperature, precision, with_gradient
         ))  # fmt: skip
 
-    def cosine(self, student, teacher, with_gradient=True, image=None):
-        return self._rows(*self.cosine_of_maps(*(self._maps(x, image) for x in (student, teacher)), with_gradient))
+    def cosine(self, student, teacher, with_gradient=True):
+        return self._rows(*self.cosine_of_maps(*(self._maps(x, None) for x in (student, teacher)), with_gradient))
 
     def affinity_of_maps(self, student, teacher, temperature, precision="ieee", with_gradient=True):
         """The same on maps (B, C, H, W) that are where the backend runs, which has to take them."""
@@ -217,14 +216,13 @@ def backend(request, all_backends):
 
 @pytest.fixture
 def set_tiles(monkeypatch):
-    """Sets rows and keys of a tile in place of the table's, with all positions and channels of an image in few blocks.
+    """Sets rows and keys of a tile in place of the table's, and the largest blocks for all else.
 
     Those that the backend comes with fit into a GPU's memories. The interpreter takes about as long for a large block
     as for a small one, so that it does the same work in a tenth of the time.
     """
 
     def patch(rows, keys):
-        from dskd_fast.backends import triton_fused
         from dskd_fast.kernels import configs, prepare
 
         def config(architecture, precision, width):
@@ -233,8 +231,8 @@ def set_tiles(monkeypatch):
             return configs.Config(blocks, blocks, chunk=channels)
 
         monkeypatch.setattr(configs, "config", config)
-        monkeypatch.setattr(triton_fused, "_BLOCK_P", configs.ROW_MULTIPLE)
-        monkeypatch.setattr(prepare, "BLOCK_C", configs.LARGEST_WIDTH)
+        monkeypatch.setattr(prepare, "BLOCK_P", configs.ROW_MULTIPLE)
+        monkeypatch.setattr(prepare, "BLOCK_C", configs.SMALLEST_WIDTH)
 
     return patch
 

@@ -72,7 +72,7 @@ def test_a_failure_leaves_the_table_as_it_was(pair):
     with pytest.raises(RuntimeError, match="no blocks for the forward kernel can run here: no clock"):
         triton_tune.tune(*pair, precision="bf16", clock=clock)
     assert entry() == before
-    with pytest.raises(RuntimeError, match="cannot serve these inputs: it has no float64"):
+    with pytest.raises(RuntimeError, match="cannot serve these inputs: it does not take float64"):
         triton_tune.tune(*(x.double() for x in pair), clock=clock)
 
 

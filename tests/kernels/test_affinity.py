@@ -45,13 +45,15 @@ def test_a_block_of_rows_among_65536(image, temperature, near):
     k = t - t[::257].mean(0)
     mean, delta = t[0] - k[0], s - t
     own_a, own_c = (k * t).sum(1) / temperature / math.log(2), (delta * k).sum(1) / temperature
+    # Both forms: c relative to its value for the row's own key, and relative to 0.
+    shift, own_c = (own_c, 0 * own_c) if temperature < 0.5 else (0 * own_c, own_c)
     bound = 2 * np.linalg.norm(delta, axis=1) / temperature
     assert (bound[:ROWS].max() <= 1) == near
 
     def tensor(x):
         return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
 
-    operands = [tensor(x) for x in (k, delta, k @ mean / temperature / math.log(2), own_a, own_c)]
+    operands = [tensor(x) for x in (k, delta, k @ mean / temperature / math.log(2), own_a, shift)]
     operands += [torch.full((N,), 1 / temperature), tensor(bound)]
     kl, raw = torch.full((N,), math.nan), torch.full((N, C), math.nan)
     u, teacher_shift, student_shift, factor = (torch.full((N,), math.nan) for _ in range(4))
@@ -63,11 +65,12 @@ def test_a_block_of_rows_among_65536(image, temperature, near):
 
     statistics = (u, teacher_shift, student_shift)
     launch(
-        affinity.forward_kernel, *operands, kl, *statistics, factor, temperature, logit_scale, N, N,
+        affinity.forward_kernel, *operands, tensor(own_c), kl, *statistics, factor, temperature, logit_scale, N, N,
         NEAR=near, WITH_GRADIENT=True,
     )  # fmt: skip
     launch(affinity.gradient_kernel, *operands, *statistics, raw, logit_scale, N, NEAR=near, CHUNK=C)
-    gradient = (raw[:ROWS] - u[:ROWS, None] * operands[0][:ROWS]) * factor[:ROWS, None]
+    own_weight = tensor(np.expm1(own_c[:ROWS])) - u[:ROWS]
+    gradient = (raw[:ROWS] + own_weight[:, None] * operands[0][:ROWS]) * factor[:ROWS, None]
 
     true_kl, true_gradient = truth(s, t, slice(ROWS), temperature)
     assert np.linalg.norm(kl[:ROWS].numpy() - true_kl) < 2e-5 * np.linalg.norm(true_kl)

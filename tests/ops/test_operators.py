@@ -62,7 +62,7 @@ PAIRS = {
 def pair(request, place):
     """A student and a teacher that the place's backend serves."""
     if request.param == "float64" and place.backend == "triton":
-        pytest.skip("the triton backend has no float64")
+        pytest.skip("the triton backend does not take float64")
     return on(place, *PAIRS[request.param]())
 
 
