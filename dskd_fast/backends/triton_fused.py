@@ -26,6 +26,8 @@ def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | No
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it does not take {str(dtype).removeprefix('torch.')}"
     if student.device.type == "cpu":
+        if _is_interpreted() and isinstance(triton.language.sum, triton.runtime.JITFunction):
+            return "TRITON_INTERPRET was set after Triton had been imported: set it before"
         return None if _is_interpreted() else "it runs on GPUs (with TRITON_INTERPRET=1, slowly, on CPU tensors too)"
     if student.device.type != "cuda":
         return f"it does not run on {student.device.type} devices"
