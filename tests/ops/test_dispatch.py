@@ -174,6 +174,7 @@ def triton_fused(monkeypatch):
     """The backend's module, with a GPU on which the trial succeeded."""
     module = pytest.importorskip("dskd_fast.backends.triton_fused", exc_type=ImportError)
     monkeypatch.setattr(module, "_REFUSALS", {of(torch.float32, "cuda").device: None})
+    monkeypatch.setattr(module, "_is_interpreted", lambda: False)  # as it is where there is a GPU
     return module
 
 
