@@ -30,11 +30,13 @@ FAR_BELOW = tl.constexpr(32)
 
 
 @triton.jit
-def _products(
-    row_keys, row_delta, keys, delta, offs_i, offs_j,
+def _tile(
+    row_keys, row_delta, keys, delta, row_constant, c_shift, c_scale, bias, logit_scale, start_i, start_j,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, C_PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """<k_i, k_j> and <delta_i, k_j> (BLOCK_M, BLOCK_N), and the keys if one block holds all their channels."""
+    """a and c (BLOCK_M, BLOCK_N), and the tile's keys if one block holds all their channels."""
+    offs_i = start_i + tl.arange(0, BLOCK_M)
+    offs_j = start_j + tl.arange(0, BLOCK_N)
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     offs_c = tl.arange(0, BLOCK_C)
@@ -50,19 +52,11 @@ def _products(
             part = tl.trans(tl.load(keys + offs_j[:, None] * C_PAD + channels))
             a = tl.dot(tl.load(keys + offs_i[:, None] * C_PAD + channels), part, a, input_precision=input_precision)
             c = tl.dot(tl.load(delta + offs_i[:, None] * C_PAD + channels), part, c, input_precision=input_precision)
-    return a, c, k
-
-
-@triton.jit
-def _logits(
-    a, c, row_constant, c_shift, c_scale, bias, logit_scale, offs_i, offs_j, start_i, start_j,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
     a = a * logit_scale + (tl.load(bias + offs_j)[None, :] - row_constant[:, None])
     c = c * c_scale[:, None] - c_shift[:, None]
     if (start_j < start_i + BLOCK_M) & (start_i < start_j + BLOCK_N):
         a = tl.where(offs_i[:, None] == offs_j[None, :], NEVER, a)
-    return a, c
+    return a, c, k
 
 
 @triton.jit(do_not_specialize=["n"])  # n = 1 would become a constant, which has no dtype
@@ -119,13 +113,9 @@ def forward_kernel(
     largest = tl.zeros((BLOCK_M,), tl.float32)
     SCALE_WEIGHTS: tl.constexpr = WITH_GRADIENT and PRECISION == "fp16"
     for start_j in range(0, n_pad, BLOCK_N):
-        offs_j = start_j + tl.arange(0, BLOCK_N)
-        a, c, _ = _products(
-            row_keys, row_delta, keys, delta, offs_i, offs_j, BLOCK_M, BLOCK_N, BLOCK_C, C_PAD, PRECISION
-        )
-        a, c = _logits(
-            a, c, row_constant, row_c_shift, row_c_scale, bias, logit_scale,
-            offs_i, offs_j, start_i, start_j, BLOCK_M, BLOCK_N,
+        a, c, _ = _tile(
+            row_keys, row_delta, keys, delta, row_constant, row_c_shift, row_c_scale, bias, logit_scale,
+            start_i, start_j, BLOCK_M, BLOCK_N, BLOCK_C, C_PAD, PRECISION,
         )  # fmt: skip
         e = tl.exp2(a)
         z += tl.sum(e, 1)
@@ -245,13 +235,9 @@ def gradient_kernel(
     input_precision: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
     g = tl.zeros((BLOCK_M, CHUNK), tl.float32)
     for start_j in range(0, n_pad, BLOCK_N):
-        offs_j = start_j + tl.arange(0, BLOCK_N)
-        a, c, k = _products(
-            row_keys, row_delta, keys, delta, offs_i, offs_j, BLOCK_M, BLOCK_N, BLOCK_C, C_PAD, PRECISION
-        )
-        a, c = _logits(
-            a, c, row_constant, row_c_shift, row_c_scale, bias, logit_scale,
-            offs_i, offs_j, start_i, start_j, BLOCK_M, BLOCK_N,
+        a, c, k = _tile(
+            row_keys, row_delta, keys, delta, row_constant, row_c_shift, row_c_scale, bias, logit_scale,
+            start_i, start_j, BLOCK_M, BLOCK_N, BLOCK_C, C_PAD, PRECISION,
         )  # fmt: skip
         e = tl.exp2(a)
         weight = e * (expm1_tail(c) + (c - u[:, None]))
@@ -263,6 +249,7 @@ def gradient_kernel(
                 is_close = is_close & (further == 0)[:, None]
             weight = tl.where(is_close, weight, tl.exp2(logit) - e * (1 + u[:, None]))
         if C_PAD != BLOCK_C or C_PAD != CHUNK:
+            offs_j = start_j + tl.arange(0, BLOCK_N)
             k = tl.load(keys + offs_j[:, None] * C_PAD + chunk[None, :])
         g = tl.dot(to_operand(weight, k.dtype, PRECISION), k, g, input_precision=input_precision)
     tl.store(raw + rows[:, None] * C_PAD + chunk[None, :], g)

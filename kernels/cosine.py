@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dskd_fast.kernels.prepare import _load
+from dskd_fast.kernels.prepare import load, squares_and_product, store
 
 
 @triton.jit(do_not_specialize=["n"])  # n = 1 would become a constant, which has no dtype
@@ -41,15 +41,10 @@ def cosine_kernel(
     student += b * s_stride_b
     teacher += b * t_stride_b
     offs_c = tl.arange(0, BLOCK_C)
-    ss = tl.zeros((BLOCK_P,), tl.float64)
-    tt = tl.zeros((BLOCK_P,), tl.float64)
-    st = tl.zeros((BLOCK_P,), tl.float64)
-    for start_c in range(0, n_channels, BLOCK_C):
-        x = _load(student, positions, start_c + offs_c, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
-        y = _load(teacher, positions, start_c + offs_c, n, n_channels, width, t_stride_c, t_stride_h, t_stride_w)
-        ss += tl.sum(x * x, 1)
-        tt += tl.sum(y * y, 1)
-        st += tl.sum(x * y, 1)
+    ss, tt, st = squares_and_product(
+        student, teacher, positions, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w,
+        t_stride_c, t_stride_h, t_stride_w, n_channels, BLOCK_P, BLOCK_C,
+    )  # fmt: skip
     # One root of the product, and a division by it, are exact where the student is its teacher times a power of two.
     product = ss * tt
     root = tl.sqrt(tl.where(product > 0, product, 1.0))
@@ -59,13 +54,10 @@ def cosine_kernel(
     tl.store(distance + b * n + positions, tl.where(value < 0, 0.0, value).to(tl.float32), mask=positions < n)
     if WITH_GRADIENT:
         along = tl.where(ss > 0, cosine / tl.where(ss > 0, ss, 1.0), ss * 0)
-        long = positions.to(tl.int64)
         gradient += b * g_stride_b
-        place = (long // width) * g_stride_h + (long % width) * g_stride_w
         for start_c in range(0, n_channels, BLOCK_C):
             channels = start_c + offs_c
-            x = _load(student, positions, channels, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
-            y = _load(teacher, positions, channels, n, n_channels, width, t_stride_c, t_stride_h, t_stride_w)
+            x = load(student, positions, channels, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
+            y = load(teacher, positions, channels, n, n_channels, width, t_stride_c, t_stride_h, t_stride_w)
             g = (x * along[:, None] - y * scale[:, None]).to(tl.float32)
-            inside = (positions < n)[:, None] & (channels < n_channels)[None, :]
-            tl.store(gradient + place[:, None] + (channels.to(tl.int64) * g_stride_c)[None, :], g, mask=inside)
+            store(gradient, g, positions, channels, n, n_channels, width, g_stride_c, g_stride_h, g_stride_w)

@@ -37,14 +37,46 @@ NEVER = tl.constexpr(-1e4)
 
 
 @triton.jit
-def _load(x, positions, channels, n, n_channels, width, stride_c, stride_h, stride_w):
-    """(positions, channels) of one image, float64, 0 outside of it."""
+def _places(positions, channels, n, n_channels, width, stride_c, stride_h, stride_w):
+    """Offsets (positions, channels) within one image, and which of them lie inside of it."""
     rows = positions.to(tl.int64)
     place = (rows // width) * stride_h + (rows % width) * stride_w
     inside = (positions < n)[:, None] & (channels < n_channels)[None, :]
-    values = tl.load(x + place[:, None] + (channels.to(tl.int64) * stride_c)[None, :], mask=inside, other=0)
+    return place[:, None] + (channels.to(tl.int64) * stride_c)[None, :], inside
+
+
+@triton.jit
+def load(x, positions, channels, n, n_channels, width, stride_c, stride_h, stride_w):
+    """(positions, channels) of one image, float64, 0 outside of it."""
+    places, inside = _places(positions, channels, n, n_channels, width, stride_c, stride_h, stride_w)
     # In two steps, since Triton's interpreter knows no other way out of bfloat16.
-    return values.to(tl.float32).to(tl.float64)
+    return tl.load(x + places, mask=inside, other=0).to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def store(x, values, positions, channels, n, n_channels, width, stride_c, stride_h, stride_w):
+    """The reverse: writes (positions, channels) of one image, nothing outside of it."""
+    places, inside = _places(positions, channels, n, n_channels, width, stride_c, stride_h, stride_w)
+    tl.store(x + places, values, mask=inside)
+
+
+@triton.jit
+def squares_and_product(
+    student, teacher, positions, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w,
+    t_stride_c, t_stride_h, t_stride_w, C_END, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """|student|^2, |teacher|^2 and <student, teacher> of each position, in one sweep over the channels below C_END."""
+    ss = tl.zeros((BLOCK_P,), tl.float64)
+    tt = tl.zeros((BLOCK_P,), tl.float64)
+    st = tl.zeros((BLOCK_P,), tl.float64)
+    offs_c = tl.arange(0, BLOCK_C)
+    for start_c in range(0, C_END, BLOCK_C):
+        x = load(student, positions, start_c + offs_c, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
+        y = load(teacher, positions, start_c + offs_c, n, n_channels, width, t_stride_c, t_stride_h, t_stride_w)
+        ss += tl.sum(x * x, 1)
+        tt += tl.sum(y * y, 1)
+        st += tl.sum(x * y, 1)
+    return ss, tt, st
 
 
 @triton.jit
@@ -80,12 +112,12 @@ def centre_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     squares = tl.zeros((GROUP,), tl.float64)
     for start_c in range(0, C_PAD, BLOCK_C):
-        y = _load(teacher, positions, start_c + offs_c, n, n_channels, width, stride_c, stride_h, stride_w)
+        y = load(teacher, positions, start_c + offs_c, n, n_channels, width, stride_c, stride_h, stride_w)
         squares += tl.sum(y * y, 1)
     weight = _inverse_norm(squares) / samples
     partial_mean += (b * GROUPS + group) * C_PAD
     for start_c in range(0, C_PAD, BLOCK_C):
-        y = _load(teacher, positions, start_c + offs_c, n, n_channels, width, stride_c, stride_h, stride_w)
+        y = load(teacher, positions, start_c + offs_c, n, n_channels, width, stride_c, stride_h, stride_w)
         tl.store(partial_mean + start_c + offs_c, tl.sum(y * weight[:, None], 0).to(tl.float32))
 
 
@@ -131,15 +163,10 @@ def prepare_kernel(
     rows = b * n_pad + positions
     offs_c = tl.arange(0, BLOCK_C)
     groups = tl.arange(0, GROUPS)
-    ss = tl.zeros((BLOCK_P,), tl.float64)
-    tt = tl.zeros((BLOCK_P,), tl.float64)
-    st = tl.zeros((BLOCK_P,), tl.float64)
-    for start_c in range(0, C_PAD, BLOCK_C):
-        x = _load(student, positions, start_c + offs_c, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
-        y = _load(teacher, positions, start_c + offs_c, n, n_channels, width, t_stride_c, t_stride_h, t_stride_w)
-        ss += tl.sum(x * x, 1)
-        tt += tl.sum(y * y, 1)
-        st += tl.sum(x * y, 1)
+    ss, tt, st = squares_and_product(
+        student, teacher, positions, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w,
+        t_stride_c, t_stride_h, t_stride_w, C_PAD, BLOCK_P, BLOCK_C,
+    )  # fmt: skip
     s_inverse = _inverse_norm(ss)
     t_inverse = _inverse_norm(tt)
     if PRECISION == "fp16":
@@ -157,8 +184,8 @@ def prepare_kernel(
     dd = tl.zeros((BLOCK_P,), tl.float64)
     is_position = positions < n
     for start_c in range(0, C_PAD, BLOCK_C):
-        x = _load(student, positions, start_c + offs_c, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
-        y = _load(teacher, positions, start_c + offs_c, n, n_channels, width, t_stride_c, t_stride_h, t_stride_w)
+        x = load(student, positions, start_c + offs_c, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
+        y = load(teacher, positions, start_c + offs_c, n, n_channels, width, t_stride_c, t_stride_h, t_stride_w)
         mean = tl.sum(tl.load(partial_mean + groups[:, None] * C_PAD + (start_c + offs_c)[None, :]).to(tl.float64), 0)
         t = y * t_inverse[:, None]
         k = tl.where(is_position[:, None], t - mean[None, :], 0.0)
@@ -234,18 +261,15 @@ def project_kernel(
     student += b * s_stride_b
     along = tl.zeros((BLOCK_P,), tl.float32)
     for start_c in range(0, C_PAD, BLOCK_C):
-        x = _load(student, positions, start_c + offs_c, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
+        x = load(student, positions, start_c + offs_c, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
         g = _unit_gradient(raw, keys, rows, start_c + offs_c, own_weight, shift, row_factor, C_PAD)
         along += tl.sum(g * (x * inverse[:, None]).to(tl.float32), 1)
     # 1/|student| beyond the largest float32 would turn a gradient of 0 into NaN.
     scale = tl.minimum(inverse, 3.4028234663852886e38).to(tl.float32)
-    long = positions.to(tl.int64)
     gradient += b * g_stride_b
-    place = (long // width) * g_stride_h + (long % width) * g_stride_w
     for start_c in range(0, C_PAD, BLOCK_C):
         channels = start_c + offs_c
-        x = _load(student, positions, channels, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
+        x = load(student, positions, channels, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
         g = _unit_gradient(raw, keys, rows, channels, own_weight, shift, row_factor, C_PAD)
         g = (g - along[:, None] * (x * inverse[:, None]).to(tl.float32)) * scale[:, None]
-        inside = (positions < n)[:, None] & (channels < n_channels)[None, :]
-        tl.store(gradient + place[:, None] + (channels.to(tl.int64) * g_stride_c)[None, :], g, mask=inside)
+        store(gradient, g, positions, channels, n, n_channels, width, g_stride_c, g_stride_h, g_stride_w)

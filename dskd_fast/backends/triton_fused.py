@@ -65,7 +65,8 @@ def contextual_affinity(
 
     mean = scratch(prepare.GROUPS.value, c_pad)
     keys, delta = (scratch(n_pad, c_pad, dtype=operand_dtype) for _ in range(2))
-    operand_stats = [scratch(n_pad) for _ in ("bias", "own_logit", "c_shift", "c_scale", "c_bound", "c_own")]
+    operand_stats = [scratch(n_pad) for _ in ("bias", "own_logit", "c_shift", "c_scale", "c_bound")]
+    c_own = scratch(n_pad)
     row_stats = [scratch(n_pad) for _ in ("u", "teacher_shift", "student_shift", "factor")]
     inverse_norm = scratch(n_pad, dtype=torch.float64)
 
@@ -89,24 +90,24 @@ def contextual_affinity(
             **prepare.EXACT,
         )
         prepare.prepare_kernel[position_grid](
-            student, teacher, mean, keys, delta, *operand_stats, inverse_norm,
+            student, teacher, mean, keys, delta, *operand_stats, c_own, inverse_norm,
             1 / temperature, n, n_pad, channels, width, *student.stride(), *teacher.stride(),
             PRECISION=precision, OWN_SHIFT=temperature < prepare.OWN_SHIFT_BELOW, **per_position,
         )  # fmt: skip
         for near in kinds:
             affinity.forward_kernel[(batch * (n_pad // config.forward.m),)](
-                keys, delta, *operand_stats, kl, *row_stats, temperature, logit_scale, n, n_pad,
+                keys, delta, *operand_stats, c_own, kl, *row_stats, temperature, logit_scale, n, n_pad,
                 NEAR=near, WITH_GRADIENT=with_gradient, **variant, **config.forward.launch(),
             )  # fmt: skip
         if gradient is not None:
             raw = scratch(n_pad, c_pad)
             for near in kinds:
                 affinity.gradient_kernel[batch * (n_pad // config.gradient.m), c_pad // config.chunk](
-                    keys, delta, *operand_stats[:5], *row_stats[:3], raw, logit_scale, n_pad,
+                    keys, delta, *operand_stats, *row_stats[:3], raw, logit_scale, n_pad,
                     NEAR=near, CHUNK=config.chunk, **variant, **config.gradient.launch(),
                 )  # fmt: skip
             prepare.project_kernel[position_grid](
-                raw, keys, operand_stats[5], *row_stats, inverse_norm, student, gradient,
+                raw, keys, c_own, *row_stats, inverse_norm, student, gradient,
                 n, n_pad, channels, width, *student.stride(), *gradient.stride(), **per_position,
             )  # fmt: skip
     return kl, gradient
