@@ -12,7 +12,7 @@ _RUNNING = {}
 
 
 def environment():
-    """Without TRITON_INTERPRET, under which Triton compiles nothing."""
+    """For a process in which Triton compiles, as it does not under TRITON_INTERPRET: it decides that once."""
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
@@ -26,6 +26,11 @@ def begin_report():
             process = subprocess.Popen(command, env=environment(), stdout=stream, stderr=subprocess.STDOUT)
         _RUNNING.update(process=process, output=output, rows=rows, folder=folder)
     return _RUNNING["process"], _RUNNING["output"], _RUNNING["rows"]
+
+
+@pytest.fixture
+def compiling():
+    return environment()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Every entry of the table, compiled ahead of time for every architecture, without a GPU."""
 
 import json
-import os
 import subprocess
 import sys
 from typing import NamedTuple
@@ -16,13 +15,6 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 PRECISIONS = ("bf16", "fp16", "tf32", "ieee")
 # Warp-group products on sm_90, tcgen05 on sm_100, warp products on the others.
 MATRIX = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
-
-
-def run_report(*arguments, **environment):
-    """In a process of its own: in this one the kernels may be interpreted, which Triton decides once."""
-    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "dskd_fast.kernels.report", *arguments]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=1800)
 
 
 class Result(NamedTuple):
@@ -133,14 +125,15 @@ def test_the_output_says_what_it_is(report):
     assert "0 of them disqualified" in result.stdout
 
 
-def test_under_the_interpreter_it_says_so():
-    result = run_report("--architecture", "sm_80", TRITON_INTERPRET="1")
+def test_under_the_interpreter_it_says_so(compiling):
+    command = [sys.executable, "-m", "dskd_fast.kernels.report", "--architecture", "sm_80"]
+    result = subprocess.run(command, env=compiling | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "unset it" in result.stderr
 
 
-def test_a_bad_entry_is_disqualified():
+def test_a_bad_entry_is_disqualified(compiling):
     """Blocks that do not fit: the gate can close."""
     code = (
         "from dskd_fast.kernels import configs, report\n"
@@ -149,8 +142,7 @@ def test_a_bad_entry_is_disqualified():
         "row = report.inspect(case, configs.Config(big, big, 256))\n"
         "print(report.defects(row)); print(report.table([row]))\n"
     )
-    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], env=compiling, capture_output=True, text=True, check=True)
     assert "spilled" in result.stdout
     assert "<<" in result.stdout
 
@@ -166,7 +158,6 @@ for kernel in ("centre", "prepare", "project", "cosine", "forward", "gradient"):
     ones = {name: 1 for name in source.signature if name in ("width", "n_channels") or name.endswith("stride_c")}
     signature = {name: "constexpr" if name in ones else kind for name, kind in source.signature.items()}
     signature |= {name: "i64" for name in signature if name.endswith("stride_b")}
-    constants = dict(zip(source.signature, [None] * 99))
     constants = {source.fn.arg_names[index[0]]: value for index, value in source.constants.items()} | ones
     special = ASTSource(source.fn, signature, constexprs=constants, attrs=source.attrs)
     compiled = triton.compile(special, target=report.MACHINES["sm_90"].target, options=options)
@@ -176,12 +167,11 @@ for kernel in ("centre", "prepare", "project", "cosine", "forward", "gradient"):
 """
 
 
-def test_kernels_compile_for_what_the_launcher_turns_into_constants():
+def test_kernels_compile_for_what_the_launcher_turns_into_constants(compiling):
     """A launch makes constants of arguments that are 1 (n is kept from it), and 64-bit ones of those beyond 32 bits.
     And equal vectors must cancel to exactly 0: no multiply-add may be fused where they are subtracted."""
-    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", CODE_FOR_SPECIAL_ARGUMENTS]
-    result = subprocess.run(command, env=clean, capture_output=True, text=True)
+    result = subprocess.run(command, env=compiling, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
     assert [line for line in lines if line.startswith("fused")] == ["fused: 0"] * 2
