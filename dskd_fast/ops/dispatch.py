@@ -1,5 +1,6 @@
 """Which backend serves a call, and which rounding `precision=None` stands for."""
 
+import importlib
 import os
 from types import ModuleType
 from typing import NamedTuple
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from dskd_fast.errors import UserError
 
-BACKENDS = ("triton", "cuda", "cpu", "torch")
+_MODULES = {"triton": "triton_fused", "cuda": "cuda_native", "cpu": "cpu_native", "torch": "torch_tiled"}
+BACKENDS = tuple(_MODULES)
 # In the order of preference. Under Triton's interpreter "triton" takes CPU tensors, too, but only if asked: it is slow.
 AUTOMATIC = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
 AUTOMATIC_ELSEWHERE = ("torch",)
@@ -33,21 +35,13 @@ class Choice(NamedTuple):
 
 
 def load(name: str) -> ModuleType:
-    """The module of a backend of this version.
+    """The module of one of `BACKENDS`.
 
     Raises:
-        ImportError: what it is built on is missing, or this version has no such backend.
+        ImportError: what it is built on is missing.
     """
     # Imported late: the kernels are defined when they are imported, and most processes need one backend only.
-    if name == "triton":
-        from dskd_fast.backends import triton_fused
-
-        return triton_fused
-    if name == "torch":
-        from dskd_fast.backends import torch_tiled
-
-        return torch_tiled
-    raise ImportError("this version of dskd-fast does not have it yet")
+    return importlib.import_module(f"dskd_fast.backends.{_MODULES[name]}")
 
 
 def refusal(name: str, student: Tensor, teacher: Tensor, precision: str | None) -> str | None:

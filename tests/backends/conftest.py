@@ -178,6 +178,10 @@ class Backend:
         return values.flatten(1).cpu(), None if gradient is None else gradient.flatten(2).mT.cpu()
 
 
+# Implementation and where it runs.
+BACKENDS = ("torch-cpu", "cpu-cpu", "triton-interpreter", "torch-cuda", "triton-cuda", "cuda-cuda")
+
+
 def _backend_or_reason(name):
     """The backend, or why it cannot run here."""
     if name.endswith("-cuda") and not torch.cuda.is_available():
@@ -201,11 +205,10 @@ def _parameters(*names):
 @pytest.fixture(scope="session")
 def all_backends():
     """Every backend by its name, or the reason why it cannot run here."""
-    names = ("torch-cpu", "triton-interpreter", "torch-cuda", "triton-cuda")
-    return {name: _backend_or_reason(name) for name in names}
+    return {name: _backend_or_reason(name) for name in BACKENDS}
 
 
-@pytest.fixture(params=_parameters("torch-cpu", "triton-interpreter", "torch-cuda", "triton-cuda"))
+@pytest.fixture(params=_parameters(*BACKENDS))
 def backend(request, all_backends):
     """Interpreted, with tiles as they are for the interpreter; `triton_backend` has those of the table."""
     opened = _available(all_backends, request.param)

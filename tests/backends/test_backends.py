@@ -2,6 +2,7 @@
 
 import functools
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -40,8 +41,13 @@ def test_all_backends_that_belong_on_this_machine_run_here(all_backends, truth, 
             continue
         truth.check(backend.affinity(student, teacher, 1.0), exact, limits)
         ran.add(name)
-    on_gpu = {"torch-cpu", "torch-cuda", "triton-cuda"}
-    assert ran == (on_gpu if torch.cuda.is_available() else {"torch-cpu", "triton-interpreter"}), reasons
+    expected = {"torch-cpu"}
+    expected |= {"torch-cuda", "triton-cuda"} if torch.cuda.is_available() else {"triton-interpreter"}
+    if any(map(shutil.which, ("c++", "g++", "clang++"))):
+        expected.add("cpu-cpu")
+    if torch.cuda.is_available() and shutil.which("nvcc"):
+        expected.add("cuda-cuda")
+    assert ran == expected, reasons
 
 
 # Accuracy

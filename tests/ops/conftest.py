@@ -6,13 +6,18 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from dskd_fast.backends import native_build
+
 
 class Place(NamedTuple):
     backend: str
     device: str
 
 
-PLACES = [Place(backend, device) for device in ("cpu", "cuda") for backend in ("torch", "triton")]
+PLACES = [
+    *(Place(backend, "cpu") for backend in ("torch", "cpu", "triton")),
+    *(Place(backend, "cuda") for backend in ("torch", "triton", "cuda")),
+]
 
 
 def pytest_make_parametrize_id(val):
@@ -27,6 +32,11 @@ def place(request) -> Place:
     backend, device = request.param
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+    if backend in native_build.EXTENSIONS:
+        try:
+            native_build.load(backend)
+        except ImportError as error:
+            pytest.skip(str(error))
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if backend == "triton" and device == "cpu" and torch.cuda.is_available():

@@ -176,7 +176,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("noise", [1e-3, 1.0])
-def test_the_triton_backend_never_reads_a_value_back(place, monkeypatch, function, noise):
+def test_kernels_never_read_a_value_back(place, monkeypatch, function, noise):
     """It would stall a GPU's queue. Near and far students, whose kernels differ."""
     module, name, recorder = dispatch.load(place.backend), function.__name__, Recorder()
     original = getattr(module, name)
@@ -192,7 +192,7 @@ def test_the_triton_backend_never_reads_a_value_back(place, monkeypatch, functio
         function(student, teacher, backend=place.backend).mean().backward()
     assert getattr(torch.ops.dskd_fast, name).default in recorder.seen
     assert torch.ops.aten.empty_like.default in recorder.seen
-    if place.backend == "triton":
+    if place.backend != "torch":
         assert recorder.stalling() == []
     elif place.device == "cpu" and name == "contextual_affinity":
         assert torch.ops.aten._local_scalar_dense.default in recorder.stalling()  # the test would see it

@@ -1,0 +1,241 @@
+// The operators torch.ops.dskd_fast_cpu.*: what they are given, which kernels serve it, and the threads that run them.
+#include <ATen/Version.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
+#include "kernels.h"
+
+namespace {
+
+using dskd::Affinity;
+using dskd::Cosine;
+using dskd::Dtype;
+using dskd::Keys;
+using dskd::kKeys;
+using dskd::kPad;
+using dskd::kRows;
+using dskd::Maps;
+using dskd::Operand;
+using dskd::Shape;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Kernels {
+  void (*centre)(const Affinity&, int64_t, const Keys&, char*);
+  void (*prepare)(const Affinity&, int64_t, int64_t, const Keys&, char*);
+  void (*affinity)(const Affinity&, int64_t, int64_t, const Keys&, char*);
+  int64_t (*affinity_scratch)(const Affinity&);
+  void (*cosine)(const Cosine&, int64_t, int64_t, char*);
+  int64_t (*cosine_scratch)(const Cosine&);
+  bool use_brgemm;
+};
+
+// Those of ATen's own choice, which ATEN_CPU_CAPABILITY may lower.
+const Kernels& kernels() {
+#define DSKD_TABLE(capability, use_brgemm)                                                                            \
+  {                                                                                                                   \
+    dskd::capability::centre, dskd::capability::prepare, dskd::capability::affinity, dskd::capability::scratch_bytes, \
+        dskd::capability::cosine, dskd::capability::scratch_bytes, use_brgemm                                         \
+  }
+  static const Kernels chosen = []() -> Kernels {
+#if defined(__x86_64__)
+    const std::string capability = at::get_cpu_capability();
+    if (capability.rfind("AVX512", 0) == 0) return DSKD_TABLE(AVX512, true);
+    if (capability == "AVX2") return DSKD_TABLE(AVX2, false);
+#endif
+    return DSKD_TABLE(DEFAULT, false);
+  }();
+  return chosen;
+}
+
+struct Free {
+  void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+};
+using Memory = std::unique_ptr<char[], Free>;
+
+Memory allocate(int64_t bytes) {
+  return Memory(static_cast<char*>(::operator new[](static_cast<size_t>(bytes), std::align_val_t(64))));
+}
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Threads of PyTorch's pool with a piece of memory each.
+class Workers {
+ public:
+  Workers(int64_t tasks, int64_t scratch_bytes)
+      : threads_(std::min<int64_t>(tasks, torch::stable::get_num_threads())),
+        scratch_bytes_(round_up(scratch_bytes, 64)),
+        memory_(allocate(threads_ * scratch_bytes_)) {}
+
+  // Runs task(i, scratch) for i below `tasks`, each thread taking the next that nobody has taken: cores that other work
+  // keeps busy then hold nobody up. Tasks share nothing, so who runs which changes nothing.
+  template <class Task>
+  void run(int64_t tasks, const Task& task) const {
+    std::atomic<int64_t> next{0}, workers{0};
+    torch::stable::parallel_for(0, std::min(tasks, threads_), 1, [&](int64_t, int64_t) {
+      char* scratch = memory_.get() + workers++ * scratch_bytes_;
+      for (int64_t i = next++; i < tasks; i = next++) task(i, scratch);
+    });
+  }
+
+ private:
+  int64_t threads_, scratch_bytes_;
+  Memory memory_;
+};
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::Double:
+      return Dtype::float64;
+    default:
+      STD_TORCH_CHECK(false, "the cpu backend takes float32, bfloat16, float16 and float64 tensors");
+  }
+}
+
+Maps maps_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {tensor.data_ptr(), dtype_of(tensor), strides[0], strides[1], strides[2], strides[3]};
+}
+
+Maps maps_of(const std::optional<Tensor>& tensor) { return tensor.has_value() ? maps_of(*tensor) : Maps{}; }
+
+Shape shape_of(const Tensor& student, const Tensor& teacher) {
+  STD_TORCH_CHECK(student.dim() == 4 && teacher.dim() == 4 && student.is_cpu() && teacher.is_cpu(),
+                  "the cpu backend takes tensors (B, C, H, W) on the CPU");
+  const auto sizes = student.sizes();
+  for (int64_t i = 0; i < 4; i++)
+    STD_TORCH_CHECK(sizes[i] == teacher.sizes()[i], "student and teacher must have the same shape");
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[2] * sizes[3]};
+}
+
+// Keys whose weights fill half of a core's second-level cache; the rest is for operands and sums.
+int64_t panel_keys() {
+  int64_t cache = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  cache = cache <= 0 ? int64_t{1} << 20 : std::clamp(cache, int64_t{1} << 18, int64_t{1} << 21);
+  return cache / 2 / (kRows * 2 * static_cast<int64_t>(sizeof(float))) / kKeys * kKeys;
+}
+
+struct Precision {
+  Operand operand;
+  int dropped_bits;
+};
+
+Precision precision_of(const std::string& name, bool is_wide) {
+  if (name == "ieee") return {is_wide ? Operand::float64 : Operand::float32, 0};
+  // fp16 has tf32's digits. Its range is float32's here.
+  if (name == "tf32" || name == "fp16") return {Operand::float32, 13};
+  STD_TORCH_CHECK(name == "bf16", "precision is none of ieee, tf32, bf16, fp16");
+  const bool has_units = kernels().use_brgemm && dskd::has_brgemm(Operand::bfloat16);
+  return has_units ? Precision{Operand::bfloat16, 0} : Precision{Operand::float32, 16};
+}
+
+void contextual_affinity(Tensor student, Tensor teacher, double temperature, std::string precision, Tensor kl,
+                         std::optional<Tensor> gradient) {
+  Affinity call{};
+  call.shape = shape_of(student, teacher);
+  call.student = maps_of(student);
+  call.teacher = maps_of(teacher);
+  call.temperature = temperature;
+  call.kl = kl.data_ptr();
+  call.gradient = maps_of(gradient);
+  if (call.shape.batch == 0 || call.shape.positions == 0) return;
+  const bool is_wide = call.student.dtype == Dtype::float64 || call.teacher.dtype == Dtype::float64;
+  const Precision chosen = precision_of(precision, is_wide);
+  call.operand = chosen.operand;
+  call.dropped_bits = chosen.dropped_bits;
+  call.use_brgemm = kernels().use_brgemm && dskd::has_brgemm(call.operand);
+  call.n_pad = round_up(call.shape.positions, kPad);
+  call.c_pad = round_up(call.shape.channels, kPad);
+  call.panel = std::min(panel_keys(), round_up(call.n_pad, kKeys));
+
+  // Several images at a time where the slabs of one are few: threads that have run out of them wait for the others.
+  const int64_t slabs = (call.shape.positions + kRows - 1) / kRows;
+  const int64_t busy = 32 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t group = std::min(call.shape.batch, std::max<int64_t>(1, busy / slabs));
+  const int64_t size = call.operand == Operand::bfloat16 ? 2 : call.operand == Operand::float32 ? 4 : 8;
+  const int64_t operand_bytes = round_up(call.n_pad * call.c_pad * size, 64);
+  const int64_t mean_bytes = round_up(call.c_pad * 8, 64), bias_bytes = call.n_pad * 8, bias32_bytes = call.n_pad * 4;
+  const bool with_rows = call.gradient.data != nullptr && call.operand == Operand::bfloat16;
+  const int64_t image_bytes = mean_bytes + bias_bytes + bias32_bytes + (with_rows ? 2 : 1) * operand_bytes;
+  const Memory memory = allocate(group * image_bytes);
+  const auto keys_of = [&](int64_t member) {
+    char* place = memory.get() + member * image_bytes;
+    const auto take = [&place](int64_t bytes) {
+      char* part = place;
+      place += bytes;
+      return part;
+    };
+    Keys keys{};
+    keys.mean = reinterpret_cast<double*>(take(mean_bytes));
+    keys.columns = take(operand_bytes);
+    if (with_rows) keys.rows = take(operand_bytes);
+    keys.bias = reinterpret_cast<double*>(take(bias_bytes));
+    keys.bias32 = reinterpret_cast<float*>(take(bias32_bytes));
+    return keys;
+  };
+
+  const Kernels& table = kernels();
+  const Workers workers(group * slabs, table.affinity_scratch(call));
+  for (int64_t first = 0; first < call.shape.batch; first += group) {
+    const int64_t images = std::min(group, call.shape.batch - first);
+    workers.run(images, [&](int64_t i, char* part) { table.centre(call, first + i, keys_of(i), part); });
+    workers.run(images * slabs, [&](int64_t i, char* part) {
+      table.prepare(call, first + i / slabs, i % slabs, keys_of(i / slabs), part);
+    });
+    workers.run(images * slabs, [&](int64_t i, char* part) {
+      table.affinity(call, first + i / slabs, i % slabs, keys_of(i / slabs), part);
+      if (call.use_brgemm) dskd::brgemm_release(call.operand);
+    });
+  }
+}
+
+void cosine_distance(Tensor student, Tensor teacher, Tensor distance, std::optional<Tensor> gradient) {
+  Cosine call{};
+  call.shape = shape_of(student, teacher);
+  call.student = maps_of(student);
+  call.teacher = maps_of(teacher);
+  call.distance = distance.data_ptr();
+  call.gradient = maps_of(gradient);
+  const Kernels& table = kernels();
+  const int64_t blocks = (call.shape.positions + kRows - 1) / kRows;
+  const int64_t tasks = call.shape.batch * blocks;
+  Workers(tasks, table.cosine_scratch(call)).run(tasks, [&](int64_t i, char* part) {
+    table.cosine(call, i / blocks, i % blocks, part);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(dskd_fast_cpu, m) {
+  m.def(
+      "contextual_affinity(Tensor student, Tensor teacher, float temperature, str precision, Tensor(a!) kl, "
+      "Tensor(b!)? gradient) -> ()");
+  m.def("cosine_distance(Tensor student, Tensor teacher, Tensor(a!) distance, Tensor(b!)? gradient) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dskd_fast_cpu, CPU, m) {
+  m.impl("contextual_affinity", TORCH_BOX(&contextual_affinity));
+  m.impl("cosine_distance", TORCH_BOX(&cosine_distance));
+}

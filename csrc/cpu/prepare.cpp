@@ -1,0 +1,198 @@
+// Kernels over positions: normalise, subtract, centre, round; and the normalisation's Jacobian.
+//
+// Compiled without fused multiply-adds: x/|x| - y/|y| must be exactly 0 for equal vectors, and a fused one would round
+// one of the two only.
+#include "prepare.h"
+
+namespace dskd {
+namespace {
+
+// Keys are centred with the mean over at most this many positions.
+constexpr int64_t kSample = 256;
+// Below this temperature c is taken relative to its value for the row's own key, else relative to 0.
+constexpr double kOwnShiftBelow = 0.15;
+
+inline int64_t multiple(int64_t x) { return (x + kPad - 1) / kPad * kPad; }
+
+template <class Real>
+void add_samples(const Affinity& call, int64_t image, double* mean, Real* buffer) {
+  const int64_t channels = call.shape.channels, n = call.shape.positions, samples = least(n, kSample);
+  const int64_t stride = row_stride(channels);
+  for (int64_t start = 0; start < samples; start += kRows) {
+    const int64_t count = least(kRows, samples - start);
+    // One position in each of `samples` equal stretches of the image, at a place within it that changes from one to the
+    // next so that no period of the image is hit. Every position, where there are no more than kSample.
+    int64_t positions[kRows];
+    for (int64_t p = 0; p < count; p++) {
+      const int64_t i = start + p, within = n > kSample ? i * 40503 % 65536 : 0;
+      positions[p] = (i * 65536 + within) * n / (samples * 65536);
+    }
+    const Places places(call.teacher, call.shape, image, positions, count);
+    load(call.teacher, places, count, channels, buffer, stride);
+    for (int64_t p = 0; p < count; p++) {
+      const Real* y = buffer + p * stride;
+      const double inverse =
+          inverse_norm(sum_of(channels, [=](int64_t c) { return static_cast<double>(y[c]) * y[c]; }));
+      for (int64_t c = 0; c < channels; c++) mean[c] += y[c] * inverse / samples;
+    }
+  }
+}
+
+// A block of keys in both orders; `values` (kRows, stride) is theirs, 0 in the padding.
+template <class Element>
+void pack(const Affinity& call, int64_t start, int64_t count, const double* values, int64_t stride, const Keys& keys) {
+  const int64_t c_pad = call.c_pad;
+  constexpr int64_t kPair = sizeof(Element) == 2 ? 2 : 1;
+  // kRows divides kKeys: a block lies in one tile.
+  const int64_t tile = start / kKeys * kKeys, width = least(kKeys, call.n_pad - tile);
+  Element* columns = static_cast<Element*>(keys.columns) + tile * c_pad;
+  for (int64_t c = 0; c < c_pad; c += kPair) {
+    Element* to = columns + c * width + (start - tile) * kPair;
+    for (int64_t p = 0; p < count; p++)
+      for (int64_t i = 0; i < kPair; i++) convert(values[p * stride + c + i], call.dropped_bits, to[p * kPair + i]);
+  }
+  if (keys.rows == nullptr) return;
+  Element* rows = static_cast<Element*>(keys.rows) + start * c_pad;
+  for (int64_t p = 0; p < count; p += kPair) {
+    Element* to = rows + p * c_pad;
+    for (int64_t c = 0; c < c_pad; c++)
+      for (int64_t i = 0; i < kPair; i++) convert(values[(p + i) * stride + c], call.dropped_bits, to[c * kPair + i]);
+  }
+}
+
+template <class Real>
+void prepare_block(const Affinity& call, int64_t image, int64_t block, const Keys& keys, char* scratch) {
+  const int64_t channels = call.shape.channels, stride = row_stride(channels);
+  const int64_t start = block * kRows, count = least(kRows, call.shape.positions - start);
+  const int64_t padded = least(kRows, call.n_pad - start);
+  double* values = reinterpret_cast<double*>(scratch);  // (kRows, stride), as is the next
+  Real* teacher = reinterpret_cast<Real*>(values + kRows * stride);
+  load(call.teacher, Places(call.teacher, call.shape, image, start, count), count, channels, teacher, stride);
+  const double* mean = keys.mean;
+  for (int64_t p = 0; p < padded; p++) {
+    const Real* y = teacher + p * stride;
+    double* k = values + p * stride;
+    for (int64_t c = 0; c < stride; c++) k[c] = 0;
+    double bias = kNever;
+    if (p < count) {
+      const double inverse =
+          inverse_norm(sum_of(channels, [=](int64_t c) { return static_cast<double>(y[c]) * y[c]; }));
+      for (int64_t c = 0; c < channels; c++) k[c] = y[c] * inverse - mean[c];
+      bias = sum_of(channels, [=](int64_t c) { return k[c] * mean[c]; }) / call.temperature * kLog2E;
+    }
+    keys.bias[start + p] = bias;
+    keys.bias32[start + p] = static_cast<float>(bias);
+  }
+  switch (call.operand) {
+    case Operand::float32:
+      pack<float>(call, start, padded, values, stride, keys);
+      break;
+    case Operand::bfloat16:
+      pack<uint16_t>(call, start, padded, values, stride, keys);
+      break;
+    case Operand::float64:
+      pack<double>(call, start, padded, values, stride, keys);
+      break;
+  }
+}
+
+}  // namespace
+
+namespace DSKD_CAPABILITY {
+
+void centre(const Affinity& call, int64_t image, const Keys& keys, char* scratch) {
+  for (int64_t c = 0; c < call.c_pad; c++) keys.mean[c] = 0;
+  if (is_float64(call.teacher)) {
+    add_samples(call, image, keys.mean, reinterpret_cast<double*>(scratch));
+  } else {
+    add_samples(call, image, keys.mean, reinterpret_cast<float*>(scratch));
+  }
+}
+
+void prepare(const Affinity& call, int64_t image, int64_t block, const Keys& keys, char* scratch) {
+  if (is_float64(call.teacher)) {
+    prepare_block<double>(call, image, block, keys, scratch);
+  } else {
+    prepare_block<float>(call, image, block, keys, scratch);
+  }
+}
+
+template <class Real, class Element>
+void prepare_rows(const Affinity& call, int64_t image, int64_t start, int64_t count, const double* mean,
+                  Rows<Real>& rows, Element* keys, Element* delta) {
+  const int64_t channels = call.shape.channels, stride = row_stride(channels);
+  load(call.student, Places(call.student, call.shape, image, start, count), count, channels, rows.student, stride);
+  load(call.teacher, Places(call.teacher, call.shape, image, start, count), count, channels, rows.teacher, stride);
+  for (int64_t r = 0; r < count; r++) {
+    const Real *x = rows.student + r * stride, *y = rows.teacher + r * stride;
+    double ss = 0, tt = 0;
+#pragma omp simd reduction(+ : ss, tt)
+    for (int64_t c = 0; c < channels; c++) {
+      ss += static_cast<double>(x[c]) * x[c];
+      tt += static_cast<double>(y[c]) * y[c];
+    }
+    const double s_inverse = inverse_norm(ss), t_inverse = inverse_norm(tt);
+    Element *to_keys = keys + r * stride, *to_delta = delta + r * stride;
+    double tk = 0, dk = 0, dd = 0;
+#pragma omp simd reduction(+ : tk, dk, dd)
+    for (int64_t c = 0; c < channels; c++) {
+      const double t = y[c] * t_inverse, k = t - mean[c], d = x[c] * s_inverse - t;
+      tk += t * k;
+      dk += d * k;
+      dd += d * d;
+      convert(k, call.dropped_bits, to_keys[c]);
+      convert(d, call.dropped_bits, to_delta[c]);
+    }
+    for (int64_t c = channels; c < call.c_pad; c++) to_keys[c] = to_delta[c] = 0;
+    const double own = dk / call.temperature;
+    const bool is_shifted = call.temperature < kOwnShiftBelow;
+    rows.s_inverse[r] = s_inverse;
+    rows.t_inverse[r] = t_inverse;
+    rows.own_logit[r] = tk / call.temperature * kLog2E;
+    rows.c_shift[r] = is_shifted ? own : own * 0;
+    rows.c_own[r] = is_shifted ? own * 0 : own;
+    rows.c_bound[r] = 2 * std::sqrt(dd) / call.temperature;
+  }
+}
+
+template <class Real, class Sum>
+void project(const Affinity& call, int64_t image, int64_t start, int64_t count, const double* mean,
+             const Rows<Real>& rows, const double* own_weight, const double* scale, Sum* sum, int64_t stride) {
+  const int64_t channels = call.shape.channels, in_stride = row_stride(channels);
+  // 1/|student| beyond the largest number would turn a gradient of 0 into NaN.
+  const double largest = is_float64(call.gradient) ? 1.7976931348623157e308 : 3.4028234663852886e38;
+  for (int64_t r = 0; r < count; r++) {
+    const Real *x = rows.student + r * in_stride, *y = rows.teacher + r * in_stride;
+    const double s_inverse = rows.s_inverse[r], t_inverse = rows.t_inverse[r], own = own_weight[r], factor = scale[r];
+    Sum* g = sum + r * stride;
+    double along = 0;
+#pragma omp simd reduction(+ : along)
+    for (int64_t c = 0; c < channels; c++) {
+      const double whole = (g[c] + own * (y[c] * t_inverse - mean[c])) * factor;
+      along += whole * (x[c] * s_inverse);
+      g[c] = static_cast<Sum>(whole);
+    }
+    const double inverse = s_inverse > largest ? largest : s_inverse;
+    for (int64_t c = 0; c < channels; c++) g[c] = static_cast<Sum>((g[c] - along * (x[c] * s_inverse)) * inverse);
+  }
+  store(sum, stride, call.gradient, Places(call.gradient, call.shape, image, start, count), count, channels);
+}
+
+#define DSKD_ROWS(Real, Element)                                                                                    \
+  template void prepare_rows<Real, Element>(const Affinity&, int64_t, int64_t, int64_t, const double*, Rows<Real>&, \
+                                            Element*, Element*);
+DSKD_ROWS(float, float)
+DSKD_ROWS(float, uint16_t)
+DSKD_ROWS(double, float)
+DSKD_ROWS(double, uint16_t)
+DSKD_ROWS(double, double)
+
+#define DSKD_PROJECT(Real, Sum)                                                                                  \
+  template void project<Real, Sum>(const Affinity&, int64_t, int64_t, int64_t, const double*, const Rows<Real>&, \
+                                   const double*, const double*, Sum*, int64_t);
+DSKD_PROJECT(float, float)
+DSKD_PROJECT(double, float)
+DSKD_PROJECT(double, double)
+
+}  // namespace DSKD_CAPABILITY
+}  // namespace dskd

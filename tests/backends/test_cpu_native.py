@@ -1,0 +1,167 @@
+"""What the cpu backend alone has: panels and slabs, threads, capabilities, oneDNN's products or its own, float64."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dskd_fast.backends import torch_tiled
+
+PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
+
+
+@pytest.fixture
+def cpu(all_backends):
+    if isinstance(all_backends["cpu-cpu"], str):
+        pytest.skip(all_backends["cpu-cpu"])
+    return all_backends["cpu-cpu"]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("precision", "temperature"), [("bf16", 1), ("bf16", 0.1), ("ieee", 0.1), ("ieee", 0.02)])
+def test_several_panels_are_as_good_as_one(cpu, truth, make_features, precision, temperature):
+    """2,500 keys are more than a panel holds: the mean is estimated from the first, which here are unlike the rest."""
+    student, teacher = make_features(2500, 24, 0.3, "clustered")
+    student[:, :900] = teacher[:, :900]
+    student[:, 1100:1200] *= -1
+    result = cpu.affinity(student, teacher, temperature, precision, image=(50, 50))
+    # As truth.check, less its look at each position, for which two draws are too few.
+    exact = truth(student, teacher, temperature)
+    limits = truth.limits(student, teacher, temperature, precision, draws=2)
+    for got, true, limit in zip(result, exact, limits, strict=True):
+        assert np.linalg.norm(got.double().numpy() - true) <= 2 * np.linalg.norm(limit)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize(("batch", "n", "temperature"), [(1, 200, 1), (5, 70, 0.1), (3, 130, 0.02), (70, 3, 0.5)])
+def test_the_number_of_threads_changes_no_bit(cpu, threads, make_features, precision, batch, n, temperature):
+    student, teacher = make_features(n, 20, 0.5, "normal", batch=batch)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append((*cpu.affinity(student, teacher, temperature, precision), *cpu.cosine(student, teacher)))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_image_does_not_depend_on_its_batch(cpu, make_features, precision):
+    student, teacher = make_features(90, 20, 0.5, batch=7)
+    together = cpu.affinity(student, teacher, 0.3, precision)
+    for b in range(7):
+        alone = cpu.affinity(student[b : b + 1], teacher[b : b + 1], 0.3, precision)
+        assert all(torch.equal(x[b], y[0]) for x, y in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1, 0.05, 0.01])
+@pytest.mark.parametrize(("n", "c"), [(33, 20), (150, 3)])
+def test_float64_inputs_are_worked_on_in_float64(cpu, truth, make_features, temperature, n, c):
+    student, teacher = (x.double() for x in make_features(n, c, 0.1, batch=2))
+    student[0, :5] *= -1
+    result = cpu.affinity(student, teacher, temperature)
+    assert [x.dtype for x in result] == [torch.float64] * 2
+    truth.check(result, truth(student, teacher, temperature), truth.limits(student, teacher, temperature, "ieee"))
+    assert cpu.affinity(student, teacher.float(), temperature)[0].dtype == torch.float64
+    assert cpu.cosine(student, teacher)[1].dtype == torch.float64
+    for precision in PRECISIONS[1:]:
+        result = cpu.affinity(student, teacher, temperature, precision)
+        assert [x.dtype for x in result] == [torch.float32] * 2
+        limits = truth.limits(student, teacher, temperature, precision)
+        truth.check(result, truth(student, teacher, temperature), limits)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_its_own_products_where_onednns_are_switched_off(cpu, truth, make_features, precision):
+    student, teacher = make_features(97, 40, 0.1, batch=2)
+    before = torch.backends.mkldnn.enabled
+    torch._C._set_mkldnn_enabled(False)  # what mkldnn.flags() does, less a warning about GPUs
+    try:
+        result = cpu.affinity(student, teacher, 0.5, precision)
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+    truth.check(result, truth(student, teacher, 0.5), truth.limits(student, teacher, 0.5, precision))
+
+
+def test_other_tensors_are_refused(cpu):
+    good = torch.ones(1, 2, 3, 3)
+    refusal = cpu.module.refusal
+    assert refusal(good, good.half(), "ieee") is None
+    assert refusal(good.to("meta"), good.to("meta"), "ieee") == "it does not run on meta devices"
+    for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
+        assert refusal(good, good.to(dtype), None) == f"it does not take {str(dtype).removeprefix('torch.')}"
+
+
+def test_the_operators_check_what_they_are_given(cpu):
+    x, kl = torch.ones(1, 2, 3, 3), torch.ones(1, 3, 3)
+    operator = torch.ops.dskd_fast_cpu.contextual_affinity
+    for student, teacher, precision, message in (
+        (x, x[..., :2], "ieee", "the same shape"),
+        (x[0], x[0], "ieee", r"\(B, C, H, W\)"),
+        (x.int(), x, "ieee", "takes float32"),
+        (x, x, "bf17", "precision"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            operator(student, teacher, 1.0, precision, kl, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_precision_number_is_read_as_it_is(cpu, dtype):
+    """Subnormal numbers, infinities and NaN included; the distance to the direction (1, 1) tells which was read."""
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    student = torch.stack((values, torch.ones_like(values)))[None, :, :, None]
+    teacher = torch.ones(1, 2, 2**16, 1)
+    exact = cpu.cosine_of_maps(student.float(), teacher)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = cpu.cosine_of_maps(student.contiguous(memory_format=layout), teacher)
+        for x, y in zip(got, exact, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_capabilities_pass_the_same_tests(cpu, capability):
+    """As on processors without AVX-512, and without any of what is compiled apart. ATen reads the variable once."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/backends/test_backends.py"]
+    cases = "cpu-cpu and (rounding_makes or far_off or any_strides or exactly_zero or real_size_of_other)"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    result = subprocess.run([*command, "-k", cases], env=environment, cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
+    assert "skipped" not in result.stdout
+
+
+def test_scratch_memory_does_not_grow_with_the_square(cpu):
+    """16,384 positions: a dense matrix would take 1 GiB."""
+    code = (
+        "import resource, torch\n"
+        "from dskd_fast import functional\n"
+        "torch.set_num_threads(1)\n"
+        "x = torch.randn(1, 16, 128, 128)\n"
+        "s = (x + 0.1 * torch.randn(x.shape)).requires_grad_()\n"
+        "functional.contextual_affinity(s[..., :8, :8], x[..., :8, :8], backend='cpu').sum().backward()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "functional.contextual_affinity(s, x, backend='cpu').sum().backward()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 16 * 1024  # KiB
+
+
+@pytest.mark.parametrize("angle", [1e-2, 1e-4])
+def test_cosine_distance_of_a_small_angle(cpu, angle):
+    student = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64).view(1, 2, 1, 1)
+    teacher = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 2, 1, 1)
+    distance, gradient = cpu.cosine_of_maps(student, teacher)
+    torch_distance, torch_gradient = torch_tiled.cosine_distance(student, teacher, True)
+    torch.testing.assert_close(distance, torch_distance, rtol=1e-7, atol=1e-15)
+    torch.testing.assert_close(gradient, torch_gradient, rtol=1e-7, atol=1e-15)
