@@ -148,6 +148,8 @@ def doctor(arguments: argparse.Namespace) -> int:
     for name, value in diagnosis.versions().items():
         console.print(f"{name:14} {value}")
     console.print(backends_table(diagnosis.services()), soft_wrap=False)
+    for build in diagnosis.builds():
+        console.print(build)
     console.print(default)
     return 0
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 import dskd_fast
+from dskd_fast.backends import native_build
 from dskd_fast.errors import UserError
 from dskd_fast.ops import dispatch
 
@@ -63,6 +64,24 @@ def services() -> list[Service]:
                 reason = dispatch.refusal(name, example, example, "ieee")
                 label = "float64" if dtype == torch.float64 else "float32, bfloat16, float16"
                 found.append(Service(device, label, name, reason, name == choice))
+    return found
+
+
+def builds() -> list[str]:
+    """What became of each extension that is built here, one paragraph each; after `services`, which builds what is needed.
+
+    Of a failed build it has all that the compiler said.
+    """
+    found = []
+    for name in native_build.EXTENSIONS:
+        state = native_build.state(name)
+        if state is None:
+            found.append(f"{name} kernels: not needed here; they would be built in {native_build.cache_folder()}")
+        elif state.reason is None:
+            found.append(f"{name} kernels: {state.origin}")
+        else:
+            again = f"; once that is mended, delete {os.path.dirname(state.origin)}" if state.origin else ""
+            found.append("\n".join((f"{name} kernels: {state.reason}{again}", *state.details.splitlines())))
     return found
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dskd_fast.backends import native_build
 from dskd_fast.errors import UserError
 from dskd_fast.ops import dispatch
 from dskd_fast.workflow import doctor
@@ -73,3 +74,21 @@ def test_a_broken_triton_is_told_and_does_no_harm(monkeypatch):
     services = [service for service in doctor.services() if service.device == "cpu"]
     assert {service.reason for service in services if service.backend == "triton"} == {"No module named 'triton'"}
     assert {service.backend for service in services if service.is_choice} <= {"cpu", "torch"}
+
+
+def test_what_was_built_is_told(monkeypatch):
+    doctor.services()
+    cpu, cuda = doctor.builds()
+    assert cpu.startswith("cpu kernels: ")
+    if not torch.cuda.is_available():
+        assert cuda.startswith("cuda kernels: not needed here")
+
+
+def test_a_failed_build_is_told_in_full(monkeypatch):
+    failed = native_build.State("the compiler failed: no such luck", "cache/cpu-0/failure.json", "line 1\nline [2]")
+    monkeypatch.setitem(native_build._STATES, "cpu", failed)
+    services = [service for service in doctor.services() if service.device == "cpu" and service.backend == "cpu"]
+    assert {service.reason for service in services} == {failed.reason}
+    told = doctor.builds()[0]
+    assert told.startswith("cpu kernels: the compiler failed: no such luck; once that is mended, delete cache/cpu-0")
+    assert told.endswith("\nline 1\nline [2]")

@@ -1,0 +1,87 @@
+// The kernels as operators.cpp sees them, and as a test on a machine without a GPU calls them.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+namespace dskd {
+
+enum class Dtype { float32, bfloat16, float16 };
+
+// A (B, C, H, W) tensor on the device.
+struct Maps {
+  void* data;
+  Dtype dtype;
+  int64_t stride_b, stride_c, stride_h, stride_w;
+};
+
+struct Shape {
+  int64_t batch, channels, height, width, positions;
+};
+
+// How the products multiply. With tensor cores: operands of that type. Without: float32 operands, rounded to nearest.
+enum class Product { bfloat16, float16, tfloat32, plain };
+
+// Rows of a block and keys of a tile; operands are padded to multiples of it. Channels are padded to multiples of kPad.
+constexpr int kTile = 64;
+constexpr int kPad = 64;
+// Groups of sampled positions whose mean centres the keys, and positions in each.
+constexpr int kGroups = 8;
+constexpr int kGroup = 32;
+
+// What is computed, and scratch memory on the device. Per image: (N_PAD, C_PAD), (N_PAD) and (kGroups, C_PAD).
+struct Affinity {
+  Shape shape;
+  Maps student, teacher;
+  int64_t n_pad, c_pad;
+  double temperature;
+  Product product;
+  int dropped_bits;  // of the fraction of plain operands
+  float* kl;         // (B, N)
+  Maps gradient;     // float32; data is null if none is wanted
+
+  double* partial_mean;
+  void *keys, *delta;    // operands: centred keys k_j, differences s_i - t_i
+  float* bias;           // <mean, k_j> / (T log 2), kNever in the padding
+  float* own_logit;      // <t_i, k_i> / (T log 2)
+  float* c_shift;        // what is subtracted from <delta_i, k_j> / T to give c
+  float* c_scale;        // what a product of operands is multiplied by to give <delta_i, k_j> / T
+  float* c_bound;        // no |c| is larger
+  float* c_own;          // c of the row's own key
+  double* inverse_norm;  // 1/|student_i|
+  // What the gradient needs of a row, from the forward kernel.
+  float *u, *teacher_shift, *student_shift, *factor;
+  float* raw;  // (N_PAD, C_PAD): sum of weights times keys, the own key's apart
+};
+
+struct Cosine {
+  Shape shape;
+  Maps student, teacher;
+  float* distance;  // (B, N)
+  Maps gradient;    // float32; data is null if none is wanted
+};
+
+// Points a call at scratch memory: allocate(count, size) gives `count` elements of `size` bytes, aligned to 16.
+template <class Allocate>
+void take_scratch(Affinity& call, Allocate allocate) {
+  const int64_t rows = call.shape.batch * call.n_pad, size = call.product < Product::tfloat32 ? 2 : 4;
+  const auto floats = [&](int64_t count) { return static_cast<float*>(allocate(count, 4)); };
+  call.partial_mean = static_cast<double*>(allocate(call.shape.batch * kGroups * call.c_pad, 8));
+  call.keys = allocate(rows * call.c_pad, size);
+  call.delta = allocate(rows * call.c_pad, size);
+  for (float** each : {&call.bias, &call.own_logit, &call.c_shift, &call.c_scale, &call.c_bound, &call.c_own})
+    *each = floats(rows);
+  call.inverse_norm = static_cast<double*>(allocate(rows, 8));
+  if (call.gradient.data == nullptr) return;
+  for (float** each : {&call.u, &call.teacher_shift, &call.student_shift, &call.factor}) *each = floats(rows);
+  call.raw = floats(rows * call.c_pad);
+}
+
+// Each returns the name of what failed, null if all was launched; `stream` is a cudaStream_t. `capability` is that of
+// the current device, 80 for 8.0.
+const char* prepare(const Affinity& call, void* stream);
+const char* affinity(const Affinity& call, int capability, void* stream);
+const char* project(const Affinity& call, void* stream);
+const char* cosine(const Cosine& call, void* stream);
+
+}  // namespace dskd
