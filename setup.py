@@ -1,9 +1,55 @@
-"""Packages of dskd-fast; metadata and tool settings are in pyproject.toml."""
+"""Packages of dskd-fast, and its native extensions where DSKD_FAST_BUILD=1; all else is in pyproject.toml."""
 
-from setuptools import find_packages, setup
+import importlib.util
+import os
+from pathlib import Path
 
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ("dskd_fast.csrc", "dskd_fast.csrc.cpu", "dskd_fast.csrc.cuda")
+
+
+def load_native_build():
+    """The module with the recipes, by its file: its package cannot be imported before it is installed."""
+    spec = importlib.util.spec_from_file_location("native_build", ROOT / "dskd_fast" / "backends" / "native_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class BuildNative(build_ext):
+    """Builds by the recipes of first use, into native/ of the package: the source itself where that is editable."""
+
+    def run(self):
+        native_build = load_native_build()
+        package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        for name in native_build.EXTENSIONS:
+            target = package / "dskd_fast" / "native" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                native_build.build(native_build.recipe(name, ROOT / "csrc"), target)
+                print(f"built the {name} kernels")
+            except native_build.BuildError as error:
+                # nvcc and a PyTorch with CUDA may be missing, what is there has to work.
+                if name == "cpu" or error.details:
+                    raise SystemExit(f"{error.details}\nthe {name} kernels cannot be built: {error}") from error
+                print(f"left out the {name} kernels: {error}")
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+
+is_native = os.environ.get("DSKD_FAST_BUILD") == "1"
 setup(
-    packages=[*find_packages(include=["dskd_fast", "dskd_fast.*"]), "dskd_fast.kernels"],
-    package_dir={"dskd_fast.kernels": "kernels"},
-    package_data={"dskd_fast.kernels": ["README.md"]},
+    packages=[*find_packages(include=["dskd_fast", "dskd_fast.*"]), "dskd_fast.kernels", *SOURCES],
+    package_dir={"dskd_fast.kernels": "kernels", "dskd_fast.csrc": "csrc"},
+    package_data={"dskd_fast.kernels": ["README.md"]} | {name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in SOURCES},
+    # A wheel with libraries inside is for one platform only.
+    ext_modules=[Extension("dskd_fast.native", [])] if is_native else [],
+    cmdclass={"build_ext": BuildNative},
 )

@@ -199,7 +199,7 @@ DSKD_DEVICE void finish_row(const Affinity& call, int64_t image, int row, const 
     teacher_exponent = kHalfExponent - ceilf(log2f(fmaxf(largest, 1e-30f)));
     top = kHalfExponent;
   }
-  float student_exponent = teacher_exponent;
+  float student_exponent = teacher_exponent, student_rest = 0;
   double share = 1 / (z * ratio);
   if (kFarRows && !kNear) {
     const double lowered = static_cast<double>(others.far) + exp((own * kLog2E - kFarShift) * kLn2);
@@ -208,7 +208,9 @@ DSKD_DEVICE void finish_row(const Affinity& call, int64_t image, int row, const 
       const double log_student = log(lowered) / kLn2 + kFarShift, log_teacher = log(z) / kLn2;
       divergence = (log_student - log_teacher) * kLn2 - mean;
       teacher_exponent = top - static_cast<float>(log_teacher);
+      // In two numbers: rounded to one of some hundred's size it would leave four digits of the probabilities.
       student_exponent = top - static_cast<float>(log_student);
+      student_rest = static_cast<float>(top - log_student - student_exponent);
       share = 1 / z;
       u = 0;
     }
@@ -221,6 +223,7 @@ DSKD_DEVICE void finish_row(const Affinity& call, int64_t image, int row, const 
   call.u[place] = static_cast<float>(u);
   call.teacher_shift[place] = teacher_exponent;
   call.student_shift[place] = student_exponent;
+  call.student_rest[place] = student_rest;
   call.factor[place] =
       static_cast<float>(share * call.temperature / (kProduct == Product::float16 ? kHalfScale : 1.0f));
 }
@@ -398,6 +401,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_kernel(const Affinity ca
     using Element = typename Piece<kProduct>::Element;
     constexpr int kWeightWords = Piece<kProduct>::kWeightWords, kChannelsOf = Piece<kProduct>::kChannelsOf;
     constexpr int kMost = kChannels / kChannelsOf, kColumns = kChannelsOf / 16;
+    constexpr bool kShifted = kProduct == Product::float16 || kFarRows;  // elsewhere the shifts are 0
     DSKD_SHARED(memory);
     uint32_t* shared = reinterpret_cast<uint32_t*>(memory);
     uint32_t* weights = shared + kStages * kStageWords;
@@ -407,16 +411,18 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_kernel(const Affinity ca
     if (!is_served(call, image, start_i, kNear)) return;
     const Lane lane;
     RowPair rows;
-    float u[2], further[2];
+    float u[2], teacher_shift[2], student_shift[2], student_rest[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       rows.place[r] = start_i + lane.group * 16 + lane.g + 8 * r;
       const int64_t place = image * call.n_pad + rows.place[r];
-      rows.constant[r] = call.own_logit[place] - call.teacher_shift[place];
+      rows.constant[r] = call.own_logit[place];
       rows.c_shift[r] = call.c_shift[place];
       rows.c_scale[r] = call.c_scale[place];
       u[r] = call.u[place];
-      further[r] = call.student_shift[place] - call.teacher_shift[place];
+      teacher_shift[r] = call.teacher_shift[place];
+      student_shift[r] = call.student_shift[place];
+      student_rest[r] = call.student_rest[place];
     }
     const int channels =
         static_cast<int>(call.c_pad) - first < kChannels ? static_cast<int>(call.c_pad) - first : kChannels;
@@ -437,15 +443,13 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_kernel(const Affinity ca
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           const int r = k / 2;
-          const float d = c[n][k], e = exp2_of(a[n][k]);
+          const float d = c[n][k], e = exp2_of(kShifted ? a[n][k] + teacher_shift[r] : a[n][k]);
           float weight = e * (expm1_tail(d) + (d - u[r]));
           if (!kNear) {
-            float logit = a[n][k] + d * static_cast<float>(kLog2E);
+            float logit = a[n][k] + d * static_cast<float>(kLog2E);  // to the bit as in the forward kernel
             bool is_close = fabsf(d) <= kRadius;
-            if (kFarRows) {
-              logit += further[r];
-              is_close = is_close && further[r] == 0;
-            }
+            if (kShifted) logit = logit + student_shift[r] + student_rest[r];
+            if (kFarRows) is_close = is_close && student_shift[r] == teacher_shift[r];
             weight = is_close ? weight : exp2_of(logit) - e * (1 + u[r]);
           }
           const int row = lane.group * 16 + lane.g + 8 * r, j = lane.half * 32 + 8 * n + 2 * lane.t + k % 2;

@@ -50,7 +50,7 @@ struct Affinity {
   float* c_own;          // c of the row's own key
   double* inverse_norm;  // 1/|student_i|
   // What the gradient needs of a row, from the forward kernel.
-  float *u, *teacher_shift, *student_shift, *factor;
+  float *u, *teacher_shift, *student_shift, *student_rest, *factor;
   float* raw;  // (N_PAD, C_PAD): sum of weights times keys, the own key's apart
 };
 
@@ -73,7 +73,8 @@ void take_scratch(Affinity& call, Allocate allocate) {
     *each = floats(rows);
   call.inverse_norm = static_cast<double*>(allocate(rows, 8));
   if (call.gradient.data == nullptr) return;
-  for (float** each : {&call.u, &call.teacher_shift, &call.student_shift, &call.factor}) *each = floats(rows);
+  for (float** each : {&call.u, &call.teacher_shift, &call.student_shift, &call.student_rest, &call.factor})
+    *each = floats(rows);
   call.raw = floats(rows * call.c_pad);
 }
 

@@ -116,10 +116,10 @@ __global__ void __launch_bounds__(kPositionThreads) prepare_kernel(const Affinit
 }
 
 // What a row's own key adds to the sum of weights times keys.
-DSKD_DEVICE float own_weight_of(float own, float u, float teacher_shift, float student_shift) {
+DSKD_DEVICE float own_weight_of(float own, float u, float teacher_shift, float student_shift, float student_rest) {
   const float expm1_own = fabsf(own) <= kRadius ? expm1_tail(own) + own : expm1f(own);
   // Of a far row, the weight is the difference of two probabilities.
-  return exp2_of(student_shift) - exp2_of(teacher_shift) + exp2_of(teacher_shift) * (expm1_own - u);
+  return exp2_of(student_shift + student_rest) - exp2_of(teacher_shift) + exp2_of(teacher_shift) * (expm1_own - u);
 }
 
 // gradient_i = (g_i - <g_i, s_i> s_i) / |student_i|, with g_i that of the unit vector s_i.
@@ -146,7 +146,8 @@ __global__ void __launch_bounds__(kPositionThreads) project_kernel(const Affinit
       for (int r = static_cast<int>(threadIdx.x) / kColumns; r < kPositions; r += kPositionThreads / kColumns) {
         const int64_t row = first_row + r, at = row * call.c_pad + start_c + column;
         const float shift = call.teacher_shift[row];
-        const float weight = own_weight_of(call.c_own[row], call.u[row], shift, call.student_shift[row]);
+        const float weight =
+            own_weight_of(call.c_own[row], call.u[row], shift, call.student_shift[row], call.student_rest[row]);
         const float g = call.raw[at] + weight * Operand<kProduct>::to(static_cast<const Element*>(call.keys)[at]);
         // The shift first: the factor alone may be too small for float32 to carry both.
         tile[r][column] = g * exp2_of(-shift) * call.factor[row];

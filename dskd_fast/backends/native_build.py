@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -33,7 +34,7 @@ from typing import NamedTuple
 EXTENSIONS = ("cpu", "cuda")
 CACHE_VARIABLE = "DSKD_FAST_CACHE"
 ARCHITECTURES_VARIABLE = "TORCH_CUDA_ARCH_LIST"
-DEFAULT_ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 # PyTorch's stable ABI of this version: what is compiled against it runs on all later ones.
 STABLE_ABI = (2, 10)
 
@@ -108,6 +109,8 @@ def recipe(name: str, csrc: Path) -> Recipe:
         BuildError: a compiler or PyTorch is missing.
     """
     torch_folder, _ = _torch()
+    if name == "cuda" and not any((torch_folder / "lib").glob("*torch_cuda*")):
+        raise BuildError("this PyTorch is built without CUDA: install one with it")
     compiler = _compiler()
     includes = [torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include"]
     cxx = [*_CXX_FLAGS, *(f"-I{folder}" for folder in includes)]
@@ -121,7 +124,7 @@ def recipe(name: str, csrc: Path) -> Recipe:
         define = f"-DTORCH_TARGET_VERSION=0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
         folders = [f"-isystem{folder}" for folder in toolkit.includes]
         cxx += [define, "-DUSE_CUDA", *folders]
-        nvcc = ["-std=c++20", "-O3", f"-ccbin={_quote(compiler)}", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+        nvcc = ["-std=c++20", "-O3", f"-ccbin={compiler}", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
         nvcc += [define, *(f"-I{folder}" for folder in includes), *_architectures(toolkit.nvcc)]
         link += ["-ltorch_cuda", "-lc10_cuda", *(f"-L{folder}" for folder in toolkit.libraries), "-lcudart"]
         tools["nvcc"] = str(toolkit.nvcc)
@@ -138,7 +141,7 @@ def recipe(name: str, csrc: Path) -> Recipe:
     if name == "cuda":
         lines += [
             f"nvcc = {_quote(tools['nvcc'])}",
-            f"nvcc_flags = {' '.join(nvcc)}",
+            f"nvcc_flags = {' '.join(map(_quote, nvcc))}",
             "rule nvcc",
             "  command = $nvcc $nvcc_flags $flags -c $in -o $out",
         ]
@@ -194,26 +197,27 @@ def _run_ninja(folder: Path) -> None:
     try:
         import ninja
 
-        program = str(Path(ninja.BIN_DIR) / "ninja")
+        program = shutil.which("ninja", path=ninja.BIN_DIR)
     except ImportError:
-        program = shutil.which("ninja")
-        if program is None:
-            raise BuildError("ninja is missing: pip install ninja") from None
+        program = None
+    program = program or shutil.which("ninja")
+    if program is None:
+        raise BuildError("ninja is missing: pip install ninja")
     try:
-        result = subprocess.run(
-            [program, "-C", str(folder), "-v"], capture_output=True, text=True, errors="replace", timeout=_PATIENCE
-        )
+        result = _run(program, "-C", folder, "-v", timeout=_PATIENCE)
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"the compiler took longer than {_PATIENCE:.0f} s") from error
     if result.returncode == 0:
         return
     output = result.stdout + result.stderr
-    if "No space left on device" in output:
+    if re.search("No space left on device|Disk quota exceeded|File size limit exceeded", output):
         raise BuildError(f"there is no room left in {folder.parent}: make some, or set {CACHE_VARIABLE}", output)
-    if result.returncode < 0 or "Killed signal" in output:
+    if result.returncode < 0 or re.search("Killed signal|terminated with signal", output):
         raise BuildError("the compiler was killed, as happens when memory runs out", output)
-    complaint = next((line for line in output.splitlines() if "error" in line.lower()), "no reason was given")
-    raise BuildError(f"the compiler failed: {complaint.strip()}", output, is_lasting=True)
+    # The linker's own complaints come before that of the compiler which called it, and need not have the word in them.
+    complaint = re.search(r"^.*(?:\berror ?[:#]|undefined reference|cannot find -l).*$", output, re.MULTILINE)
+    said = complaint[0].strip() if complaint else "it did not say why"
+    raise BuildError(f"the compiler failed: {said}", output, is_lasting=True)
 
 
 # Loading
@@ -224,7 +228,7 @@ class State(NamedTuple):
 
     reason: str | None
     origin: str  # the library, or where more can be read
-    details: str = ""
+    details: str = ""  # what the compiler said, or why a library that is there is not the one
 
 
 _STATES: dict[str, State] = {}
@@ -248,32 +252,39 @@ def load(name: str) -> None:
         raise ImportError(state.reason)
 
 
+def is_loaded(name: str) -> bool:
+    """Whether `load` would do nothing more."""
+    return name in _STATES
+
+
 def state(name: str) -> State | None:
     """What became of an extension in this process, None if none was needed yet."""
     return _STATES.get(name)
 
 
 def _find(name: str) -> State:
+    passed_over = ""
     try:
-        return _find_prebuilt(name) or _find_in_cache(name)
+        prebuilt = prebuilt_folder(name)
+        if prebuilt.exists():
+            if _fit_in(prebuilt) == fit_of(name, csrc_folder()):
+                return _load_library(prebuilt / library_name(name))
+            passed_over = f"{prebuilt} was built for another PyTorch or from other sources, and is not used\n"
+        found = _find_in_cache(name)
     except BuildError as error:
-        return State(str(error), "", error.details)
-    except OSError as error:
-        place = error.filename or cache_folder()
-        return State(f"cannot write {place} ({error.strerror or error}): set {CACHE_VARIABLE} to a writable folder", "")
+        found = State(str(error), "", error.details)
+    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
+        place, why = getattr(error, "filename", None) or cache_folder(), getattr(error, "strerror", None) or error
+        found = State(f"cannot write {place} ({why}): set {CACHE_VARIABLE} to a writable folder with room", "")
+    return found._replace(details=passed_over + found.details)
 
 
-def _find_prebuilt(name: str) -> State | None:
-    """The library that was built with the package, if it fits."""
-    folder = prebuilt_folder(name)
+def _fit_in(folder: Path) -> str | None:
+    """What the library in a folder fits, None if that cannot be read."""
     try:
-        fit = json.loads((folder / "fit.json").read_text(encoding="utf-8"))["fit"]
+        return json.loads((folder / "fit.json").read_text(encoding="utf-8"))["fit"]
     except (OSError, ValueError, KeyError):
         return None
-    if fit != fit_of(name, csrc_folder()):
-        _log.warning("dskd_fast: %s was built for another PyTorch or from other sources, and is not used", folder)
-        return None
-    return _load_library(folder / library_name(name))
 
 
 def _find_in_cache(name: str) -> State:
@@ -325,7 +336,8 @@ def _load_library(path: Path) -> State:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
+        # PyTorch's own message has nothing but the path, the linker's is that path and the reason.
+        first = str(error.__cause__ or error).strip().splitlines()[0].removeprefix(f"{path}: ")
         raise BuildError(f"{path} cannot be loaded ({first}): delete its folder, and it is built again") from error
     return State(None, str(path))
 
@@ -368,10 +380,17 @@ def cache_folder() -> Path:
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "dskd_fast"
+        return _home() / "Library" / "Caches" / "dskd_fast"
     if folder := os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"):
         return Path(folder) / "dskd_fast"
-    return Path.home() / ".cache" / "dskd_fast"
+    return _home() / ".cache" / "dskd_fast"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # a user without an entry in the system's list, as in containers
+        raise BuildError(f"this user has no home folder: set {CACHE_VARIABLE} to a writable one") from None
 
 
 def fit_of(name: str, csrc: Path) -> str:
@@ -379,7 +398,7 @@ def fit_of(name: str, csrc: Path) -> str:
     version = _torch()[1] if name == "cpu" else ".".join(map(str, STABLE_ABI))
     digest = hashlib.sha256()
     for file in sorted((csrc / name).iterdir()):
-        if file.is_file():
+        if file.suffix in (".cpp", ".h", ".cu", ".cuh"):  # those that are installed
             digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return _hash(digest.hexdigest(), version, platform.system(), platform.machine())
 
@@ -417,8 +436,7 @@ def _toolkit() -> Toolkit:
             return _toolkit_in(Path(folder))
     if found := shutil.which("nvcc"):
         # It may be a link to the toolkit's, or a script that calls it: it knows itself where it is.
-        answer = subprocess.run([found, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
-        for line in answer.stderr.splitlines():
+        for line in _run(found, "--dryrun", "-c", "x.cu").stderr.splitlines():
             if line.startswith("#$ TOP="):
                 return _toolkit_in(Path(line.removeprefix("#$ TOP=").strip()).resolve())
     if (default := Path("/usr/local/cuda")).joinpath("bin", "nvcc").exists():
@@ -435,15 +453,18 @@ def _toolkit_in(folder: Path) -> Toolkit:
 
 def _architectures(nvcc: Path) -> list[str]:
     """-gencode flags for TORCH_CUDA_ARCH_LIST, else for all that the kernels and nvcc know, whatever GPU is here."""
-    asked = os.environ.get(ARCHITECTURES_VARIABLE)
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    known = _run(nvcc, "--list-gpu-code").stdout.split()
+    asked = os.environ.get(ARCHITECTURES_VARIABLE, "").replace(";", " ").split()
+    entries = asked or [entry for entry in DEFAULT_ARCHITECTURES if f"sm_{entry.replace('.', '')}" in known]
+    if not entries:
+        raise BuildError(f"{nvcc} compiles for no GPU that the kernels run on: install a newer CUDA toolkit")
+    if not asked:
+        entries[-1] += "+PTX"  # for GPUs to come
     flags = []
-    for entry in (asked or DEFAULT_ARCHITECTURES).replace(";", " ").split():
+    for entry in entries:
         number = entry.removesuffix("+PTX").replace(".", "")
         if f"sm_{number}" not in known:
-            if asked:
-                raise BuildError(f"{ARCHITECTURES_VARIABLE} names {entry}, which {nvcc} cannot compile for")
-            continue
+            raise BuildError(f"{ARCHITECTURES_VARIABLE} names {entry}, which {nvcc} does not compile for")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if entry.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
@@ -452,7 +473,18 @@ def _architectures(nvcc: Path) -> list[str]:
 
 @functools.cache
 def _version_of(program: str) -> str:
-    return subprocess.run([program, "--version"], capture_output=True, text=True, errors="replace").stdout
+    return _run(program, "--version").stdout
+
+
+def _run(program: str | Path, *arguments: str | Path, timeout: float | None = None) -> subprocess.CompletedProcess:
+    """Run a tool; what it says is read, so it is to say it in English."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        return subprocess.run(
+            [program, *arguments], capture_output=True, text=True, errors="replace", timeout=timeout, env=environment
+        )
+    except OSError as error:
+        raise BuildError(f"{program} does not run ({error.strerror}): install it again, or name another") from error
 
 
 def _hash(*parts: str) -> str:

@@ -68,7 +68,7 @@ def services() -> list[Service]:
 
 
 def builds() -> list[str]:
-    """What became of each extension that is built here, one paragraph each; after `services`, which builds what is needed.
+    """What became of each extension, one paragraph each; to be asked after `services`, which builds what is needed.
 
     Of a failed build it has all that the compiler said.
     """
@@ -76,12 +76,12 @@ def builds() -> list[str]:
     for name in native_build.EXTENSIONS:
         state = native_build.state(name)
         if state is None:
-            found.append(f"{name} kernels: not needed here; they would be built in {native_build.cache_folder()}")
-        elif state.reason is None:
-            found.append(f"{name} kernels: {state.origin}")
+            found.append(f"{name} kernels: not needed here, so not built")
         else:
-            again = f"; once that is mended, delete {os.path.dirname(state.origin)}" if state.origin else ""
-            found.append("\n".join((f"{name} kernels: {state.reason}{again}", *state.details.splitlines())))
+            told = f"{name} kernels: {state.reason or state.origin}"
+            if state.reason and state.origin:
+                told += f"; once that is mended, delete {os.path.dirname(state.origin)} (all of it: {state.origin})"
+            found.append("\n".join((told, *state.details.splitlines())))
     return found
 
 

@@ -1,14 +1,15 @@
 """The CUDA kernels where there is no GPU: their own sources, compiled for the host and run on an emulation.
 
 The emulation (in the folder of that name) has the threads of a block, barriers, shared memory, warp operations, matrix
-fragments and asynchronous copies. It runs under AddressSanitizer and UndefinedBehaviorSanitizer, with buffers of exactly
-the size that is needed and NaN wherever nothing has been written.
+fragments and asynchronous copies. It runs under AddressSanitizer and UndefinedBehaviorSanitizer, with buffers of
+exactly the size that is needed and NaN wherever nothing has been written.
 """
 
+import math
+import re
 import shutil
 import struct
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,10 @@ from dskd_fast.backends import native_build
 HERE = Path(__file__).parent / "emulation"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of launch.h, as are the next
 PRODUCTS = ("bf16", "fp16", "tf32", "plain")
-FLAGS = (
-    "-std=c++20 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -Wall -Wextra -Werror "
-    "-Wno-unknown-pragmas"
-).split()
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+# The prepare and cosine kernels count on products that are not fused, and nvcc is told so, too.
+FLAGS = ("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off")
+PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
 
 
 class Call(NamedTuple):
@@ -50,7 +51,7 @@ class Emulation:
         """The map (B, H, W) and the gradient (B, C, H, W) of each call, all in one process."""
         source, result = folder / "calls", folder / "results"
         source.write_bytes(b"".join(map(self._packed, calls)))
-        ran = subprocess.run([self.program, source, result], capture_output=True, text=True)
+        ran = subprocess.run([self.program, source, result], capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr[:3000]
         numbers, results = torch.from_numpy(np.fromfile(result, np.float32)), []
         for call in calls:
@@ -71,7 +72,14 @@ class Emulation:
         elif call.precision != "ieee":
             dropped_bits = {"bf16": 16, "fp16": 13, "tf32": 13}[call.precision]
         gradient = torch.empty_like(call.student, dtype=torch.float32, device="meta")
-        header = [call.seed, call.temperature is not None, call.with_gradient, product, dropped_bits, *call.student.shape]
+        header = [
+            call.seed,
+            call.temperature is not None,
+            call.with_gradient,
+            product,
+            dropped_bits,
+            *call.student.shape,
+        ]
         for x in (call.student, call.teacher, gradient):
             header += [DTYPES.index(x.dtype), *x.stride()]
         storages = []
@@ -84,25 +92,241 @@ class Emulation:
         return struct.pack("<32qd", *map(int, header), call.temperature or 0.0) + b"".join(storages)
 
 
-def compile_all(folder: Path, tensor_cores: int) -> Path:
+def compile_with_emulation(target: Path, sources: list[Path], tensor_cores: int) -> Path:
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    csrc = native_build.csrc_folder() / "cuda"
-    flags = [*FLAGS, f"-I{csrc}", f"-I{HERE}", f"-DDSKD_TENSOR_CORES={tensor_cores}"]
-    sources = [*(csrc / f"{name}.cu" for name in ("affinity", "prepare", "cosine")), HERE / "driver.cpp"]
-    objects = [folder / f"{source.stem}.{tensor_cores}.o" for source in sources]
-    for source, target in zip(sources, objects, strict=True):
-        # The prepare and cosine kernels count on it, and nvcc is told so, too.
-        command = [compiler, *flags, "-ffp-contract=off", "-x", "c++", "-c", source, "-o", target]
-        subprocess.run(command, check=True, capture_output=True)
-    program = folder / f"driver{tensor_cores}"
-    subprocess.run([compiler, "-fsanitize=address,undefined", *objects, "-o", program], check=True, capture_output=True)
-    return program
+    folders = [f"-I{native_build.csrc_folder() / 'cuda'}", f"-I{HERE}"]
+    objects = [target.with_name(f"{source.stem}.{tensor_cores}.o") for source in sources]
+    for source, built in zip(sources, objects, strict=True):
+        command = [compiler, *FLAGS, *SANITIZERS, *folders, f"-DDSKD_TENSOR_CORES={tensor_cores}"]
+        subprocess.run([*command, "-x", "c++", "-c", source, "-o", built], check=True)
+    subprocess.run([compiler, *SANITIZERS, *objects, "-o", target], check=True)
+    return target
 
 
 @pytest.fixture(scope="module")
-def emulations(tmp_path_factory):
-    """By compute capability."""
-    folder = tmp_path_factory.mktemp("emulation")
-    return {75: Emulation(compile_all(folder, 0), 75), 80: Emulation(compile_all(folder, 1), 80)}
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("emulation")
+
+
+@pytest.fixture(scope="module", params=[80, 75])
+def emulation(request, folder):
+    csrc = native_build.csrc_folder() / "cuda"
+    sources = [*(csrc / f"{name}.cu" for name in ("affinity", "prepare", "cosine")), HERE / "driver.cpp"]
+    capability = request.param
+    program = compile_with_emulation(folder / f"driver{capability}", sources, int(capability >= 80))
+    return Emulation(program, capability)
+
+
+def maps(rows, image=None):
+    """(B, N, C) -> (B, C, H, W), of one column if not told."""
+    return rows.mT.unflatten(2, image or (rows.shape[1], 1))
+
+
+def as_rows(values, gradient):
+    return values.flatten(1), gradient.flatten(2).mT
+
+
+# The emulation
+
+
+@pytest.fixture(scope="module")
+def faults(folder):
+    program = compile_with_emulation(folder / "faults", [HERE / "faults.cpp"], 1)
+    return lambda fault: subprocess.run([program, fault], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "told"),
+    [
+        ("sound", 0, ""),
+        ("fragments", 0, ""),
+        ("barrier", 4, ""),  # NaN in the result
+        ("wait", 4, ""),
+        ("bounds", 1, "AddressSanitizer: heap-buffer-overflow"),
+        ("divergence", 3, "threads wait at different barriers"),
+        ("exit", 3, "a thread waits for others that never come"),
+        ("alignment", 3, "a copy is not aligned to 16 bytes"),
+    ],
+)
+def test_the_emulation_sees_faults(faults, fault, code, told):
+    result = faults(fault)
+    assert result.returncode == code, result.stderr
+    assert told in result.stderr
+
+
+# The kernels
+
+# Every N, C and temperature at which they take another way, from unrelated students to all but equal ones.
+CASES = [
+    (1, 1, 1.0, 0.1),
+    (2, 300, 0.05, 1),
+    (15, 3, 0.01, 30),
+    (17, 48, 4.0, 0.01),
+    (63, 65, 0.02, 0.1),
+    (65, 130, 100.0, 0.1),
+    (127, 48, 0.1, 1),
+    (129, 65, 0.5, 0.001),
+    (65, 300, 1.0, 30),
+]
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_error_is_no_more_than_rounding_makes_it(emulation, tmp_path, truth, make_features, k):
+    cases = [(*case, PRECISIONS[(i + k) % 4]) for i, case in enumerate(CASES)]
+    if emulation.capability < 80:
+        cases = cases[k::4]  # all precisions take the same way there
+    features = [make_features(n, c, noise, "normal" if n % 4 == 1 else "rectified") for n, c, _, noise, _ in cases]
+    calls = [
+        Call(maps(student), maps(teacher), temperature, precision)
+        for (student, teacher), (_, _, temperature, _, precision) in zip(features, cases, strict=True)
+    ]
+    for result, (student, teacher), case in zip(emulation.run(calls, tmp_path), features, cases, strict=True):
+        limits = truth.limits(student, teacher, case[2], case[4])
+        truth.check(as_rows(*result), truth(student, teacher, case[2]), limits)
+
+
+def test_students_that_are_far_off(emulation, tmp_path, truth, make_features):
+    """Opposite, unrelated, zero and close vectors in one image; exp(c) over- and underflows at the low temperatures."""
+    student, teacher = make_features(65, 16, 0.01, "normal")
+    student[:, 10:20] = -teacher[:, 10:20]
+    student[:, 20:40] = make_features(65, 16, 0.01, "normal", seed=1)[0][:, 20:40]
+    student[:, 40:45] = 0
+    forms = list(zip((0.01, 0.01, 0.02, 1 / 32, 0.1, 1, 3.9), (*PRECISIONS, *PRECISIONS[:3]), strict=True))
+    calls = [Call(maps(student), maps(teacher), temperature, precision) for temperature, precision in forms]
+    for result, form in zip(emulation.run(calls, tmp_path), forms, strict=True):
+        truth.check(as_rows(*result), truth(student, teacher, form[0]), truth.limits(student, teacher, *form))
+
+
+def test_student_equal_to_teacher_gives_exactly_zero(emulation, tmp_path, make_features):
+    _, teacher = make_features(70, 20, 0.0)
+    teacher[0, :3] = 0
+    student = torch.cat((teacher, 4 * teacher))
+    teacher = teacher.expand(2, -1, -1)
+    forms = [*zip((0.01, 0.1, 1, 4), PRECISIONS, strict=True), (None, "ieee")]
+    calls = [Call(maps(student)[:, :, 3:], maps(teacher)[:, :, 3:], *form) for form in forms]
+    for result in emulation.run(calls, tmp_path):
+        for x in result:
+            assert torch.equal(x, torch.zeros_like(x))
+
+
+def test_any_strides_and_types(emulation, tmp_path, truth, make_features, layouts):
+    student, teacher = (maps(x, (4, 6)) for x in make_features(24, 5, 0.1, batch=2))
+    student, teacher = layouts[0](student.contiguous()), layouts[1](teacher.contiguous())
+    types = ((torch.float32, torch.float32), (torch.bfloat16, torch.float16))
+    calls = [
+        Call(student.to(s) if s != student.dtype else student, teacher.to(t) if t != teacher.dtype else teacher, form)
+        for s, t in types
+        for form in (0.1, None)
+    ]
+    for (values, gradient), call in zip(emulation.run(calls, tmp_path), calls, strict=True):
+        s, t = (x.float().flatten(2).mT for x in (call.student, call.teacher))
+        if call.temperature is None:
+            exact = reference.cosine_distance(s.double(), t.double())
+            torch.testing.assert_close(values.flatten(1).double(), exact, rtol=1e-6, atol=1e-12)
+        else:
+            truth.check(as_rows(values, gradient), truth(s, t, 0.1), truth.limits(s, t, 0.1, "ieee"))
+
+
+def test_cosine_distance_keeps_its_digits(emulation, tmp_path, make_features):
+    pairs = [make_features(n, c, noise, batch=2) for n, c, noise in ((65, 48, 0.001), (1, 500, 1), (127, 3, 0.1))]
+    calls = [Call(maps(student), maps(teacher), None) for student, teacher in pairs]
+    for result, (student, teacher) in zip(emulation.run(calls, tmp_path), pairs, strict=True):
+        leaf = student.double().requires_grad_()
+        exact = reference.cosine_distance(leaf, teacher.double())
+        exact.sum().backward()
+        distance, gradient = as_rows(*result)
+        torch.testing.assert_close(distance.double(), exact.detach(), rtol=1e-6 + 1e-9, atol=1e-15)
+        torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-6, atol=1e-6 * leaf.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_spoils_no_more_than_it_must(emulation, tmp_path, make_features, bad):
+    student, teacher = make_features(70, 9, 0.1, batch=2)
+    student[1, 4, 2] = bad
+    spoiled = torch.zeros(2, 70, dtype=torch.bool)
+    spoiled[1, 4] = True
+    forms = list(zip((0.5, 0.02, 4), ("ieee", "bf16", "fp16"), strict=True))
+    calls = [Call(maps(student), maps(teacher), *form) for form in (*forms, (None, "ieee"))]
+    for result in emulation.run(calls, tmp_path):
+        values, gradient = as_rows(*result)
+        assert torch.equal(values.isnan(), spoiled)
+        assert torch.equal(gradient.isnan().any(-1), spoiled)
+    teacher[1, 35, 2] = bad
+    for result in emulation.run([Call(maps(student), maps(teacher), *form) for form in forms], tmp_path):
+        for x in as_rows(*result):
+            assert torch.isfinite(x[0]).all()
+            assert x[1].isnan().all()
+
+
+def test_the_order_of_threads_changes_no_bit_nor_does_the_gradient(emulation, tmp_path, make_features):
+    student, teacher = make_features(70, 66, 0.5)
+    student[0, :7] *= -1
+    forms = ((0.02, "bf16"), (0.5, "tf32"), (None, "ieee"))
+    calls = [
+        Call(maps(student), maps(teacher), *form, with_gradient, seed)
+        for form in forms
+        for with_gradient, seed in ((True, 0), (True, 1), (False, 2))
+    ]
+    results = emulation.run(calls, tmp_path)
+    for first, second, third in zip(results[::3], results[1::3], results[2::3], strict=True):
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+        assert torch.equal(first[0], third[0])
+        assert third[1] is None
+
+
+# The compiler
+
+# Bytes of shared memory that a block may have; nvcc checks what is declared, not what a launch asks for.
+SHARED_MEMORY = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_nothing_spills_and_tensor_cores_are_used(tmp_path, architecture):
+    """Of all instances: no stack, no spills; matrix and asynchronous copy instructions from sm_80 on; no atomics."""
+    try:
+        toolkit = native_build._toolkit()
+    except native_build.BuildError as error:
+        pytest.skip(str(error))
+    for unit in native_build.units("cuda"):
+        if not unit.source.endswith(".cu"):
+            continue
+        target = tmp_path / f"{unit.target}.cubin"
+        command = [toolkit.nvcc, "-std=c++20", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v", *unit.flags]
+        source = native_build.csrc_folder() / unit.source
+        result = subprocess.run([*command, source, "-o", target], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        frames = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr
+        )
+        kernels = re.findall(r"Compiling entry function", result.stderr)
+        assert len(frames) >= len(kernels) > 0
+        assert {*frames} == {("0", "0", "0")}
+        declared = [int(size) for size in re.findall(r"(\d+) bytes smem", result.stderr)]
+        assert max(declared, default=0) <= 48 << 10
+        if "affinity" in unit.source:
+            check_instructions(toolkit, target, architecture)
+
+
+def check_instructions(toolkit, cubin, architecture):
+    tool = toolkit.nvcc.with_name("cuobjdump")
+    if not tool.exists():
+        pytest.skip(f"there is no {tool}")
+    text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\b(RED|ATOM|ATOMS|ATOMG)\b", text) is None
+    found = {name: re.search(rf"\b{name}\b", text) is not None for name in ("HMMA", "LDGSTS")}
+    assert set(found.values()) == {architecture >= 80}
+
+
+@pytest.mark.parametrize(("architecture", "stages"), [(75, 1), (80, 2), (90, 2), (120, 2)])
+def test_blocks_fit_into_shared_memory(architecture, stages):
+    """As affinity.cu's shared_bytes(): per stage three matrices of 64 rows of 36 words, and the weights."""
+    bytes_of = {
+        "halves": stages * 3 * 64 * 36 * 4 + 64 * (32 + 4) * 4,
+        "floats": stages * 3 * 64 * 36 * 4 + 64 * 68 * 4,
+    }
+    text = (native_build.csrc_folder() / "cuda" / "affinity.cu").read_text(encoding="utf-8")
+    assert "kPieceWords = 32, kStrideWords = kPieceWords + 4" in text
+    assert max(bytes_of.values()) <= SHARED_MEMORY[architecture]

@@ -90,5 +90,14 @@ def test_a_failed_build_is_told_in_full(monkeypatch):
     services = [service for service in doctor.services() if service.device == "cpu" and service.backend == "cpu"]
     assert {service.reason for service in services} == {failed.reason}
     told = doctor.builds()[0]
-    assert told.startswith("cpu kernels: the compiler failed: no such luck; once that is mended, delete cache/cpu-0")
+    assert told.startswith(
+        "cpu kernels: the compiler failed: no such luck; once that is mended, delete cache/cpu-0 "
+        "(all of it: cache/cpu-0/failure.json)"
+    )
     assert told.endswith("\nline 1\nline [2]")
+
+
+def test_a_library_of_the_package_that_does_not_fit_is_told(monkeypatch):
+    used = native_build.State(None, "cache/cpu-0/library.so", "native/cpu was built for another PyTorch\n")
+    monkeypatch.setitem(native_build._STATES, "cpu", used)
+    assert doctor.builds()[0] == "cpu kernels: cache/cpu-0/library.so\nnative/cpu was built for another PyTorch"

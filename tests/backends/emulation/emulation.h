@@ -48,7 +48,7 @@ constexpr size_t kStack = 256 * 1024;
 
 [[noreturn]] inline void fail(const char* what, const std::source_location& where) {
   std::fprintf(stderr, "emulation: %s at %s:%u\n", what, where.file_name(), static_cast<unsigned>(where.line()));
-  std::exit(3);
+  std::_Exit(3);  // without destructors: this may be a fiber's stack
 }
 
 struct Copy {
