@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import triton
 
 from dskd_fast import reference
 from dskd_fast.backends import native_build
@@ -172,11 +173,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("k", range(4))
+@pytest.mark.parametrize("k", [0, 2])
 def test_error_is_no_more_than_rounding_makes_it(emulation, tmp_path, truth, make_features, k):
     cases = [(*case, PRECISIONS[(i + k) % 4]) for i, case in enumerate(CASES)]
     if emulation.capability < 80:
-        cases = cases[k::4]  # all precisions take the same way there
+        cases = cases[k // 2 :: 2]  # all precisions take the same way there
     features = [make_features(n, c, noise, "normal" if n % 4 == 1 else "rectified") for n, c, _, noise, _ in cases]
     calls = [
         Call(maps(student), maps(teacher), temperature, precision)
@@ -311,9 +312,8 @@ def test_nothing_spills_and_tensor_cores_are_used(tmp_path, architecture):
 
 
 def check_instructions(toolkit, cubin, architecture):
-    tool = toolkit.nvcc.with_name("cuobjdump")
-    if not tool.exists():
-        pytest.skip(f"there is no {tool}")
+    of_triton = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = next(filter(Path.exists, (toolkit.nvcc.with_name("cuobjdump"), of_triton)))
     text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     assert re.search(r"\b(RED|ATOM|ATOMS|ATOMG)\b", text) is None
     found = {name: re.search(rf"\b{name}\b", text) is not None for name in ("HMMA", "LDGSTS")}

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dskd_fast import functional
+from dskd_fast.backends import native_build
 from dskd_fast.errors import UserError
 from dskd_fast.ops import dispatch
 from dskd_fast.ops.dispatch import (
@@ -33,6 +34,13 @@ def of(dtype, device="cpu", shape=(1, 2, 3, 4)):
     """A tensor of that description and nothing in it: of any size, and on devices that this machine lacks."""
     with FakeTensorMode():
         return torch.empty(shape, dtype=dtype, device=device)
+
+
+@pytest.fixture(autouse=True)
+def no_cuda_extension(monkeypatch):
+    """These tests make up GPUs, for which kernels would be built for a minute."""
+    if not torch.cuda.is_available():
+        monkeypatch.setitem(native_build._STATES, "cuda", native_build.State("it is not built for GPUs made up", ""))
 
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -411,6 +419,7 @@ def test_importing_imports_no_triton_and_a_cpu_call_no_kernels():
         before = set(sys.modules)
         import dskd_fast
         from dskd_fast import functional
+from dskd_fast.backends import native_build
 from dskd_fast.errors import UserError
         from dskd_fast.ops import dispatch
         print("triton" in set(sys.modules) - before)
@@ -429,6 +438,7 @@ def test_without_triton_everything_else_works():
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
         from dskd_fast import functional
+from dskd_fast.backends import native_build
 from dskd_fast.errors import UserError
         from dskd_fast.ops.dispatch import choose
         student = torch.randn(1, 4, 3, 3, requires_grad=True)
