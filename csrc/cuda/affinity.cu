@@ -260,7 +260,8 @@ DSKD_DEVICE Pieces<kProduct> pieces_of(const Affinity& call, int64_t image, int 
 }
 
 template <Product kProduct, bool kNear, bool kFarRows>
-__global__ void __launch_bounds__(kThreads, kProduct == Product::plain ? 1 : 2) forward_kernel(const Affinity call) {
+__global__ void __launch_bounds__(kThreads, kProduct == Product::plain || kFarRows ? 1 : 2)
+    forward_kernel(const Affinity call) {
   if constexpr (kHasTensorCores || kProduct == Product::plain) {
     DSKD_SHARED(memory);
     uint32_t* shared = reinterpret_cast<uint32_t*>(memory);
