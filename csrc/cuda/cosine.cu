@@ -4,7 +4,7 @@
 namespace dskd {
 namespace {
 
-__global__ void __launch_bounds__(kPositionThreads) cosine_kernel(const Cosine call) {
+__global__ void __launch_bounds__(kPositionThreads, 4) cosine_kernel(const Cosine call) {
   __shared__ double shared[kLanes][kPositions];
   const int64_t blocks = (call.shape.positions + kPositions - 1) / kPositions, channels = call.shape.channels;
   const int64_t image = blockIdx.x / blocks;

@@ -11,7 +11,7 @@ namespace {
 constexpr double kOwnShiftBelow = 0.15;
 
 // Sums of unit teacher vectors over a group of sampled positions, divided by the number of samples.
-__global__ void __launch_bounds__(kPositionThreads) centre_kernel(const Affinity call) {
+__global__ void __launch_bounds__(kPositionThreads, 4) centre_kernel(const Affinity call) {
   __shared__ double shared[kLanes][kPositions];
   const int64_t image = blockIdx.x / kGroups, n = call.shape.positions;
   const int group = static_cast<int>(blockIdx.x % kGroups), lane = static_cast<int>(threadIdx.x) / kPositions;
@@ -44,7 +44,7 @@ DSKD_DEVICE void store_tile(void* to, const FloatTile& tile, int64_t row, int64_
 }
 
 template <Product kProduct>
-__global__ void __launch_bounds__(kPositionThreads) prepare_kernel(const Affinity call) {
+__global__ void __launch_bounds__(kPositionThreads, 4) prepare_kernel(const Affinity call) {
   __shared__ double shared[kLanes][kPositions];
   __shared__ FloatTile key_tile, delta_tile;
   const int blocks = static_cast<int>(call.n_pad / kPositions);
@@ -124,7 +124,7 @@ DSKD_DEVICE float own_weight_of(float own, float u, float teacher_shift, float s
 
 // gradient_i = (g_i - <g_i, s_i> s_i) / |student_i|, with g_i that of the unit vector s_i.
 template <Product kProduct>
-__global__ void __launch_bounds__(kPositionThreads) project_kernel(const Affinity call) {
+__global__ void __launch_bounds__(kPositionThreads, 4) project_kernel(const Affinity call) {
   using Element = typename Operand<kProduct>::type;
   __shared__ double shared[kLanes][kPositions];
   __shared__ FloatTile tile;
