@@ -7,7 +7,7 @@ stream, without any synchronisation; its scratch memory is O(N*C).
 import torch
 from torch import Tensor
 
-from dskd_fast.backends import native_build
+from dskd_fast.backends import dtype_refusal, native_build, outputs
 
 # Sums over more positions could leave float32's range at the lowest temperatures (kernels/README.md).
 MAX_POSITIONS = 1 << 17
@@ -17,11 +17,10 @@ MAX_BLOCKS = (1 << 31) - 1
 
 def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | None:
     """Why this backend cannot serve a call, None if it can; precision None stands for the cosine distance."""
-    for x in (student, teacher):
-        if x.device.type != "cuda":
-            return f"it does not run on {x.device.type} devices"
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"it does not take {str(x.dtype).removeprefix('torch.')}"
+    if student.device.type != "cuda":
+        return f"it does not run on {student.device.type} devices"
+    if (reason := dtype_refusal(student, teacher, (torch.float32, torch.bfloat16, torch.float16))) is not None:
+        return reason
     if torch.version.hip:
         return "it runs on NVIDIA's GPUs"
     n = student.shape[2] * student.shape[3]
@@ -49,7 +48,7 @@ def contextual_affinity(
 ) -> tuple[Tensor, Tensor | None]:
     """KL map and, if wanted, its gradient; see `dskd_fast.backends`."""
     major, minor = torch.cuda.get_device_capability(student.device)
-    kl, gradient = _outputs(student, with_gradient)
+    kl, gradient = outputs(student, torch.float32, with_gradient)
     torch.ops.dskd_fast_cuda.contextual_affinity(
         student, teacher, temperature, precision, 10 * major + minor, kl, gradient
     )
@@ -58,14 +57,9 @@ def contextual_affinity(
 
 def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Cosine distance map and, if wanted, its gradient; see `dskd_fast.backends`."""
-    distance, gradient = _outputs(student, with_gradient)
+    distance, gradient = outputs(student, torch.float32, with_gradient)
     torch.ops.dskd_fast_cuda.cosine_distance(student, teacher, distance, gradient)
     return distance, gradient
-
-
-def _outputs(student: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    values = torch.empty((student.shape[0], *student.shape[2:]), dtype=torch.float32, device=student.device)
-    return values, torch.empty_like(student, dtype=torch.float32) if with_gradient else None
 
 
 _REFUSALS: dict[torch.device, str | None] = {}

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dskd_fast.backends import dtype_refusal, outputs
 from dskd_fast.kernels import affinity, configs, cosine, prepare
 
 # Sums over more positions could leave float32's range at the lowest temperatures (kernels/README.md).
@@ -22,9 +23,8 @@ MAX_ELEMENTS = 1 << 31
 
 def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | None:
     """Why this backend cannot serve a call, None if it can; precision None stands for the cosine distance."""
-    for dtype in (student.dtype, teacher.dtype):
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"it does not take {str(dtype).removeprefix('torch.')}"
+    if (reason := dtype_refusal(student, teacher, (torch.float32, torch.bfloat16, torch.float16))) is not None:
+        return reason
     if student.device.type == "cpu":
         if _is_interpreted() and isinstance(triton.language.sum, triton.runtime.JITFunction):
             return "TRITON_INTERPRET was set after Triton had been imported: set it before"
@@ -50,8 +50,7 @@ def contextual_affinity(
     """KL map and, if wanted, its gradient; see `dskd_fast.backends`."""
     batch, channels, height, width = student.shape
     device = student.device
-    kl = torch.empty((batch, height, width), dtype=torch.float32, device=device)
-    gradient = torch.empty_like(student, dtype=torch.float32) if with_gradient else None
+    kl, gradient = outputs(student, torch.float32, with_gradient)
     if kl.numel() == 0:
         return kl, gradient
     n = height * width
@@ -116,8 +115,7 @@ def contextual_affinity(
 def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Cosine distance map and, if wanted, its gradient; see `dskd_fast.backends`."""
     batch, channels, height, width = student.shape
-    distance = torch.empty((batch, height, width), dtype=torch.float32, device=student.device)
-    gradient = torch.empty_like(student, dtype=torch.float32) if with_gradient else None
+    distance, gradient = outputs(student, torch.float32, with_gradient)
     if distance.numel() == 0:
         return distance, gradient
     n = height * width
