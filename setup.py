@@ -8,7 +8,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("dskd_fast.csrc", "dskd_fast.csrc.cpu", "dskd_fast.csrc.cuda")
+SOURCES = ("dskd_fast.csrc", *(f"dskd_fast.csrc.{name}" for name in ("common", "cpu", "cuda")))
 
 
 def load_native_build():

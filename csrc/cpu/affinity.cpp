@@ -61,15 +61,20 @@ inline Sums own_sums(double c) {
 
 inline double mean_difference(const Sums& sums) { return (sums.first + sums.tail) / sums.z; }
 
-// KL / T^2 and 1 / (Z (1 + u)) of a row.
-inline double divergence(const Sums& sums, bool is_near, double& share) {
+// What a row's sums come to.
+struct Totals {
+  double kl;     // KL / T^2
+  double u;      // mean difference
+  double share;  // 1 / (Z (1 + u)), which the weights have yet to be multiplied by
+};
+
+inline Totals totals_of(const Sums& sums, bool is_near) {
   const double mean = sums.first / sums.z, v = sums.tail / sums.z, u = v + mean;
   // Where most of the student's weight has left the row's own key, 1 + u has lost its digits.
   const double ratio = is_near || u > -0.5 ? 1 + u : sums.student / sums.z;
-  share = 1 / (sums.z * ratio);
   const double kl = u <= 0.5 && u >= -0.5 ? v - log1p_tail(u) : std::log(ratio) - mean;
   // Rounding may bring v below log1p_tail(u).
-  return kl < 0 ? 0 : kl;
+  return {kl < 0 ? 0 : kl, mean_difference(sums), 1 / (sums.z * ratio)};
 }
 
 template <class Element>
@@ -97,19 +102,6 @@ void product(const Affinity&, int64_t m, int64_t n, int64_t k, const uint16_t* a
   brgemm(m, n, k, a, lda, b, ldb, c, ldc, add);
 }
 
-// Hands out aligned parts of a piece of memory, or measures how much they need.
-struct Parts {
-  uintptr_t memory;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* part = reinterpret_cast<T*>(memory + static_cast<uintptr_t>(used));
-    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return part;
-  }
-};
-
 template <class Real, class Element>
 struct Slab {
   using Sum = typename Accumulator<Element>::type;
@@ -129,6 +121,7 @@ struct Slab {
   Sum *gradient, *teacher_sum;    // sum of weights times keys, and of E times keys: see add_product
   double *wide_a, *wide_c;        // (kKeys): a row of a tile in float64
   Sums sums[kRows];
+  Totals totals[kRows];
 
   Slab(const Affinity& call_, int64_t image_, int64_t slab, const Keys& keys_, Parts& parts)
       : call(call_), keys(keys_), image(image_), start(slab * kRows) {
@@ -157,7 +150,7 @@ struct Slab {
   }
 
   void run() {
-    prepare_rows();
+    DSKD_CAPABILITY::prepare_rows(call, image, start, count, keys.mean, rows, row_keys, row_delta);
     bool is_near = true, is_far = sizeof(Sum) == sizeof(double);
     for (int64_t r = 0; r < count; r++) {
       // Rows of NaN are as good as near.
@@ -165,18 +158,13 @@ struct Slab {
       is_far = is_far || rows.c_bound[r] * kLog2E > kFar;
       sums[r] = own_sums(rows.c_own[r]);
     }
-    const bool with_gradient = gradient != nullptr;
     if (is_far) {
-      with_gradient ? visit_twice<true>() : visit_twice<false>();
+      visit_twice();
     } else if (is_near) {
-      with_gradient ? stream<true, true>() : stream<true, false>();
+      stream<true>();
     } else {
-      with_gradient ? stream<false, true>() : stream<false, false>();
+      stream<false>();
     }
-  }
-
-  void prepare_rows() {
-    DSKD_CAPABILITY::prepare_rows(call, image, start, count, keys.mean, rows, row_keys, row_delta);
   }
 
   int64_t width_of(int64_t tile) const { return least(kKeys, call.n_pad - tile); }
@@ -219,11 +207,11 @@ struct Slab {
                        [](Sum x) { return x; });
   }
 
-  template <bool kNear, bool kGradient>
+  template <bool kNear>
   void stream() {
     const float a_scale = static_cast<float>(kLog2E / call.temperature),
                 c_scale = static_cast<float>(1 / call.temperature);
-    const int64_t panel = kGradient ? call.panel : kKeys;
+    const int64_t panel = gradient != nullptr ? call.panel : kKeys;
     const bool several = panel < call.n_pad;
     double u[kRows] = {};
     Sum change[kRows];
@@ -237,7 +225,7 @@ struct Slab {
                               width_of(tile), a_scale, static_cast<float>(rows.own_logit[r]), c_scale,
                               static_cast<float>(rows.c_shift[r]), sums[r]);
       }
-      if (!kGradient) continue;
+      if (gradient == nullptr) continue;
       for (int64_t r = 0; r < count; r++) {
         const double before = u[r];
         u[r] = mean_difference(sums[r]);
@@ -252,7 +240,8 @@ struct Slab {
         if (several) add_product(tile, teacher_sum, [&](int64_t r, int64_t j) { return e[r * panel_stride + j]; });
       }
     }
-    finish(kNear, 1.0);
+    for (int64_t r = 0; r < count; r++) totals[r] = totals_of(sums[r], kNear);
+    finish(false);
   }
 
   // What was added with estimates of u that have changed since.
@@ -266,28 +255,23 @@ struct Slab {
     }
   }
 
-  template <bool kGradient>
   void visit_twice() {
     for (int64_t tile = 0; tile < call.n_pad; tile += kKeys) {
       multiply_tile(tile, a);
       for (int64_t r = 0; r < count; r++) visit_wide(tile, r, sums[r]);
     }
-    if (kGradient) {
-      for (int64_t tile = 0; tile < call.n_pad; tile += kKeys) {
-        multiply_tile(tile, a);
-        for (int64_t r = 0; r < count; r++) {
-          Sums again = {};
-          visit_wide(tile, r, again);
-          double share;
-          divergence(sums[r], false, share);
-          const double u = mean_difference(sums[r]);
-          for (int64_t j = 0; j < width_of(tile); j++)
-            a[r * panel_stride + j] = static_cast<Sum>((wide_c[j] - u * wide_a[j]) * share);
-        }
-        add_product(tile, gradient, [&](int64_t r, int64_t j) { return a[r * panel_stride + j]; });
+    for (int64_t r = 0; r < count; r++) totals[r] = totals_of(sums[r], false);
+    for (int64_t tile = 0; gradient != nullptr && tile < call.n_pad; tile += kKeys) {
+      multiply_tile(tile, a);
+      for (int64_t r = 0; r < count; r++) {
+        Sums again = {};
+        visit_wide(tile, r, again);
+        for (int64_t j = 0; j < width_of(tile); j++)
+          a[r * panel_stride + j] = static_cast<Sum>((wide_c[j] - totals[r].u * wide_a[j]) * totals[r].share);
       }
+      add_product(tile, gradient, [&](int64_t r, int64_t j) { return a[r * panel_stride + j]; });
     }
-    finish(false, 0.0);
+    finish(true);
   }
 
   void visit_wide(int64_t tile, int64_t r, Sums& to) {
@@ -304,21 +288,18 @@ struct Slab {
   static float* narrow(float* x) { return x; }
   static float* narrow(double*) { return nullptr; }
 
-  // With `shared` 1 the weights have yet to be multiplied by their row's share, with 0 they have been.
-  void finish(bool is_near, double shared) {
+  // Writes the slab's KL and gradient; `has_share`: whether the weights have been multiplied by their row's share.
+  void finish(bool has_share) {
     Sum* kl = static_cast<Sum*>(call.kl) + image * call.shape.positions + start;
+    // T^2 as one factor would underflow with the smallest T.
+    for (int64_t r = 0; r < count; r++) kl[r] = static_cast<Sum>(totals[r].kl * call.temperature * call.temperature);
+    if (gradient == nullptr) return;
     double own_weight[kRows], scale[kRows];
     for (int64_t r = 0; r < count; r++) {
-      double share;
-      // T^2 as one factor would underflow with the smallest T.
-      kl[r] = static_cast<Sum>(divergence(sums[r], is_near, share) * call.temperature * call.temperature);
-      const double c_own = rows.c_own[r];
-      own_weight[r] = (c_own < 0 ? -c_own : c_own) <= kRadius ? expm1_tail(c_own) + c_own : std::expm1(c_own);
-      own_weight[r] -= mean_difference(sums[r]);
-      if (shared == 0.0) own_weight[r] *= share;
-      scale[r] = call.temperature * (shared == 0.0 ? 1.0 : share);
+      const Sums own = own_sums(rows.c_own[r]);
+      own_weight[r] = (own.first + own.tail - totals[r].u) * (has_share ? totals[r].share : 1.0);
+      scale[r] = call.temperature * (has_share ? 1.0 : totals[r].share);
     }
-    if (gradient == nullptr) return;
     Sum* by_rows = gradient;
     if constexpr (kTurned) {
       by_rows = row_keys;  // which have served
@@ -343,8 +324,6 @@ void run(const Affinity& call, int64_t image, int64_t slab, const Keys& keys, ch
   Parts parts{reinterpret_cast<uintptr_t>(scratch)};
   Slab<Real, Element>(call, image, slab, keys, parts).run();
 }
-
-bool has_float64(const Affinity& call) { return is_float64(call.student) || is_float64(call.teacher); }
 
 }  // namespace
 

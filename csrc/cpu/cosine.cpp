@@ -43,8 +43,6 @@ void distances(const Cosine& call, int64_t image, int64_t block, char* scratch) 
   store(student, stride, call.gradient, Places(call.gradient, call.shape, image, start, count), count, channels);
 }
 
-bool has_float64(const Cosine& call) { return is_float64(call.student) || is_float64(call.teacher); }
-
 }  // namespace
 
 namespace DSKD_CAPABILITY {

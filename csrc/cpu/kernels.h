@@ -5,22 +5,9 @@
 // merge their instances, and code for one processor would run on another.
 #pragma once
 
-#include <cstdint>
+#include "../common/maps.h"
 
 namespace dskd {
-
-enum class Dtype { float32, bfloat16, float16, float64 };
-
-// A (B, C, H, W) tensor.
-struct Maps {
-  void* data;
-  Dtype dtype;
-  int64_t stride_b, stride_c, stride_h, stride_w;
-};
-
-struct Shape {
-  int64_t batch, channels, height, width, positions;
-};
 
 // Rows and keys are worked on in slabs of kRows and tiles of kKeys; prepared keys are padded to multiples of kPad, as
 // are channels.
@@ -39,6 +26,21 @@ struct Keys {
   void* columns;  // tiles of kKeys keys (the last may be smaller): (C_PAD, keys); of bfloat16 (C_PAD / 2, keys, 2)
   void* rows;     // (N_PAD / 2, C_PAD, 2) of bfloat16, if a gradient is wanted
 };
+
+// Hands out parts of a piece of memory, aligned to 64 bytes, or of none, to learn how much they need.
+namespace {
+struct Parts {
+  uintptr_t memory;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* part = reinterpret_cast<T*>(memory + static_cast<uintptr_t>(used));
+    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return part;
+  }
+};
+}  // namespace
 
 struct Affinity {
   Shape shape;

@@ -2,8 +2,6 @@
 #include <ATen/Version.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <atomic>
@@ -16,6 +14,7 @@
 #include <unistd.h>
 #endif
 
+#include "../common/tensors.h"
 #include "kernels.h"
 
 namespace {
@@ -27,10 +26,11 @@ using dskd::Keys;
 using dskd::kKeys;
 using dskd::kPad;
 using dskd::kRows;
-using dskd::Maps;
+using dskd::maps_of;
 using dskd::Operand;
+using dskd::Parts;
+using dskd::round_up;
 using dskd::Shape;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct Kernels {
@@ -70,8 +70,6 @@ Memory allocate(int64_t bytes) {
   return Memory(static_cast<char*>(::operator new[](static_cast<size_t>(bytes), std::align_val_t(64))));
 }
 
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 // Threads of PyTorch's pool with a piece of memory each.
 class Workers {
  public:
@@ -96,35 +94,9 @@ class Workers {
   Memory memory_;
 };
 
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    case ScalarType::Double:
-      return Dtype::float64;
-    default:
-      STD_TORCH_CHECK(false, "the cpu backend takes float32, bfloat16, float16 and float64 tensors");
-  }
-}
-
-Maps maps_of(const Tensor& tensor) {
-  const auto strides = tensor.strides();
-  return {tensor.data_ptr(), dtype_of(tensor), strides[0], strides[1], strides[2], strides[3]};
-}
-
-Maps maps_of(const std::optional<Tensor>& tensor) { return tensor.has_value() ? maps_of(*tensor) : Maps{}; }
-
 Shape shape_of(const Tensor& student, const Tensor& teacher) {
-  STD_TORCH_CHECK(student.dim() == 4 && teacher.dim() == 4 && student.is_cpu() && teacher.is_cpu(),
-                  "the cpu backend takes tensors (B, C, H, W) on the CPU");
-  const auto sizes = student.sizes();
-  for (int64_t i = 0; i < 4; i++)
-    STD_TORCH_CHECK(sizes[i] == teacher.sizes()[i], "student and teacher must have the same shape");
-  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[2] * sizes[3]};
+  STD_TORCH_CHECK(student.is_cpu() && teacher.is_cpu(), "the cpu backend takes tensors on the CPU");
+  return dskd::shape_of(student, teacher);
 }
 
 // Keys whose weights fill half of a core's second-level cache; the rest is for operands and sums.
@@ -137,18 +109,35 @@ int64_t panel_keys() {
   return cache / 2 / (kRows * 2 * static_cast<int64_t>(sizeof(float))) / kKeys * kKeys;
 }
 
-struct Precision {
-  Operand operand;
-  int dropped_bits;
-};
+// How a call multiplies.
+void choose_operand(Affinity& call, const std::string& precision, bool is_wide) {
+  call.operand = Operand::float32;
+  if (precision == "ieee") {
+    if (is_wide) call.operand = Operand::float64;
+  } else if (precision == "tf32" || precision == "fp16") {
+    call.dropped_bits = 13;  // fp16 has tf32's digits; its range is float32's here
+  } else {
+    STD_TORCH_CHECK(precision == "bf16", "precision is none of ieee, tf32, bf16, fp16");
+    if (kernels().use_brgemm && dskd::has_brgemm(Operand::bfloat16)) {
+      call.operand = Operand::bfloat16;
+    } else {
+      call.dropped_bits = 16;
+    }
+  }
+  call.use_brgemm = call.operand == Operand::bfloat16 || (kernels().use_brgemm && dskd::has_brgemm(call.operand));
+}
 
-Precision precision_of(const std::string& name, bool is_wide) {
-  if (name == "ieee") return {is_wide ? Operand::float64 : Operand::float32, 0};
-  // fp16 has tf32's digits. Its range is float32's here.
-  if (name == "tf32" || name == "fp16") return {Operand::float32, 13};
-  STD_TORCH_CHECK(name == "bf16", "precision is none of ieee, tf32, bf16, fp16");
-  const bool has_units = kernels().use_brgemm && dskd::has_brgemm(Operand::bfloat16);
-  return has_units ? Precision{Operand::bfloat16, 0} : Precision{Operand::float32, 16};
+// The keys of one image.
+Keys lay_out(const Affinity& call, Parts& parts) {
+  const int64_t size = call.operand == Operand::bfloat16 ? 2 : call.operand == Operand::float32 ? 4 : 8;
+  const int64_t operand_bytes = call.n_pad * call.c_pad * size;
+  Keys keys{};
+  keys.mean = parts.take<double>(call.c_pad);
+  keys.bias = parts.take<double>(call.n_pad);
+  keys.bias32 = parts.take<float>(call.n_pad);
+  keys.columns = parts.take<char>(operand_bytes);
+  if (call.gradient.data != nullptr && call.operand == Operand::bfloat16) keys.rows = parts.take<char>(operand_bytes);
+  return keys;
 }
 
 void contextual_affinity(Tensor student, Tensor teacher, double temperature, std::string precision, Tensor kl,
@@ -162,10 +151,7 @@ void contextual_affinity(Tensor student, Tensor teacher, double temperature, std
   call.gradient = maps_of(gradient);
   if (call.shape.batch == 0 || call.shape.positions == 0) return;
   const bool is_wide = call.student.dtype == Dtype::float64 || call.teacher.dtype == Dtype::float64;
-  const Precision chosen = precision_of(precision, is_wide);
-  call.operand = chosen.operand;
-  call.dropped_bits = chosen.dropped_bits;
-  call.use_brgemm = kernels().use_brgemm && dskd::has_brgemm(call.operand);
+  choose_operand(call, precision, is_wide);
   call.n_pad = round_up(call.shape.positions, kPad);
   call.c_pad = round_up(call.shape.channels, kPad);
   call.panel = std::min(panel_keys(), round_up(call.n_pad, kKeys));
@@ -174,26 +160,12 @@ void contextual_affinity(Tensor student, Tensor teacher, double temperature, std
   const int64_t slabs = (call.shape.positions + kRows - 1) / kRows;
   const int64_t busy = 32 * static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t group = std::min(call.shape.batch, std::max<int64_t>(1, busy / slabs));
-  const int64_t size = call.operand == Operand::bfloat16 ? 2 : call.operand == Operand::float32 ? 4 : 8;
-  const int64_t operand_bytes = round_up(call.n_pad * call.c_pad * size, 64);
-  const int64_t mean_bytes = round_up(call.c_pad * 8, 64), bias_bytes = call.n_pad * 8, bias32_bytes = call.n_pad * 4;
-  const bool with_rows = call.gradient.data != nullptr && call.operand == Operand::bfloat16;
-  const int64_t image_bytes = mean_bytes + bias_bytes + bias32_bytes + (with_rows ? 2 : 1) * operand_bytes;
-  const Memory memory = allocate(group * image_bytes);
+  Parts measure{0};
+  lay_out(call, measure);
+  const Memory memory = allocate(group * measure.used);
   const auto keys_of = [&](int64_t member) {
-    char* place = memory.get() + member * image_bytes;
-    const auto take = [&place](int64_t bytes) {
-      char* part = place;
-      place += bytes;
-      return part;
-    };
-    Keys keys{};
-    keys.mean = reinterpret_cast<double*>(take(mean_bytes));
-    keys.columns = take(operand_bytes);
-    if (with_rows) keys.rows = take(operand_bytes);
-    keys.bias = reinterpret_cast<double*>(take(bias_bytes));
-    keys.bias32 = reinterpret_cast<float*>(take(bias32_bytes));
-    return keys;
+    Parts parts{reinterpret_cast<uintptr_t>(memory.get() + member * measure.used)};
+    return lay_out(call, parts);
   };
 
   const Kernels& table = kernels();

@@ -17,6 +17,11 @@ inline int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 
 inline bool is_float64(const Maps& maps) { return maps.dtype == Dtype::float64; }
 
+template <class Call>
+inline bool has_float64(const Call& call) {
+  return is_float64(call.student) || is_float64(call.teacher);
+}
+
 struct Places {
   int64_t offset[kRows];
   bool is_run;  // one element after the other

@@ -7,26 +7,14 @@
 namespace dskd {
 namespace {
 
-// Keys are centred with the mean over at most this many positions.
-constexpr int64_t kSample = 256;
-// Below this temperature c is taken relative to its value for the row's own key, else relative to 0.
-constexpr double kOwnShiftBelow = 0.15;
-
-inline int64_t multiple(int64_t x) { return (x + kPad - 1) / kPad * kPad; }
-
 template <class Real>
 void add_samples(const Affinity& call, int64_t image, double* mean, Real* buffer) {
   const int64_t channels = call.shape.channels, n = call.shape.positions, samples = least(n, kSample);
   const int64_t stride = row_stride(channels);
   for (int64_t start = 0; start < samples; start += kRows) {
     const int64_t count = least(kRows, samples - start);
-    // One position in each of `samples` equal stretches of the image, at a place within it that changes from one to the
-    // next so that no period of the image is hit. Every position, where there are no more than kSample.
     int64_t positions[kRows];
-    for (int64_t p = 0; p < count; p++) {
-      const int64_t i = start + p, within = n > kSample ? i * 40503 % 65536 : 0;
-      positions[p] = (i * 65536 + within) * n / (samples * 65536);
-    }
+    for (int64_t p = 0; p < count; p++) positions[p] = sampled_position(start + p, n);
     const Places places(call.teacher, call.shape, image, positions, count);
     load(call.teacher, places, count, channels, buffer, stride);
     for (int64_t p = 0; p < count; p++) {
@@ -160,7 +148,7 @@ void project(const Affinity& call, int64_t image, int64_t start, int64_t count, 
              const Rows<Real>& rows, const double* own_weight, const double* scale, Sum* sum, int64_t stride) {
   const int64_t channels = call.shape.channels, in_stride = row_stride(channels);
   // 1/|student| beyond the largest number would turn a gradient of 0 into NaN.
-  const double largest = is_float64(call.gradient) ? 1.7976931348623157e308 : 3.4028234663852886e38;
+  const double largest = is_float64(call.gradient) ? 1.7976931348623157e308 : static_cast<double>(kLargest);
   for (int64_t r = 0; r < count; r++) {
     const Real *x = rows.student + r * in_stride, *y = rows.teacher + r * in_stride;
     const double s_inverse = rows.s_inverse[r], t_inverse = rows.t_inverse[r], own = own_weight[r], factor = scale[r];

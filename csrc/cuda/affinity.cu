@@ -132,6 +132,17 @@ DSKD_DEVICE void multiply_piece(float (&sum)[kColumns][4], const uint32_t* rows,
 struct RowPair {
   int place[2];
   float constant[2], c_shift[2], c_scale[2];
+
+  DSKD_DEVICE RowPair(const Affinity& call, int64_t image, int start_i, const Lane& lane) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      place[r] = start_i + lane.group * 16 + lane.g + 8 * r;
+      const int64_t at = image * call.n_pad + place[r];
+      constant[r] = call.own_logit[at];
+      c_shift[r] = call.c_shift[at];
+      c_scale[r] = call.c_scale[at];
+    }
+  }
 };
 
 // a and c of the thread's part of a tile: 16 pairs of its two rows and eight keys, in units of log 2 the one.
@@ -175,6 +186,15 @@ DSKD_DEVICE float quad_max(float x) {
 // Sums over the keys of a row, its own apart: E, E c, E (expm1(c) - c), E exp(c), the last lowered; the largest weight.
 struct Sums {
   float z = 0, first = 0, tail = 0, student = 0, far = 0, largest = 0;
+
+  DSKD_DEVICE void add(const Sums& other) {
+    z += other.z;
+    first += other.first;
+    tail += other.tail;
+    student += other.student;
+    far += other.far;
+    largest = fmaxf(largest, other.largest);
+  }
 };
 
 // A row's KL, and what the gradient needs of it.
@@ -270,15 +290,7 @@ __global__ void __launch_bounds__(kThreads, kProduct == Product::plain || kFarRo
     const int start_i = static_cast<int>(blockIdx.x % blocks) * kTile;
     if (!is_served(call, image, start_i, kNear)) return;
     const Lane lane;
-    RowPair rows;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      rows.place[r] = start_i + lane.group * 16 + lane.g + 8 * r;
-      const int64_t place = image * call.n_pad + rows.place[r];
-      rows.constant[r] = call.own_logit[place];
-      rows.c_shift[r] = call.c_shift[place];
-      rows.c_scale[r] = call.c_scale[place];
-    }
+    const RowPair rows(call, image, start_i, lane);
     auto pieces = pieces_of<kProduct>(call, image, start_i, 0, 0, shared);
     const float* bias = call.bias + image * call.n_pad;
     Sums sums[2];
@@ -311,42 +323,21 @@ __global__ void __launch_bounds__(kThreads, kProduct == Product::plain || kFarRo
         }
       }
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-        sums[r].z += part[r].z;
-        sums[r].first += part[r].first;
-        sums[r].tail += part[r].tail;
-        sums[r].student += part[r].student;
-        sums[r].far += part[r].far;
-        sums[r].largest = fmaxf(sums[r].largest, part[r].largest);
-      }
+      for (int r = 0; r < 2; r++) sums[r].add(part[r]);
     }
     // The second half of the keys, through shared memory that the pieces have left.
-    float* other = reinterpret_cast<float*>(memory);
+    Sums* other = reinterpret_cast<Sums*>(memory);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       sums[r] = {quad_sum(sums[r].z),       quad_sum(sums[r].first), quad_sum(sums[r].tail),
                  quad_sum(sums[r].student), quad_sum(sums[r].far),   quad_max(sums[r].largest)};
-      float* place = other + (rows.place[r] - start_i) * 6;
-      if (lane.half == 1 && lane.t == 0) {
-        place[0] = sums[r].z;
-        place[1] = sums[r].first;
-        place[2] = sums[r].tail;
-        place[3] = sums[r].student;
-        place[4] = sums[r].far;
-        place[5] = sums[r].largest;
-      }
+      if (lane.half == 1 && lane.t == 0) other[rows.place[r] - start_i] = sums[r];
     }
     __syncthreads();
     if (lane.half == 1 || lane.t != 0) return;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const float* place = other + (rows.place[r] - start_i) * 6;
-      sums[r].z += place[0];
-      sums[r].first += place[1];
-      sums[r].tail += place[2];
-      sums[r].student += place[3];
-      sums[r].far += place[4];
-      sums[r].largest = fmaxf(sums[r].largest, place[5]);
+      sums[r].add(other[rows.place[r] - start_i]);
       finish_row<kProduct, kNear, kFarRows>(call, image, rows.place[r], sums[r]);
     }
   }
@@ -411,15 +402,11 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_kernel(const Affinity ca
     const int start_i = static_cast<int>(blockIdx.x % blocks) * kTile, first = static_cast<int>(blockIdx.y) * kChannels;
     if (!is_served(call, image, start_i, kNear)) return;
     const Lane lane;
-    RowPair rows;
+    const RowPair rows(call, image, start_i, lane);
     float u[2], teacher_shift[2], student_shift[2], student_rest[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      rows.place[r] = start_i + lane.group * 16 + lane.g + 8 * r;
       const int64_t place = image * call.n_pad + rows.place[r];
-      rows.constant[r] = call.own_logit[place];
-      rows.c_shift[r] = call.c_shift[place];
-      rows.c_scale[r] = call.c_scale[place];
       u[r] = call.u[place];
       teacher_shift[r] = call.teacher_shift[place];
       student_shift[r] = call.student_shift[place];
@@ -508,16 +495,8 @@ const char* launch_kinds(const Affinity& call, int capability, void* stream) {
 }  // namespace
 
 const char* affinity(const Affinity& call, int capability, void* stream) {
-  switch (call.product) {
-    case Product::bfloat16:
-      return launch_kinds<Product::bfloat16>(call, capability, stream);
-    case Product::float16:
-      return launch_kinds<Product::float16>(call, capability, stream);
-    case Product::tfloat32:
-      return launch_kinds<Product::tfloat32>(call, capability, stream);
-    default:
-      return launch_kinds<Product::plain>(call, capability, stream);
-  }
+  return with_product(call.product,
+                      [&](auto product) { return launch_kinds<product.value>(call, capability, stream); });
 }
 
 }  // namespace dskd

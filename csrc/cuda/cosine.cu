@@ -13,17 +13,7 @@ __global__ void __launch_bounds__(kPositionThreads, 4) cosine_kernel(const Cosin
   const bool is_position = position < call.shape.positions;
   const Place student(call.student, call.shape, image, is_position ? position : 0);
   const Place teacher(call.teacher, call.shape, image, is_position ? position : 0);
-  double ss = 0, tt = 0, st = 0;
-#pragma unroll 1
-  for (int64_t c = lane; is_position && c < channels; c += kLanes) {
-    const double x = student[c], y = teacher[c];
-    ss += x * x;
-    tt += y * y;
-    st += x * y;
-  }
-  ss = sum_of_lanes(ss, shared);
-  tt = sum_of_lanes(tt, shared);
-  st = sum_of_lanes(st, shared);
+  const auto [ss, tt, st] = Squares(student, teacher, is_position, channels, shared);
   if (!is_position) return;
   // One root of the product, and a division by it, are exact where the student is its teacher times a power of two.
   const double product = ss * tt, root = sqrt(product);

@@ -1,23 +1,12 @@
 // The kernels as operators.cpp sees them, and as a test on a machine without a GPU calls them.
 #pragma once
 
-#include <cstdint>
 #include <initializer_list>
+#include <string>
+
+#include "../common/maps.h"
 
 namespace dskd {
-
-enum class Dtype { float32, bfloat16, float16 };
-
-// A (B, C, H, W) tensor on the device.
-struct Maps {
-  void* data;
-  Dtype dtype;
-  int64_t stride_b, stride_c, stride_h, stride_w;
-};
-
-struct Shape {
-  int64_t batch, channels, height, width, positions;
-};
 
 // How the products multiply. With tensor cores: operands of that type. Without: float32 operands, rounded to nearest.
 enum class Product { bfloat16, float16, tfloat32, plain };
@@ -29,7 +18,8 @@ constexpr int kPad = 64;
 constexpr int kGroups = 8;
 constexpr int kGroup = 32;
 
-// What is computed, and scratch memory on the device. Per image: (N_PAD, C_PAD), (N_PAD) and (kGroups, C_PAD).
+// What is computed (of inputs that are not float64), and scratch memory on the device. Per image: (N_PAD, C_PAD),
+// (N_PAD) and (kGroups, C_PAD).
 struct Affinity {
   Shape shape;
   Maps student, teacher;
@@ -61,9 +51,28 @@ struct Cosine {
   Maps gradient;    // float32; data is null if none is wanted
 };
 
-// Points a call at scratch memory: allocate(count, size) gives `count` elements of `size` bytes, aligned to 16.
+// How a call multiplies on a device of that capability, 80 for 8.0; false if the precision is none.
+inline bool choose_product(Affinity& call, const std::string& precision, int capability) {
+  const bool has_tensor_cores = capability >= 80;
+  call.product = Product::plain;
+  if (precision == "ieee") return true;
+  if (precision == "bf16") {
+    if (has_tensor_cores) call.product = Product::bfloat16;
+    call.dropped_bits = has_tensor_cores ? 0 : 16;
+    return true;
+  }
+  // Both have 10 bits of fraction.
+  if (has_tensor_cores) call.product = precision == "fp16" ? Product::float16 : Product::tfloat32;
+  call.dropped_bits = has_tensor_cores ? 0 : 13;
+  return precision == "fp16" || precision == "tf32";
+}
+
+// Pads a call's sizes and points it at scratch memory: allocate(count, size) gives `count` elements of `size` bytes,
+// aligned to 16.
 template <class Allocate>
 void take_scratch(Affinity& call, Allocate allocate) {
+  call.n_pad = (call.shape.positions + kTile - 1) / kTile * kTile;
+  call.c_pad = (call.shape.channels + kPad - 1) / kPad * kPad;
   const int64_t rows = call.shape.batch * call.n_pad, size = call.product < Product::tfloat32 ? 2 : 4;
   const auto floats = [&](int64_t count) { return static_cast<float*>(allocate(count, 4)); };
   call.partial_mean = static_cast<double*>(allocate(call.shape.batch * kGroups * call.c_pad, 8));

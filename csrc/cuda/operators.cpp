@@ -3,52 +3,29 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "../common/tensors.h"
 #include "launch.h"
 
 namespace {
 
 using dskd::Affinity;
 using dskd::Dtype;
-using dskd::Maps;
-using dskd::Product;
+using dskd::maps_of;
 using dskd::Shape;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Maps maps_of(const Tensor& tensor) {
-  const auto strides = tensor.strides();
-  const auto dtype = [&tensor] {
-    switch (tensor.scalar_type()) {
-      case ScalarType::Float:
-        return Dtype::float32;
-      case ScalarType::BFloat16:
-        return Dtype::bfloat16;
-      case ScalarType::Half:
-        return Dtype::float16;
-      default:
-        STD_TORCH_CHECK(false, "the cuda backend takes float32, bfloat16 and float16 tensors");
-    }
-  }();
-  return {tensor.data_ptr(), dtype, strides[0], strides[1], strides[2], strides[3]};
-}
-
-Maps maps_of(const std::optional<Tensor>& tensor) { return tensor.has_value() ? maps_of(*tensor) : Maps{}; }
-
 Shape shape_of(const Tensor& student, const Tensor& teacher) {
-  STD_TORCH_CHECK(student.dim() == 4 && teacher.dim() == 4 && student.is_cuda() && teacher.is_cuda() &&
-                      student.get_device_index() == teacher.get_device_index(),
-                  "the cuda backend takes tensors (B, C, H, W) on one GPU");
-  const auto sizes = student.sizes();
-  for (int64_t i = 0; i < 4; i++)
-    STD_TORCH_CHECK(sizes[i] == teacher.sizes()[i], "student and teacher must have the same shape");
-  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[2] * sizes[3]};
+  STD_TORCH_CHECK(student.is_cuda() && teacher.is_cuda() && student.get_device_index() == teacher.get_device_index(),
+                  "the cuda backend takes tensors on one GPU");
+  for (const Tensor* tensor : {&student, &teacher})
+    STD_TORCH_CHECK(dskd::dtype_of(*tensor) != Dtype::float64, "the cuda backend does not take float64");
+  return dskd::shape_of(student, teacher);
 }
 
 void* stream_of(const Tensor& tensor) {
@@ -61,8 +38,6 @@ void check(const char* failed) {
   STD_TORCH_CHECK(failed == nullptr, "the kernel \"", failed == nullptr ? "" : failed, "\" could not be launched");
 }
 
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 // `capability`: of the tensors' device, 80 for 8.0.
 void contextual_affinity(Tensor student, Tensor teacher, double temperature, std::string precision, int64_t capability,
                          Tensor kl, std::optional<Tensor> gradient) {
@@ -74,21 +49,8 @@ void contextual_affinity(Tensor student, Tensor teacher, double temperature, std
   call.kl = static_cast<float*>(kl.data_ptr());
   call.gradient = maps_of(gradient);
   if (call.shape.batch == 0 || call.shape.positions == 0) return;
-  const bool has_tensor_cores = capability >= 80;
-  call.product = Product::plain;
-  if (precision == "bf16") {
-    call.product = has_tensor_cores ? Product::bfloat16 : Product::plain;
-    call.dropped_bits = has_tensor_cores ? 0 : 16;
-  } else if (precision == "fp16" || precision == "tf32") {
-    // Both have 10 bits of fraction.
-    const Product product = precision == "fp16" ? Product::float16 : Product::tfloat32;
-    call.product = has_tensor_cores ? product : Product::plain;
-    call.dropped_bits = has_tensor_cores ? 0 : 13;
-  } else {
-    STD_TORCH_CHECK(precision == "ieee", "precision is none of ieee, tf32, bf16, fp16");
-  }
-  call.n_pad = round_up(call.shape.positions, dskd::kTile);
-  call.c_pad = round_up(call.shape.channels, dskd::kPad);
+  STD_TORCH_CHECK(dskd::choose_product(call, precision, static_cast<int>(capability)),
+                  "precision is none of ieee, tf32, bf16, fp16");
   const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   std::vector<Tensor> scratch;
   dskd::take_scratch(call, [&](int64_t count, int64_t size) {

@@ -44,6 +44,25 @@ DSKD_DEVICE double sum_of_lanes(double x, double (&shared)[kLanes][kPositions]) 
   return sum;
 }
 
+// |student|^2, |teacher|^2 and <student, teacher> of a position.
+struct Squares {
+  double ss = 0, tt = 0, st = 0;
+
+  DSKD_DEVICE Squares(const Place& student, const Place& teacher, bool is_position, int64_t channels,
+                      double (&shared)[kLanes][kPositions]) {
+#pragma unroll 1
+    for (int64_t c = threadIdx.x / kPositions; is_position && c < channels; c += kLanes) {
+      const double x = student[c], y = teacher[c];
+      ss += x * x;
+      tt += y * y;
+      st += x * y;
+    }
+    ss = sum_of_lanes(ss, shared);
+    tt = sum_of_lanes(tt, shared);
+    st = sum_of_lanes(st, shared);
+  }
+};
+
 // 1/|x| from |x|^2; 0 for a vector of zeros, which has no direction.
 DSKD_DEVICE double inverse_of(double squares) { return squares > 0 ? 1 / sqrt(squares) : squares * 0; }
 

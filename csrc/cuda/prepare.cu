@@ -7,21 +7,16 @@
 namespace dskd {
 namespace {
 
-// Below this temperature c is taken relative to its value for the row's own key, else relative to 0.
-constexpr double kOwnShiftBelow = 0.15;
-
 // Sums of unit teacher vectors over a group of sampled positions, divided by the number of samples.
 __global__ void __launch_bounds__(kPositionThreads, 4) centre_kernel(const Affinity call) {
   __shared__ double shared[kLanes][kPositions];
   const int64_t image = blockIdx.x / kGroups, n = call.shape.positions;
   const int group = static_cast<int>(blockIdx.x % kGroups), lane = static_cast<int>(threadIdx.x) / kPositions;
   const int p = static_cast<int>(threadIdx.x) % kPositions;
-  const int64_t most = kGroups * kGroup, samples = n < most ? n : most;
-  // One position in each of `samples` equal stretches of the image, at a place within it that changes from one to the
-  // next so that no period of the image is hit. Every position, where there are no more than that.
-  const int64_t i = group * kGroup + p, within = n > most ? i * 40503 % 65536 : 0;
+  static_assert(kGroups * kGroup == kSample);
+  const int64_t samples = n < kSample ? n : kSample, i = group * kGroup + p;
   const bool is_sample = i < samples;
-  const Place place(call.teacher, call.shape, image, is_sample ? (i * 65536 + within) * n / (samples * 65536) : 0);
+  const Place place(call.teacher, call.shape, image, is_sample ? sampled_position(i, n) : 0);
   double squares = 0;
   for (int64_t c = lane; c < call.shape.channels; c += kLanes) squares += place[c] * place[c];
   squares = sum_of_lanes(squares, shared);
@@ -54,16 +49,7 @@ __global__ void __launch_bounds__(kPositionThreads, 4) prepare_kernel(const Affi
   const bool is_position = position < call.shape.positions;
   const Place student(call.student, call.shape, image, is_position ? position : 0);
   const Place teacher(call.teacher, call.shape, image, is_position ? position : 0);
-  double ss = 0, tt = 0, st = 0;
-  for (int64_t c = lane; is_position && c < channels; c += kLanes) {
-    const double x = student[c], y = teacher[c];
-    ss += x * x;
-    tt += y * y;
-    st += x * y;
-  }
-  ss = sum_of_lanes(ss, shared);
-  tt = sum_of_lanes(tt, shared);
-  st = sum_of_lanes(st, shared);
+  const auto [ss, tt, st] = Squares(student, teacher, is_position, channels, shared);
   const double s_inverse = inverse_of(ss), t_inverse = inverse_of(tt);
   float scale = 1, key_scale = 1;
   if (kProduct == Product::float16) {
@@ -168,16 +154,8 @@ __global__ void __launch_bounds__(kPositionThreads, 4) project_kernel(const Affi
   }
 }
 
-template <Product kProduct>
-const char* launch_prepare(const Affinity& call, void* stream) {
-  const unsigned blocks = static_cast<unsigned>(call.shape.batch * (call.n_pad / kPositions));
-  return launch("prepare", prepare_kernel<kProduct>, dim3(blocks), kPositionThreads, 0, stream, call);
-}
-
-template <Product kProduct>
-const char* launch_project(const Affinity& call, void* stream) {
-  const unsigned blocks = static_cast<unsigned>(call.shape.batch * (call.n_pad / kPositions));
-  return launch("project", project_kernel<kProduct>, dim3(blocks), kPositionThreads, 0, stream, call);
+dim3 blocks_of(const Affinity& call) {
+  return dim3(static_cast<unsigned>(call.shape.batch * (call.n_pad / kPositions)));
 }
 
 }  // namespace
@@ -186,29 +164,15 @@ const char* prepare(const Affinity& call, void* stream) {
   const unsigned groups = static_cast<unsigned>(call.shape.batch * kGroups);
   const char* failed = launch("centre", centre_kernel, dim3(groups), kPositionThreads, 0, stream, call);
   if (failed != nullptr) return failed;
-  switch (call.product) {
-    case Product::bfloat16:
-      return launch_prepare<Product::bfloat16>(call, stream);
-    case Product::float16:
-      return launch_prepare<Product::float16>(call, stream);
-    case Product::tfloat32:
-      return launch_prepare<Product::tfloat32>(call, stream);
-    default:
-      return launch_prepare<Product::plain>(call, stream);
-  }
+  return with_product(call.product, [&](auto product) {
+    return launch("prepare", prepare_kernel<product.value>, blocks_of(call), kPositionThreads, 0, stream, call);
+  });
 }
 
 const char* project(const Affinity& call, void* stream) {
-  switch (call.product) {
-    case Product::bfloat16:
-      return launch_project<Product::bfloat16>(call, stream);
-    case Product::float16:
-      return launch_project<Product::float16>(call, stream);
-    case Product::tfloat32:
-      return launch_project<Product::tfloat32>(call, stream);
-    default:
-      return launch_project<Product::plain>(call, stream);
-  }
+  return with_product(call.product, [&](auto product) {
+    return launch("project", project_kernel<product.value>, blocks_of(call), kPositionThreads, 0, stream, call);
+  });
 }
 
 }  // namespace dskd

@@ -397,7 +397,7 @@ def fit_of(name: str, csrc: Path) -> str:
     """Hash of what a finished library has to fit: the sources, PyTorch (or its stable ABI) and the platform."""
     version = _torch()[1] if name == "cpu" else ".".join(map(str, STABLE_ABI))
     digest = hashlib.sha256()
-    for file in sorted((csrc / name).iterdir()):
+    for file in sorted(file for folder in (name, "common") for file in (csrc / folder).glob("*")):
         if file.suffix in (".cpp", ".h", ".cu", ".cuh"):  # those that are installed
             digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return _hash(digest.hexdigest(), version, platform.system(), platform.machine())

@@ -21,12 +21,11 @@ from dskd_fast import reference
 from dskd_fast.backends import native_build
 
 HERE = Path(__file__).parent / "emulation"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of launch.h, as are the next
-PRODUCTS = ("bf16", "fp16", "tf32", "plain")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/common/maps.h
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # The prepare and cosine kernels count on products that are not fused, and nvcc is told so, too.
 FLAGS = ("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off")
-PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
+PRECISIONS = ("ieee", "tf32", "bf16", "fp16")  # in the order of driver.cpp
 
 
 class Call(NamedTuple):
@@ -66,20 +65,9 @@ class Emulation:
         return results
 
     def _packed(self, call: Call) -> bytes:
-        product, dropped_bits = PRODUCTS.index("plain"), 0
-        if call.precision != "ieee" and self.capability >= 80:
-            product = PRODUCTS.index(call.precision)
-        elif call.precision != "ieee":
-            dropped_bits = {"bf16": 16, "fp16": 13, "tf32": 13}[call.precision]
         gradient = torch.empty_like(call.student, dtype=torch.float32, device="meta")
-        header = [
-            call.seed,
-            call.temperature is not None,
-            call.with_gradient,
-            product,
-            dropped_bits,
-            *call.student.shape,
-        ]
+        header = [call.seed, call.temperature is not None, call.with_gradient]
+        header += [PRECISIONS.index(call.precision), *call.student.shape]
         for x in (call.student, call.teacher, gradient):
             header += [DTYPES.index(x.dtype), *x.stride()]
         storages = []

@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int kCapability = DSKD_TENSOR_CORES ? 80 : 75;
+
 std::vector<void*> owned;
 
 void* allocate(int64_t count, int64_t size) {
@@ -38,8 +40,8 @@ int main(int, char** arguments) {
     emulation::seed(static_cast<unsigned>(next()));
     const bool is_affinity = next() != 0, with_gradient = next() != 0;
     dskd::Affinity call{};
-    call.product = static_cast<dskd::Product>(next());
-    call.dropped_bits = static_cast<int>(next());
+    const char* precisions[] = {"ieee", "tf32", "bf16", "fp16"};
+    if (!dskd::choose_product(call, precisions[next()], kCapability)) return 1;
     call.temperature = temperature;
     dskd::Shape& shape = call.shape;
     shape.batch = next();
@@ -64,11 +66,9 @@ int main(int, char** arguments) {
     call.kl = static_cast<float*>(allocate(shape.batch * shape.positions, 4));
     const char* failed = nullptr;
     if (is_affinity) {
-      call.n_pad = (shape.positions + dskd::kTile - 1) / dskd::kTile * dskd::kTile;
-      call.c_pad = (shape.channels + dskd::kPad - 1) / dskd::kPad * dskd::kPad;
       dskd::take_scratch(call, allocate);
       failed = dskd::prepare(call, nullptr);
-      if (failed == nullptr) failed = dskd::affinity(call, DSKD_TENSOR_CORES ? 80 : 75, nullptr);
+      if (failed == nullptr) failed = dskd::affinity(call, kCapability, nullptr);
       if (failed == nullptr && with_gradient) failed = dskd::project(call, nullptr);
     } else {
       failed = dskd::cosine({shape, call.student, call.teacher, call.kl, call.gradient}, nullptr);
