@@ -8,6 +8,7 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dskd_fast.ops import operators
 from dskd_fast.ops.dispatch import check_backend, resolve_precision
@@ -46,7 +47,8 @@ def contextual_affinity(
         (float64 if an input is float64 and the precision "ieee").
 
     Raises:
-        TypeError: an input is not a floating tensor.
+        TypeError: an input is not a dense floating tensor.
+        NotImplementedError: forward-mode autograd is asked for.
         ValueError: shapes, devices, temperature, precision or backend outside of the above, or the teacher requires
             grad.
         RuntimeError: the forced backend cannot serve the call.
@@ -77,7 +79,8 @@ def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") 
         (B, H, W) or (B, N), float32 (float64 if an input is float64). 1 where either vector is zero.
 
     Raises:
-        TypeError: an input is not a floating tensor.
+        TypeError: an input is not a dense floating tensor.
+        NotImplementedError: forward-mode autograd is asked for.
         ValueError: shapes, devices or backend outside of the above, or the teacher requires grad.
         RuntimeError: the forced backend cannot serve the call.
     """
@@ -104,6 +107,11 @@ def _as_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Si
             raise TypeError(f"{name} is a {type(x).__name__}: pass a floating-point tensor")
         if not x.is_floating_point():
             raise TypeError(f"{name} has dtype {x.dtype}: pass a floating-point tensor")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} has layout {x.layout}: pass a dense tensor, x.to_dense()")
+        # A tangent would pass through the operator as zero; the compiler cannot trace the question.
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name} carries a tangent of forward-mode autograd: use reverse mode (backward)")
         if x.dim() not in (3, 4):
             raise ValueError(f"{name} has shape {tuple(x.shape)}: pass (B, C, H, W) or (B, N, C)")
         if x.shape[1 if x.dim() == 4 else 2] == 0:

@@ -24,9 +24,12 @@ void distances(const Cosine& call, int64_t image, int64_t block, char* scratch) 
       st += s * t;
     }
     // One root of the product, and a division by it, are exact where the student is its teacher times a power of two.
-    const double product = ss * tt, root = std::sqrt(product);
-    const double cosine = product > 0 ? st / root : product * 0;
-    const double scale = product > 0 ? 1 / root : product * 0;
+    // float64 alone reaches where the product leaves its range.
+    const double product = ss * tt;
+    const bool is_in_range = product > 0x1p-900 && product < 0x1p900;
+    const double root = is_in_range ? std::sqrt(product) : std::sqrt(ss) * std::sqrt(tt);
+    const double cosine = root > 0 ? st / root : root * 0;
+    const double scale = root > 0 ? 1 / root : root * 0;
     const double value = 1 - cosine < 0 ? 0.0 : 1 - cosine;
     const int64_t place = image * call.shape.positions + start + p;
     if (sizeof(Real) == sizeof(double)) {

@@ -51,6 +51,12 @@ if platform.machine() in ("x86_64", "AMD64"):
 # Normalisation must round equal vectors alike, which a fused multiply-add does not; elsewhere it is wanted.
 _FUSED = {"affinity", "product"}
 
+# Environment variables by which compilers and linkers are told more than their arguments say.
+_READ_BY_COMPILERS = (
+    "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "GCC_EXEC_PREFIX", "COMPILER_PATH",
+    "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS",
+)  # fmt: skip
+
 # A build that takes longer than this has gone wrong.
 _PATIENCE = 1200.0
 
@@ -154,6 +160,7 @@ def recipe(name: str, csrc: Path) -> Recipe:
     ninja = "\n".join(lines)
     fit = fit_of(name, csrc)
     described = [_version_of(tool) for tool in tools.values()]
+    described += [f"{variable}={os.environ.get(variable, '')}" for variable in _READ_BY_COMPILERS]
     # Where the sources lie does not change what comes out, nor where PyTorch does.
     text = ninja.replace(str(csrc), "csrc").replace(str(torch_folder), "torch")
     return Recipe(name, ninja, _hash(fit, text, *described), fit)
@@ -185,7 +192,12 @@ def build(made: Recipe, target: Path) -> None:
         finished = folder / "finished"
         finished.mkdir()
         shutil.move(folder / library_name(made.name), finished)
-        (finished / "fit.json").write_text(json.dumps({"fit": made.fit, "key": made.key}), encoding="utf-8")
+        library = finished / library_name(made.name)
+        # A power cut must not leave the name without the content: loading half a library kills the process.
+        with library.open("rb") as file:
+            os.fsync(file.fileno())
+        described = {"fit": made.fit, "key": made.key, "bytes": library.stat().st_size}
+        (finished / "fit.json").write_text(json.dumps(described), encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
         os.replace(finished, target)
@@ -212,12 +224,17 @@ def _run_ninja(folder: Path) -> None:
     output = result.stdout + result.stderr
     if re.search("No space left on device|Disk quota exceeded|File size limit exceeded", output):
         raise BuildError(f"there is no room left in {folder.parent}: make some, or set {CACHE_VARIABLE}", output)
-    if result.returncode < 0 or re.search("Killed signal|terminated with signal", output):
+    # A crash of the compiler's own is told in the same words, and would happen again.
+    ended = "signal terminated program|terminated with signal|unable to execute command|interrupted by user"
+    if result.returncode < 0 or (re.search(ended, output) and "internal compiler error" not in output):
         raise BuildError("the compiler was killed, as happens when memory runs out", output)
+    if re.search("annot allocate memory|memory exhausted|out of memory", output):
+        raise BuildError("the compiler ran out of memory", output)
     # The linker's own complaints come before that of the compiler which called it, and need not have the word in them.
     complaint = re.search(r"^.*(?:\berror ?[:#]|undefined reference|cannot find -l).*$", output, re.MULTILINE)
-    said = complaint[0].strip() if complaint else "it did not say why"
-    raise BuildError(f"the compiler failed: {said}", output, is_lasting=True)
+    if complaint is None:  # nothing that it would say again
+        raise BuildError("the compiler failed: it did not say why", output)
+    raise BuildError(f"the compiler failed: {complaint[0].strip()}", output, is_lasting=True)
 
 
 # Loading
@@ -267,7 +284,7 @@ def _find(name: str) -> State:
     try:
         prebuilt = prebuilt_folder(name)
         if prebuilt.exists():
-            if _fit_in(prebuilt) == fit_of(name, csrc_folder()):
+            if _described(prebuilt).get("fit") == fit_of(name, csrc_folder()):
                 return _load_library(prebuilt / library_name(name))
             passed_over = f"{prebuilt} was built for another PyTorch or from other sources, and is not used\n"
         found = _find_in_cache(name)
@@ -279,12 +296,13 @@ def _find(name: str) -> State:
     return found._replace(details=passed_over + found.details)
 
 
-def _fit_in(folder: Path) -> str | None:
-    """What the library in a folder fits, None if that cannot be read."""
+def _described(folder: Path) -> dict:
+    """What is written down beside a library, nothing if that cannot be read."""
     try:
-        return json.loads((folder / "fit.json").read_text(encoding="utf-8"))["fit"]
-    except (OSError, ValueError, KeyError):
-        return None
+        content = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _find_in_cache(name: str) -> State:
@@ -305,8 +323,9 @@ def _find_in_cache(name: str) -> State:
                     build(made, target)
                 except BuildError as error:
                     if error.is_lasting:
-                        _remember(failure, error)
-                        return _remembered(failure)
+                        with contextlib.suppress(OSError):  # the compiler's complaint matters more than that
+                            _remember(failure, error)
+                            return _remembered(failure)
                     raise
     return _load_library(library)
 
@@ -333,12 +352,15 @@ def _held(lock) -> Iterator[None]:
 def _load_library(path: Path) -> State:
     import torch
 
+    remedy = "delete its folder, and it is built again"
+    if _described(path.parent).get("bytes") != path.stat().st_size:
+        raise BuildError(f"{path} is damaged: {remedy}")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         # PyTorch's own message has nothing but the path, the linker's is that path and the reason.
         first = str(error.__cause__ or error).strip().splitlines()[0].removeprefix(f"{path}: ")
-        raise BuildError(f"{path} cannot be loaded ({first}): delete its folder, and it is built again") from error
+        raise BuildError(f"{path} cannot be loaded ({first}): {remedy}") from error
     return State(None, str(path))
 
 
@@ -354,7 +376,7 @@ def _remembered(failure: Path) -> State:
     try:
         content = json.loads(failure.read_text(encoding="utf-8"))
         return State(f"{content['reason']} ({content['time']})", str(failure), content["output"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise BuildError(f"{failure} is damaged: delete its folder") from error
 
 
@@ -414,10 +436,10 @@ def _torch() -> tuple[Path, str]:
 def _compiler() -> str:
     named = os.environ.get("CXX")
     if named and shutil.which(named) is None:
-        raise BuildError(f"CXX names {named}, which is not there")
+        raise BuildError(f"CXX names {named}, which is not there (it takes a program, without arguments)")
     for program in (named, "c++", "g++", "clang++"):
         if program and (found := shutil.which(program)):
-            return found
+            return os.path.abspath(found)  # ninja runs it in another folder
     raise BuildError("there is no C++ compiler: install g++ or clang++, or set CXX")
 
 

@@ -165,3 +165,12 @@ def test_cosine_distance_of_a_small_angle(cpu, angle):
     torch_distance, torch_gradient = torch_tiled.cosine_distance(student, teacher, True)
     torch.testing.assert_close(distance, torch_distance, rtol=1e-7, atol=1e-15)
     torch.testing.assert_close(gradient, torch_gradient, rtol=1e-7, atol=1e-15)
+
+
+@pytest.mark.parametrize("factor", [1e100, 1e-100])
+def test_cosine_distance_in_float64_beyond_the_range_of_the_squares_product(cpu, make_features, factor):
+    student, teacher = (x.double() for x in make_features(70, 9, 0.5))
+    value, gradient = cpu.cosine(student, teacher)
+    scaled_value, scaled_gradient = cpu.cosine(student * factor, teacher * factor)
+    torch.testing.assert_close(scaled_value, value, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(scaled_gradient * factor, gradient, rtol=1e-12, atol=1e-14)

@@ -153,6 +153,8 @@ def test_the_key_changes_with_all_that_decides_the_result(setting, monkeypatch):
     folder, _ = changed._torch()
     changed._torch = lambda: (folder, "99.0")
     keys.append(changed.recipe("cpu", setting.csrc).key)
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", "/elsewhere")
+    keys.append(setting.process().recipe("cpu", setting.csrc).key)
     assert len(set(keys)) == len(keys)
 
 
@@ -304,6 +306,10 @@ def test_the_reason_is_the_line_that_says_most(setting, output, told):
         ("ld: final link failed: Disk quota exceeded", "there is no room left in"),
         ("g++: fatal error: File size limit exceeded signal terminated program cc1plus", "there is no room left in"),
         ("g++: fatal error: Killed signal terminated program cc1plus", "the compiler was killed"),
+        ("g++: fatal error: Terminated signal terminated program cc1plus", "the compiler was killed"),
+        ("cc1plus: virtual memory exhausted: Cannot allocate memory", "the compiler ran out of memory"),
+        ("ninja: subcommand failed", "the compiler failed: it did not say why"),
+        ("clang++: error: unable to execute command: Killed", "the compiler was killed"),
         ("collect2: fatal error: ld terminated with signal 7 [Bus error]", "the compiler was killed"),
     ],
 )
@@ -341,13 +347,34 @@ def test_no_compiler(setting, monkeypatch):
 
 def test_a_compiler_that_is_not_there_or_does_not_run(setting, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert setting.failure(setting.process()) == "CXX names no-such-compiler, which is not there"
+    assert setting.failure(setting.process()) == (
+        "CXX names no-such-compiler, which is not there (it takes a program, without arguments)"
+    )
     broken = tmp_path / "broken"
     broken.write_bytes(b"\x7fELF, or nearly so")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     assert setting.failure(setting.process()).startswith(f"{broken} does not run (Exec format error)")
     assert setting.cached() == []
+
+
+def test_a_compiler_named_by_a_relative_path(setting, monkeypatch):
+    monkeypatch.chdir(setting.tools)
+    monkeypatch.setenv("CXX", "./c++")
+    setting.process().load("cpu")
+    assert setting.calls() > 0
+
+
+def test_a_complaint_that_cannot_be_written_down_is_still_told(setting, monkeypatch):
+    make_tool(setting.compiler, fail_with("one.cpp:1: error: no such thing"))
+    module = setting.process()
+
+    def full(failure, error):
+        raise OSError(errno.ENOSPC, "No space left on device", str(failure))
+
+    monkeypatch.setattr(module, "_remember", full)
+    assert "no such thing" in setting.failure(module)
+    assert "no such thing" in module.state("cpu").details
 
 
 def test_no_ninja(setting, monkeypatch):
@@ -429,11 +456,12 @@ def test_a_user_without_a_home(setting, monkeypatch):
     assert told == "this user has no home folder: set DSKD_FAST_CACHE to a writable one"
 
 
-def test_a_damaged_record_of_a_failure(setting):
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_record_of_a_failure(setting, content):
     module = setting.process()
     folder = setting.cache / f"cpu-{module.recipe('cpu', setting.csrc).key}"
     folder.mkdir(parents=True)
-    (folder / "failure.json").write_text("{")
+    (folder / "failure.json").write_text(content)
     assert setting.failure(module) == f"{folder / 'failure.json'} is damaged: delete its folder"
 
 
@@ -530,6 +558,16 @@ def test_pytorch_was_upgraded_in_between(setting):
     module.load("cpu")
     assert len(setting.cached()) == 2
     assert setting.calls() == 4
+
+
+def test_a_library_cut_short(setting):
+    """The system kills a process that maps half a library."""
+    setting.process().load("cpu")
+    (folder,) = setting.cached()
+    library = folder / native_build.library_name("cpu")
+    library.write_text(library.read_text()[:2])
+    told = setting.failure(setting.process(loads_anything=False))
+    assert told == f"{library} is damaged: delete its folder, and it is built again"
 
 
 def test_a_damaged_library(setting):

@@ -152,6 +152,24 @@ def test_what_is_no_float_does_not_reach_the_operators(monkeypatch, function, dt
     assert reached == []
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_sparse_tensors_are_refused(function):
+    x = torch.ones(1, 2, 3, 4)
+    with pytest.raises(TypeError, match=r"student has layout torch.sparse_coo: pass a dense tensor, x.to_dense\(\)"):
+        function(x.to_sparse(), x)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_forward_mode_is_refused(function):
+    """It would come out as a derivative of zero."""
+    x = random(1, 2, 3, 4)
+    told = "student carries a tangent of forward-mode autograd: use reverse mode"
+    with pytest.raises(NotImplementedError, match=told):
+        torch.func.jvp(lambda student: function(student, x), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=told):
+        function(torch.autograd.forward_ad.make_dual(x, x), x)
+
+
 class Recorder(TorchDispatchMode):
     """Operators of torch that are run while it is entered."""
 
