@@ -1,7 +1,10 @@
 """The bottlenecks between teacher and students: OCBE of the local branch, OCBE with GCCB of the global one."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from dskd_fast.models.blocks import conv_bn_relu, stage
 from dskd_fast.models.teacher import Level
@@ -59,12 +62,48 @@ class GlobalContextCondensing(nn.Module):
         super().__init__()
         same = g == channels
         self.reduce = nn.Identity() if same else conv_bn_relu(nn.Conv2d(channels, g, 1, bias=False))
-        self.condense = nn.Conv2d(g, g, size)
-        self.restore = conv_bn_relu(nn.ConvTranspose2d(g, g, size, bias=False))
+        self.condense = WholeMapConv2d(g, g, size)
+        self.restore = conv_bn_relu(WholeMapConvTranspose2d(g, g, size, bias=False))
         self.expand = nn.Identity() if same else conv_bn_relu(nn.Conv2d(g, channels, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.expand(self.restore(self.condense(self.reduce(x))))
+
+
+# A convolution as large as the map is one matrix product, bound by the reading of its weights, 67 million in the paper's
+# block. So they are multiplied as they lie, without the reordering of a convolution library, and in float32 whatever
+# autocast says: to round them first would read and write more than it saves.
+
+
+class WholeMapConv2d(nn.Conv2d):
+    """(B, C, k, k) -> (B, O, 1, 1) for a kernel of size k."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _float32_products(x.device):
+            rows, weight = (_in_order_of(self.weight, y) for y in (x.to(self.weight.dtype), self.weight))
+            return nnf.linear(rows, weight, self.bias)[..., None, None]
+
+
+class WholeMapConvTranspose2d(nn.ConvTranspose2d):
+    """(B, C, 1, 1) -> (B, O, k, k) for a kernel of size k."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels, height, width = self.weight.shape[1:]
+        with _float32_products(x.device):
+            restored = x.to(self.weight.dtype).flatten(1) @ _in_order_of(self.weight, self.weight)
+        if self.weight.is_contiguous():
+            return restored.unflatten(1, (channels, height, width))
+        return restored.unflatten(1, (height, width, channels)).permute(0, 3, 1, 2)
+
+
+def _float32_products(device: torch.device) -> contextlib.AbstractContextManager:
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
+
+
+def _in_order_of(weight: Tensor, x: Tensor) -> Tensor:
+    """(A, C, k, k) -> (A, C k k), in the order in which `weight` lies in memory."""
+    return (x if weight.is_contiguous() else x.permute(0, 2, 3, 1)).flatten(1)
 
 
 def _halving(in_channels: int, out_channels: int) -> nn.Conv2d:

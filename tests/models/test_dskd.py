@@ -9,7 +9,7 @@ from dskd_fast import ContextualAffinityLoss, CosineDistanceLoss, reference
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 from dskd_fast.models.blocks import Bottleneck
-from dskd_fast.models.bottleneck import GlobalContextCondensing
+from dskd_fast.models.bottleneck import GlobalContextCondensing, WholeMapConv2d, WholeMapConvTranspose2d
 from dskd_fast.models.teacher import LITE
 
 PARTS = ("local_bottleneck", "local_student", "global_bottleneck", "global_student")
@@ -142,11 +142,32 @@ def kinds(module):
 
 def test_condensing_block():
     around = ["Conv2d", "BatchNorm2d", "ReLU"]
-    restore = ["ConvTranspose2d", "BatchNorm2d", "ReLU"]
+    restore = ["WholeMapConvTranspose2d", "BatchNorm2d", "ReLU"]
     with torch.device("meta"):
-        assert kinds(GlobalContextCondensing(32, 4, 8)) == [*around, "Conv2d", *restore, *around]
-        assert kinds(GlobalContextCondensing(32, 4, 32)) == ["Identity", "Conv2d", *restore, "Identity"]
+        assert kinds(GlobalContextCondensing(32, 4, 8)) == [*around, "WholeMapConv2d", *restore, *around]
+        assert kinds(GlobalContextCondensing(32, 4, 32)) == ["Identity", "WholeMapConv2d", *restore, "Identity"]
     assert kinds(on_meta(gccb=0).global_bottleneck.condense) == ["Identity"]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_whole_map_convolutions_are_convolutions(memory_format, is_autocast):
+    """The same numbers, in float32 under autocast too, and gradients that lie as the weights do."""
+    torch.manual_seed(0)
+    x, vector = torch.randn(3, 6, 4, 4), torch.randn(3, 5, 1, 1)
+    for part, given in ((WholeMapConv2d(6, 5, 4), x), (WholeMapConvTranspose2d(5, 6, 4, bias=False), vector)):
+        part = part.to(memory_format=memory_format)
+        given = given.to(memory_format=memory_format).requires_grad_()
+        kind = type(part).__mro__[1]
+        expected = kind.forward(part, given)
+        wanted = torch.autograd.grad(expected.square().sum(), [given, part.weight])
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            got = part(given)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected)
+        found = torch.autograd.grad(got.square().sum(), [given, part.weight])
+        torch.testing.assert_close(found, wanted)
+        assert found[1].stride() == part.weight.stride()
 
 
 def test_the_whole_map_goes_through_one_vector():

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -72,3 +75,24 @@ def test_a_torch_that_cannot_tell_gets_float32(monkeypatch):
 def test_a_gpu_that_emulates_bf16_does_not_have_it(monkeypatch, supported):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
     assert has_fast_bf16(torch.device("cuda")) is supported
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux")
+def test_freed_memory_is_kept():
+    """What a step allocates again costs no page faults; in a process of its own, since it lasts."""
+    script = """if True:
+        import resource, torch
+        from dskd_fast.workflow.device import keep_freed_memory
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                torch.zeros(16, 2**20)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        given_back = faults()
+        keep_freed_memory()
+        faults()
+        print(given_back, faults())
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < given_back / 10

@@ -14,7 +14,7 @@ from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 from dskd_fast.workflow.detector import threshold_from
-from dskd_fast.workflow.train import TrainingOptions, train
+from dskd_fast.workflow.train import Trainer, TrainingOptions, train
 
 
 @pytest.fixture
@@ -365,3 +365,22 @@ def test_the_callers_random_state_is_left_alone(category, tiny_options):
     before = torch.random.get_rng_state()
     train(category, tiny_options())
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_optimiser_sees_weights_in_order_and_changes_them_as_it_would_the_weights():
+    """channels_last weights, each step against PyTorch's plain Adam on a copy."""
+    options = TrainingOptions("lite", image_size=64, gccb=8)
+    torch.manual_seed(0)
+    model = DSKD("lite", image_size=64, gccb=8, pretrained=False).to(memory_format=torch.channels_last)
+    trainer = Trainer(model, options)
+    assert all(view.is_contiguous() for group in trainer.optimizer.param_groups for view in group["params"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    copies = [p.detach().clone().requires_grad_() for p in trained]
+    plain = torch.optim.Adam(copies, lr=options.lr, betas=(0.5, 0.999), foreach=False)
+    for _ in range(2):
+        trainer.step(torch.rand(4, 3, 64, 64).contiguous(memory_format=torch.channels_last))
+        for copy, parameter in zip(copies, trained, strict=True):
+            copy.grad = parameter.grad.clone()
+        plain.step()
+        for copy, parameter in zip(copies, trained, strict=True):
+            torch.testing.assert_close(parameter, copy, rtol=1e-5, atol=1e-6)

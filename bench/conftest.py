@@ -1,0 +1,62 @@
+"""Options of the benchmarks, and what their JSON has besides pytest-benchmark's own."""
+
+import pytest
+import torch
+
+from bench import accuracy
+from bench.contestants import AFFINITY
+from bench.lab import Lab, environment
+
+_LAB = pytest.StashKey[Lab]()
+# The curves of the plot of errors: the textbook in both types, and the best backend of ours here.
+_PRECISIONS_SHOWN = ("ieee", "bf16")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("dskd-fast")
+    group.addoption("--bench-full", action="store_true", help="all shapes and contestants: hours on a CPU")
+    group.addoption("--bench-device", default="cpu", help="cpu (default) or cuda")
+
+
+def pytest_configure(config):
+    name = config.getoption("--bench-device")
+    if name not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"--bench-device={name} is not known: use cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--bench-device=cuda: PyTorch finds no GPU here")
+    config.stash[_LAB] = Lab(torch.device(name), config.getoption("--bench-full"))
+
+
+@pytest.fixture
+def lab(request):
+    return request.config.stash[_LAB]
+
+
+def pytest_generate_tests(metafunc):
+    """Parametrise `work`, `mode` and `contestant` by what the module offers for a quick or a full run."""
+    if (cases := getattr(metafunc.module, "cases", None)) and "case" in metafunc.fixturenames:
+        found = cases(metafunc.config.getoption("--bench-full"))
+        metafunc.parametrize("case", found, ids=[case.id for case in found])
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    lab = config.stash[_LAB]
+    output_json["not_timed"] = lab.not_timed
+    output_json["environment"] = environment(lab.device)
+    best = "cpu" if lab.device.type == "cpu" else "triton"
+    shown = [c for c in AFFINITY if c.name == "eager" or (c.name == best and c.precision in _PRECISIONS_SHOWN)]
+    runnable = [c for c in shown if c.refusal((1, 256, 32, 32), lab.device, False, 2**40) is None]
+    output_json["convergence"] = accuracy.convergence(runnable, lab.device)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The report's tables, where pytest-benchmark's have times alone."""
+    from bench.report import markdown, results_of
+
+    session = getattr(config, "_benchmarksession", None)
+    timed = [b.as_dict(include_data=False, stats=True) for b in session.benchmarks if b] if session else []
+    lab = config.stash[_LAB]
+    if timed or lab.not_timed:
+        found = {"benchmarks": timed, "not_timed": lab.not_timed, "environment": environment(lab.device)}
+        terminalreporter.write_line("")
+        terminalreporter.write(markdown(results_of(found), {}))

@@ -1,0 +1,157 @@
+"""One training step and one scoring pass of the whole model, against the eager loss and a single-student method.
+
+ReverseDistillation of anomalib trains one student with the same backbone; DSKD trains two. All weights are random: the
+work is the same.
+"""
+
+import contextlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from bench.contestants import textbook
+from dskd_fast import DSKD
+from dskd_fast.workflow.detector import Calibration, Detector, Statistics
+from dskd_fast.workflow.device import keep_freed_memory
+from dskd_fast.workflow.train import Trainer, TrainingOptions
+
+_SIZE = 256
+
+
+class Case(NamedTuple):
+    teacher: str
+    batch: int
+    mode: str
+    contestant: str
+    precision: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.teacher}-b{self.batch}-{self.mode}-{self.contestant}-{self.precision}"
+
+
+_OURS, _EAGER, _OTHER = "DSKD", "DSKD, eager losses", "anomalib ReverseDistillation"
+
+
+def cases(is_full: bool) -> list[Case]:
+    found = []
+    for teacher, batches in (("lite", (4, 16)), ("wide_resnet50_2", (4, 16))):
+        for batch in batches if is_full else batches[:1]:
+            for precision in ("fp32", "bf16"):
+                for contestant in (_OURS, _EAGER, _OTHER):
+                    found.append(Case(teacher, batch, "training step", contestant, precision))
+            for contestant, precision in ((_OURS, "fp32"), (_EAGER, "fp32"), (_OTHER, "fp32"), (_OTHER, "bf16")):
+                found.append(Case(teacher, batch, "scoring pass", contestant, precision))
+    return found
+
+
+def test_dskd(benchmark, lab, case):
+    group = f"{case.teacher}, {_SIZE} px, batch of {case.batch}, {case.mode}"
+    info = {
+        "kind": "dskd",
+        "work": f"{case.teacher}, {_SIZE} px, batch of {case.batch}",
+        "shape": None,
+        "mode": case.mode,
+        "contestant": case.contestant,
+        "precision": case.precision,
+        "ours": case.contestant == _OURS,
+        "reference": (case.contestant, case.precision) == (_EAGER, "fp32"),
+        "images": case.batch,
+        "errors": None,
+        "extra_bytes": None,
+        "extra_bytes_note": None,
+        "product_seconds": None,
+        "percent_of_product": None,
+    }
+    if lab.device.type == "cpu":
+        keep_freed_memory()  # for all of them alike
+    if case.contestant == _OTHER:
+        if importlib.util.find_spec("anomalib") is None:
+            lab.leave_out(info, group, 'anomalib is not installed: pip install -e ".[baselines]"')
+        if case.teacher == "lite":
+            lab.leave_out(info, group, "it has no student for this backbone")
+        call = _anomalib(case, lab.device)
+    else:
+        call = _dskd(case, lab.device)
+    lab.time(benchmark, group, info, call)
+
+
+def _images(case: Case) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (case.batch, 3, _SIZE, _SIZE), dtype=torch.uint8, generator=generator)
+
+
+def _dskd(case: Case, device: torch.device) -> Callable[[], object]:
+    model = DSKD(case.teacher, image_size=_SIZE, pretrained=False).to(device, memory_format=torch.channels_last)
+    images = _images(case)
+    options = TrainingOptions(case.teacher, image_size=_SIZE, precision=case.precision)
+    if case.mode == "training step":
+        trainer = Trainer(model, options)
+        if case.contestant == _EAGER:
+            trainer.global_loss_fn = _summed(textbook)
+        batch = (images.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
+        return lambda: trainer.step(batch)
+    if case.contestant == _EAGER:
+        model.anomaly_maps = lambda *arguments, **named: _eager_maps(model, *arguments)
+    statistics = {"local": Statistics(0.0, 1.0), "global": Statistics(0.0, 1.0)}
+    detector = Detector(model, options.scoring, Calibration(statistics, "train", 1))
+    return lambda: detector.image_scores(detector.maps(images).combined)
+
+
+def _summed(function: Callable) -> Callable:
+    return lambda student, teacher: sum(function(s, t).mean() for s, t in zip(student, teacher, strict=True))
+
+
+def _eager_maps(model: DSKD, images: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    features = model(images)
+
+    def added(student: list[torch.Tensor], function: Callable) -> torch.Tensor:
+        maps = (function(s, t).view(len(s), 1, *s.shape[2:]) for s, t in zip(student, features.teacher, strict=True))
+        return sum(torch.nn.functional.interpolate(m, images.shape[-2:], mode="bilinear")[:, 0] for m in maps)
+
+    def cosine(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return 1 - torch.nn.functional.cosine_similarity(s, t, dim=1)
+
+    return added(features.local_student, cosine), added(features.global_student, textbook)
+
+
+def _anomalib(case: Case, device: torch.device) -> Callable[[], object]:
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode
+        from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss
+        from anomalib.models.image.reverse_distillation.torch_model import ReverseDistillationModel
+    layers = ["layer1", "layer2", "layer3"]
+    model = ReverseDistillationModel(
+        case.teacher, (_SIZE, _SIZE), layers, AnomalyMapGenerationMode.ADD, pre_trained=False
+    ).to(device)
+    images = _images(case).to(device).float() / 255
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16")
+
+    if case.mode == "scoring pass":
+        model.eval()
+
+        def score() -> object:
+            with torch.inference_mode(), autocast():
+                return model(images)
+
+        return score
+    loss_fn = ReverseDistillationLoss()
+    parameters = [*model.decoder.parameters(), *model.bottleneck.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=0.005, betas=(0.5, 0.99))  # as anomalib configures it
+    model.train()
+
+    def step() -> None:
+        with autocast():
+            loss = loss_fn(*model(images))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
