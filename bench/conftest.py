@@ -1,5 +1,7 @@
 """Options of the benchmarks, and what their JSON has besides pytest-benchmark's own."""
 
+import re
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def pytest_generate_tests(metafunc):
     """Parametrise `work`, `mode` and `contestant` by what the module offers for a quick or a full run."""
     if (cases := getattr(metafunc.module, "cases", None)) and "case" in metafunc.fixturenames:
         found = cases(metafunc.config.getoption("--bench-full"))
-        metafunc.parametrize("case", found, ids=[case.id for case in found])
+        metafunc.parametrize("case", found, ids=[re.sub(r"[^\w.+-]+", "_", case.id) for case in found])
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

@@ -17,7 +17,7 @@ from bench.contestants import Contestant
 from bench.work import UNITS, Work, features, run, synchronise
 
 # A contestant is run until this many seconds have passed, but at least and at most so many times.
-_SECONDS = {False: 0.8, True: 3.0}
+_SECONDS = {False: 0.5, True: 3.0}
 _ROUNDS = (3, 100)
 # What takes longer than this is run once.
 _SLOW = 8.0
@@ -71,14 +71,15 @@ class Lab:
             info["product_seconds"] = info["percent_of_product"] = None
         benchmark.extra_info = info
 
-    def time(self, benchmark, group: str, info: dict, call: Callable[[], object]) -> None:
-        """Time a call, after one that is not counted."""
+    def time(self, benchmark, group: str, info: dict, call: Callable[[], object], is_warm: bool = False) -> None:
+        """Time a call, after one that is not counted unless it `is_warm`."""
 
         def waited() -> None:
             call()
             synchronise(self.device)
 
-        waited()
+        if not is_warm:
+            waited()
         started = time.perf_counter()
         waited()
         seconds = time.perf_counter() - started

@@ -290,6 +290,7 @@ def table(group: list[Row]) -> str:
         "extra memory, MiB": _if_timed(memory),
         **{f"error of map, {noise}": _if_timed(error(noise, 0)) for noise in NOISES},
         **{f"error of gradient, {noise}": _if_timed(error(noise, 1)) for noise in NOISES},
+        "error of area": _if_timed(error("area", 0)),
         "% of product": _if_timed(
             lambda row: "" if row.percent_of_product is None else significant(row.percent_of_product, 2)
         ),

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from bench.contestants import AFFINITY, EAGER
+from bench.contestants import AFFINITY, Contestant
 from bench.work import GROWTH, LEVELS, MODES, Work
 
 
@@ -22,7 +22,31 @@ class Case(NamedTuple):
 
 # Without --bench-full: what people choose between. The rest takes minutes to compile or to run.
 _QUICK_PRECISIONS = {"cpu": ("ieee", "bf16"), "torch": ("ieee",), "triton": ("bf16",), "cuda": ("bf16",)}
+_GROWING = ("eager", "tiles of rows, checkpointed", "KeOps", "triton", "cuda", "cpu", "torch")
 _QUICK_MODES = ("scoring", "forward+backward")
+
+
+def _is_quick(contestant: Contestant, work: Work, mode: str) -> bool:
+    if not work.is_quick or mode not in _QUICK_MODES:
+        return False
+    level = int(work.label[-1])
+    if contestant.ours:
+        return contestant.precision in _QUICK_PRECISIONS[contestant.name]
+    if contestant.name == "KeOps":
+        return level == 3 and mode == "scoring"
+    if contestant.name == "torch.compile of eager":
+        return level == 1 and mode == "forward+backward"
+    if contestant.name == "eager, difference form":
+        return level > 1
+    return not contestant.name.startswith("torch.compile")
+
+
+def _is_quick_growth(contestant: Contestant, work: Work) -> bool:
+    if not work.is_quick:
+        return False
+    if contestant.name == "cpu":
+        return contestant.precision == "bf16" or work.positions <= 4096
+    return work.positions <= 1024 and contestant.name in ("eager", "tiles of rows, checkpointed")
 
 
 def cases(is_full: bool) -> list[Case]:
@@ -30,24 +54,12 @@ def cases(is_full: bool) -> list[Case]:
     for work in LEVELS:
         for mode in MODES:
             for index, contestant in enumerate(AFFINITY):
-                is_quick = work.is_quick and mode in _QUICK_MODES
-                if contestant.ours:
-                    is_quick &= contestant.precision in _QUICK_PRECISIONS[contestant.name]
-                elif contestant.name.startswith("torch.compile"):
-                    is_quick &= work.label.endswith("level 1") and mode == "forward+backward"
-                elif contestant.name == "KeOps":
-                    is_quick &= work.label.endswith("level 3")  # at level 1 it takes minutes
-                if is_quick or is_full:
+                if is_full or _is_quick(contestant, work, mode):
                     found.append(Case("affinity", work, mode, index))
     for work in GROWTH:
         for index, contestant in enumerate(AFFINITY):
-            if contestant.ours:
-                is_kept = contestant.precision in ("ieee", "bf16")
-                is_quick = contestant.name == "cpu"
-            else:
-                is_kept = contestant.name in ("eager", "tiles of rows, checkpointed", "KeOps")
-                is_quick = contestant == EAGER
-            if is_kept and (is_full or (is_quick and work.is_quick)):
+            is_kept = contestant.name in _GROWING and contestant.precision in ("ieee", "bf16", "float32")
+            if is_kept and contestant[:2] != ("eager", "bf16") and (is_full or _is_quick_growth(contestant, work)):
                 found.append(Case("growth", work, "forward+backward", index))
     return found
 

@@ -37,15 +37,25 @@ class Case(NamedTuple):
 _OURS, _EAGER, _OTHER = "DSKD", "DSKD, eager losses", "anomalib ReverseDistillation"
 
 
+# Without --bench-full: the recipe that is meant for a CPU, and the method it is compared with as that ships.
+_QUICK = {
+    ("lite", "training step"): ((_OURS, "fp32"), (_EAGER, "fp32")),
+    ("lite", "scoring pass"): ((_OURS, "fp32"), (_EAGER, "fp32")),
+    ("wide_resnet50_2", "training step"): ((_OURS, "bf16"), (_OTHER, "fp32"), (_OTHER, "bf16")),
+    ("wide_resnet50_2", "scoring pass"): ((_OURS, "fp32"), (_OTHER, "fp32")),
+}
+
+
 def cases(is_full: bool) -> list[Case]:
     found = []
-    for teacher, batches in (("lite", (4, 16)), ("wide_resnet50_2", (4, 16))):
-        for batch in batches if is_full else batches[:1]:
-            for precision in ("fp32", "bf16"):
-                for contestant in (_OURS, _EAGER, _OTHER):
-                    found.append(Case(teacher, batch, "training step", contestant, precision))
-            for contestant, precision in ((_OURS, "fp32"), (_EAGER, "fp32"), (_OTHER, "fp32"), (_OTHER, "bf16")):
-                found.append(Case(teacher, batch, "scoring pass", contestant, precision))
+    for (teacher, mode), quick in _QUICK.items():
+        for batch in (4, 16) if is_full else (4,):
+            for contestant in (_OURS, _EAGER, _OTHER):
+                for precision in ("fp32", "bf16"):
+                    # Our scoring is in float32, whatever was trained in.
+                    exists = mode == "training step" or precision == "fp32" or contestant == _OTHER
+                    if exists and (is_full or (contestant, precision) in quick):
+                        found.append(Case(teacher, batch, mode, contestant, precision))
     return found
 
 
@@ -77,7 +87,9 @@ def test_dskd(benchmark, lab, case):
         call = _anomalib(case, lab.device)
     else:
         call = _dskd(case, lab.device)
-    lab.time(benchmark, group, info, call)
+    for _ in range(2):
+        call()  # memory is taken from the system in the first steps, and then kept
+    lab.time(benchmark, group, info, call, is_warm=True)
 
 
 def _images(case: Case) -> torch.Tensor:

@@ -65,7 +65,7 @@ def test_spro(benchmark, lab, case):
 
     else:
         thresholds = int(case.contestant.split()[2].replace(",", ""))
-        info["errors"] = {"100 %": [abs(_loop(images, thresholds) - exact) / exact, None]}
+        info["errors"] = {"area": [abs(_loop(images, thresholds) - exact) / exact, None]}
 
         def call() -> float:
             return _loop(images, thresholds)
