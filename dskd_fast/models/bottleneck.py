@@ -70,9 +70,9 @@ class GlobalContextCondensing(nn.Module):
         return self.expand(self.restore(self.condense(self.reduce(x))))
 
 
-# A convolution as large as the map is one matrix product, bound by the reading of its weights, 67 million in the paper's
-# block. So they are multiplied as they lie, without the reordering of a convolution library, and in float32 whatever
-# autocast says: to round them first would read and write more than it saves.
+# A convolution as large as the map is one matrix product, bound by the reading of its weights (67 million in the
+# paper's block). They are multiplied as they lie, without the reordering of a convolution library, and in float32
+# whatever autocast says: to round them first would read and write more than it saves.
 
 
 class WholeMapConv2d(nn.Conv2d):

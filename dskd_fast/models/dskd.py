@@ -16,8 +16,8 @@ from dskd_fast.models.teacher import DEFAULT, Teacher
 
 # Training takes 16 bytes for each: beyond this a machine would rather kill the process than say why.
 _MAX_CONDENSING_PARAMETERS = 1e9
-# From here up the affinities' products may take operands in bf16: it costs a few parts in 10,000 of the map, the same on
-# every machine, whether it multiplies bf16 in hardware or not.
+# From here up the affinities' products may take operands in bf16: it costs a few parts in 10,000 of the map, the same
+# on every machine, whether it multiplies bf16 in hardware or not.
 _LEAST_TEMPERATURE_FOR_BF16 = 0.1
 
 
