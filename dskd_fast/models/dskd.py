@@ -132,7 +132,8 @@ class DSKD(nn.Module):
             align_corners: of the upsampling, on which the paper is silent.
 
         Returns:
-            Local map (cosine distance, eq. 1) and global map (contextual affinity, eq. 6), each (B, S, S), float32.
+            Local map (cosine distance, eq. 1) and global map (contextual affinity, eq. 6), each (B, S, S), float32. The
+            affinities' products take operands in bf16, on every machine, from T = 0.1 up.
         """
         features = self(images)
         size = images.shape[-2:]
