@@ -20,17 +20,25 @@ _OTHERS_ALLOWED = 0.05
 
 
 def errors(function, kind: str, shape: tuple[int, ...], device: torch.device) -> dict[str, list[float]]:
-    """Relative L2 errors {noise: [map, gradient]} on the last image, over at most 512 of its positions."""
+    """Relative L2 errors {noise: [map, gradient]}, the largest of the first and the last image and of all modes.
+
+    At most 512 positions of an image are looked at.
+    """
     found = {}
+    rows = _sample(shape[2] * shape[3], device)
     for label, noise in NOISES.items():
         student, teacher = features(shape, noise, device)
         values, gradient = run(function, student, teacher, "forward+backward")
-        rows = _sample(shape[2] * shape[3], device)
-        true_values, true_gradient = truth(kind, student[-1], teacher[-1], rows)
-        got = values.detach().flatten(1)[-1, rows]
-        # The gradient of the mean over all positions of all images, brought back to that of each position.
-        got_gradient = gradient[-1].flatten(1).mT[rows] * (shape[0] * shape[2] * shape[3])
-        found[label] = [relative(got, true_values), relative(got_gradient, true_gradient)]
+        scored, _ = run(function, student, teacher, "scoring")
+        worst = [0.0, 0.0]
+        for image in {0, shape[0] - 1}:
+            true_values, true_gradient = truth(kind, student[image], teacher[image], rows)
+            for got in (values.detach(), scored):
+                worst[0] = max(worst[0], relative(got.flatten(1)[image, rows], true_values))
+            # The gradient of the mean over all positions of all images, brought back to that of each position.
+            got_gradient = gradient[image].flatten(1).mT[rows] * (shape[0] * shape[2] * shape[3])
+            worst[1] = max(worst[1], relative(got_gradient, true_gradient))
+        found[label] = worst
     return found
 
 

@@ -1,9 +1,21 @@
 """Options of the benchmarks, and what their JSON has besides pytest-benchmark's own."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+try:
+    import matplotlib  # noqa: F401
+    import psutil  # noqa: F401
+    import pytest_benchmark  # noqa: F401
+except ImportError as error:
+    raise pytest.UsageError(f'the benchmarks need {error.name}: pip install -e ".[bench]"') from None
+
+# The processes that measure memory import the package, too, wherever pytest was started.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import accuracy
 from bench.contestants import AFFINITY
@@ -41,6 +53,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", found, ids=[re.sub(r"[^\w.+-]+", "_", case.id) for case in found])
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     lab = config.stash[_LAB]
     output_json["not_timed"] = lab.not_timed

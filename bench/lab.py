@@ -56,12 +56,24 @@ class Lab:
         kernel = "cosine" if kind == "cosine" else "affinity"
         if reason := contestant.refusal(work.shape, self.device, mode != "scoring", self._free_memory()):
             self.leave_out(info, group, reason)
-        function, found, complaint = self._verdict(kernel, index, contestant, work.shape)
+        try:
+            function, found, complaint = self._verdict(kernel, index, contestant, work.shape)
+        except Exception as error:
+            if contestant.ours:
+                raise
+            self.leave_out(
+                info,
+                group,
+                f"it failed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}",
+            )
         info["errors"] = found
         if complaint is not None:
             self.leave_out(info, group, complaint)
         info["extra_bytes"], info["extra_bytes_note"] = memory.extra_bytes(kernel, index, work.shape, mode, self.device)
         student, teacher = features(work.shape, 1.0, self.device)
+        if not benchmark.enabled:
+            benchmark(run, function, student, teacher, mode)
+            return
         self.time(benchmark, group, info, lambda: run(function, student, teacher, mode))
         if kernel == "affinity":
             seconds = self.product_seconds(work.shape, contestant.precision)

@@ -31,17 +31,19 @@ def extra_bytes(kind: str, index: int, shape: tuple[int, ...], mode: str, device
 
 @cache
 def _context():
-    # Blocks of this size and more are mapped one by one, so that what is freed leaves the process; read when it starts.
-    before = os.environ.get("MALLOC_MMAP_THRESHOLD_")
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    # Blocks of this size and more are mapped one by one, so that what is freed leaves the process. Both variables are
+    # read when the server of processes starts.
+    needed = {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    before = {name: os.environ.get(name) for name in needed}
+    os.environ.update(needed)
     try:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bench.contestants"])
-        context.Pool(1).terminate()
+        context.set_forkserver_preload(["bench.memory"])
+        with context.Pool(1) as pool:
+            pool.apply(torch.get_num_threads)
     finally:
-        os.environ.pop("MALLOC_MMAP_THRESHOLD_")
-        if before is not None:
-            os.environ["MALLOC_MMAP_THRESHOLD_"] = before
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
     return context
 
 

@@ -63,7 +63,7 @@ class GlobalContextCondensing(nn.Module):
         same = g == channels
         self.reduce = nn.Identity() if same else conv_bn_relu(nn.Conv2d(channels, g, 1, bias=False))
         self.condense = WholeMapConv2d(g, g, size)
-        self.restore = conv_bn_relu(WholeMapConvTranspose2d(g, g, size, bias=False))
+        self.restore = conv_bn_relu(WholeMapConvTranspose2d(g, g, size))
         self.expand = nn.Identity() if same else conv_bn_relu(nn.Conv2d(g, channels, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +85,10 @@ class WholeMapConv2d(nn.Conv2d):
 
 
 class WholeMapConvTranspose2d(nn.ConvTranspose2d):
-    """(B, C, 1, 1) -> (B, O, k, k) for a kernel of size k."""
+    """(B, C, 1, 1) -> (B, O, k, k) for a kernel of size k, without bias."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         channels, height, width = self.weight.shape[1:]

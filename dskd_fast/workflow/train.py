@@ -42,7 +42,7 @@ class TrainingOptions:
         augmentation: in `Augmentation.parse`'s form.
         sigma: of the image score's Gaussian filter, in pixels of the S x S image; None is 4 at 256, in proportion.
         filter_maps, align_corners: see `Scoring`.
-        precision: of training: "fp32", "tf32" or "bf16". Scoring is always in float32.
+        precision: of training: "fp32", "tf32" or "bf16". The networks always score in float32.
         device: "auto", "cpu" or "cuda".
         seed: of the initial weights, the order and the augmentation.
 
@@ -188,12 +188,14 @@ class Trainer:
 
     def step(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Train on RGB images (B, 3, S, S), float in [0, 1]; returns the local and the global loss, both scalar."""
+        # Both hold the last step's gradients; neither is to keep them alive through this one.
+        self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         with numerics(self.precision, batch.device):
             features = self.model(batch)
             local_loss = self.local_loss_fn(features.local_student, features.teacher)
             global_loss = self.global_loss_fn(features.global_student, features.teacher)
             loss = local_loss + global_loss
-        self.model.zero_grad(set_to_none=True)
         loss.backward()
         for view, parameter in zip(self._views, self._parameters, strict=True):
             view.grad = None if parameter.grad is None else _in_order(parameter.grad)

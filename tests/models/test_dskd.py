@@ -155,7 +155,7 @@ def test_whole_map_convolutions_are_convolutions(memory_format, is_autocast):
     """The same numbers, in float32 under autocast too, and gradients that lie as the weights do."""
     torch.manual_seed(0)
     x, vector = torch.randn(3, 6, 4, 4), torch.randn(3, 5, 1, 1)
-    for part, given in ((WholeMapConv2d(6, 5, 4), x), (WholeMapConvTranspose2d(5, 6, 4, bias=False), vector)):
+    for part, given in ((WholeMapConv2d(6, 5, 4), x), (WholeMapConvTranspose2d(5, 6, 4), vector)):
         part = part.to(memory_format=memory_format)
         given = given.to(memory_format=memory_format).requires_grad_()
         kind = type(part).__mro__[1]

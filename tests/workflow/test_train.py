@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import shutil
+import weakref
 from itertools import chain
 
 import numpy as np
@@ -365,6 +366,25 @@ def test_the_callers_random_state_is_left_alone(category, tiny_options):
     before = torch.random.get_rng_state()
     train(category, tiny_options())
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_no_gradient_of_a_step_lives_through_the_next(monkeypatch):
+    """They are as large as the weights."""
+    model = DSKD("lite", image_size=64, gccb=8, pretrained=False).to(memory_format=torch.channels_last)
+    trainer = Trainer(model, TrainingOptions("lite", image_size=64, gccb=8))
+    batch = torch.rand(4, 3, 64, 64)
+    trainer.step(batch)
+    kept = [weakref.ref(p.grad) for p in model.parameters() if p.grad is not None]
+    assert kept
+    forward = model.forward
+
+    def looked_at(images):
+        assert not [reference for reference in kept if reference() is not None]
+        assert all(view.grad is None for group in trainer.optimizer.param_groups for view in group["params"])
+        return forward(images)
+
+    monkeypatch.setattr(model, "forward", looked_at)
+    trainer.step(batch)
 
 
 def test_the_optimiser_sees_weights_in_order_and_changes_them_as_it_would_the_weights():
