@@ -67,7 +67,7 @@ def test_dskd(benchmark, lab, case):
         "shape": None,
         "mode": case.mode,
         "contestant": case.contestant,
-        "precision": _precision(case),
+        "precision": case.precision,
         "ours": case.contestant == _OURS,
         "reference": (case.contestant, case.precision) == (_EAGER, "fp32"),
         "images": case.batch,
@@ -90,12 +90,6 @@ def test_dskd(benchmark, lab, case):
     for _ in range(2):
         call()  # memory is taken from the system in the first steps, and then kept
     lab.time(benchmark, group, info, call, is_warm=True)
-
-
-def _precision(case: Case) -> str:
-    """As shown: our scoring takes the affinities' operands in bf16, its networks in float32."""
-    is_mixed = case.mode == "scoring pass" and case.contestant == _OURS
-    return "fp32, affinities bf16" if is_mixed else case.precision
 
 
 def _images(case: Case) -> torch.Tensor:

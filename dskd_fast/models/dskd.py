@@ -16,9 +16,6 @@ from dskd_fast.models.teacher import DEFAULT, Teacher
 
 # Training takes 16 bytes for each: beyond this a machine would rather kill the process than say why.
 _MAX_CONDENSING_PARAMETERS = 1e9
-# From here up the affinities' products may take operands in bf16: it costs a few parts in 10,000 of the map, the same
-# on every machine, whether it multiplies bf16 in hardware or not.
-_LEAST_TEMPERATURE_FOR_BF16 = 0.1
 
 
 class Features(NamedTuple):
@@ -132,8 +129,7 @@ class DSKD(nn.Module):
             align_corners: of the upsampling, on which the paper is silent.
 
         Returns:
-            Local map (cosine distance, eq. 1) and global map (contextual affinity, eq. 6), each (B, S, S), float32. The
-            affinities' products take operands in bf16, on every machine, from T = 0.1 up.
+            Local map (cosine distance, eq. 1) and global map (contextual affinity, eq. 6), each (B, S, S), float32.
         """
         features = self(images)
         size = images.shape[-2:]
@@ -147,8 +143,7 @@ class DSKD(nn.Module):
         pairs = list(zip(features.local_student, features.teacher, strict=True))
         local_maps = [functional.cosine_distance(s, t) for s, t in pairs]
         pairs = list(zip(features.global_student, features.teacher, strict=True))
-        precision = "bf16" if temperature >= _LEAST_TEMPERATURE_FOR_BF16 else "ieee"
-        global_maps = [functional.contextual_affinity(s, t, temperature, precision=precision) for s, t in pairs]
+        global_maps = [functional.contextual_affinity(s, t, temperature) for s, t in pairs]
         return add_levels(local_maps), add_levels(global_maps)
 
     def _load_stage4(self, state: dict[str, Tensor]) -> None:

@@ -119,7 +119,7 @@ class Detector:
         """
         self.model.eval()
         batch = to_float(images, self.device)
-        # Networks in float32, however they were trained: a score should not depend on what the machine can round.
+        # Always float32, however the students were trained: a score should not depend on what the machine can round.
         with torch.inference_mode(), numerics("fp32", self.device):
             maps = self.model.anomaly_maps(batch, self.scoring.temperature, align_corners=self.scoring.align_corners)
             if not torch.isfinite(torch.stack(maps)).all():

@@ -42,7 +42,7 @@ class TrainingOptions:
         augmentation: in `Augmentation.parse`'s form.
         sigma: of the image score's Gaussian filter, in pixels of the S x S image; None is 4 at 256, in proportion.
         filter_maps, align_corners: see `Scoring`.
-        precision: of training: "fp32", "tf32" or "bf16". The networks always score in float32.
+        precision: of training: "fp32", "tf32" or "bf16". Scoring is always in float32.
         device: "auto", "cpu" or "cuda".
         seed: of the initial weights, the order and the augmentation.
 
