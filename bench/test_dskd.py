@@ -16,7 +16,6 @@ import torch
 from bench.contestants import textbook
 from dskd_fast import DSKD
 from dskd_fast.workflow.detector import Calibration, Detector, Statistics
-from dskd_fast.workflow.device import keep_freed_memory
 from dskd_fast.workflow.train import Trainer, TrainingOptions
 
 _SIZE = 256
@@ -77,8 +76,6 @@ def test_dskd(benchmark, lab, case):
         "product_seconds": None,
         "percent_of_product": None,
     }
-    if lab.device.type == "cpu":
-        keep_freed_memory()  # for all of them alike
     if case.contestant == _OTHER:
         if importlib.util.find_spec("anomalib") is None:
             lab.leave_out(info, group, 'anomalib is not installed: pip install -e ".[baselines]"')
