@@ -51,7 +51,7 @@ def lab(request):
 
 
 def pytest_generate_tests(metafunc):
-    """Parametrise `work`, `mode` and `contestant` by what the module offers for a quick or a full run."""
+    """Parametrise `case` by what the module offers for a quick or a full run."""
     if (cases := getattr(metafunc.module, "cases", None)) and "case" in metafunc.fixturenames:
         found = cases(metafunc.config.getoption("--bench-full"))
         metafunc.parametrize("case", found, ids=[re.sub(r"[^\w.+-]+", "_", case.id) for case in found])

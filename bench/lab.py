@@ -42,17 +42,16 @@ class Lab:
     def compare(self, benchmark, kind: str, index: int, contestant: Contestant, work: Work, mode: str) -> None:
         """Benchmark a contestant on a work, or note why not."""
         group = f"{kind}: {work.label}, {'x'.join(map(str, work.shape))}, {mode}"
-        info = {
-            "kind": kind,
-            "work": work.label,
-            "shape": list(work.shape),
-            "mode": mode,
-            "contestant": contestant.name,
-            "precision": contestant.precision,
-            "ours": contestant.ours,
-            "reference": (contestant.name, contestant.precision) == ("eager", "float32"),
-            "images": None,
-        }
+        info = row(
+            kind,
+            work.label,
+            mode,
+            contestant.name,
+            contestant.precision,
+            ours=contestant.ours,
+            reference=(contestant.name, contestant.precision) == ("eager", "float32"),
+            shape=work.shape,
+        )
         kernel = "cosine" if kind == "cosine" else "affinity"
         if reason := contestant.refusal(work.shape, self.device, mode != "scoring", self._free_memory()):
             self.leave_out(info, group, reason)
@@ -79,9 +78,7 @@ class Lab:
             seconds = self.product_seconds(work.shape, contestant.precision)
             info["product_seconds"] = seconds
             info["percent_of_product"] = 100 * UNITS[mode] * seconds / benchmark.stats.stats.median
-        else:
-            info["product_seconds"] = info["percent_of_product"] = None
-        benchmark.extra_info = info
+            benchmark.extra_info = info
 
     def time(self, benchmark, group: str, info: dict, call: Callable[[], object], is_warm: bool = False) -> None:
         """Time a call, after one that is not counted unless it `is_warm`."""
@@ -144,6 +141,37 @@ class Lab:
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         return psutil.virtual_memory().available
+
+
+def row(
+    kind: str,
+    work: str,
+    mode: str,
+    contestant: str,
+    precision: str | None = None,
+    *,
+    ours: bool,
+    reference: bool = False,
+    shape: tuple[int, ...] | None = None,
+    images: int | None = None,
+) -> dict:
+    """What `bench.report` knows of a row besides its time, before anything is measured."""
+    return {
+        "kind": kind,
+        "work": work,
+        "shape": shape and list(shape),
+        "mode": mode,
+        "contestant": contestant,
+        "precision": precision,
+        "ours": ours,
+        "reference": reference,
+        "images": images,
+        "errors": None,
+        "extra_bytes": None,
+        "extra_bytes_note": None,
+        "product_seconds": None,
+        "percent_of_product": None,
+    }
 
 
 def environment(device: torch.device) -> dict:

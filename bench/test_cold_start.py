@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.lab import row
+
 _ROOT = Path(__file__).resolve().parents[1]
 _CALL = """
 import torch
@@ -44,22 +46,7 @@ def cases(is_full: bool) -> list[Case]:
 
 
 def test_cold_start(benchmark, lab, case, tmp_path):
-    info = {
-        "kind": "cold",
-        "work": "a new process",
-        "shape": None,
-        "mode": "start",
-        "contestant": case.contestant,
-        "precision": None,
-        "ours": case.ours,
-        "reference": False,
-        "images": None,
-        "errors": None,
-        "extra_bytes": None,
-        "extra_bytes_note": None,
-        "product_seconds": None,
-        "percent_of_product": None,
-    }
+    info = row("cold", "a new process", "start", case.contestant, ours=case.ours)
     environment = dict(os.environ)
     if case.builds:
         environment |= {"DSKD_FAST_CACHE": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from bench.contestants import textbook
+from bench.contestants import cosine_textbook, textbook
+from bench.lab import row
 from dskd_fast import DSKD
-from dskd_fast.workflow.detector import Calibration, Detector, Statistics
+from dskd_fast.workflow.detector import Calibration, Detector, Statistics, to_float
 from dskd_fast.workflow.train import Trainer, TrainingOptions
 
 _SIZE = 256
@@ -60,22 +61,16 @@ def cases(is_full: bool) -> list[Case]:
 
 def test_dskd(benchmark, lab, case):
     group = f"{case.teacher}, {_SIZE} px, batch of {case.batch}, {case.mode}"
-    info = {
-        "kind": "dskd",
-        "work": f"{case.teacher}, {_SIZE} px, batch of {case.batch}",
-        "shape": None,
-        "mode": case.mode,
-        "contestant": case.contestant,
-        "precision": case.precision,
-        "ours": case.contestant == _OURS,
-        "reference": (case.contestant, case.precision) == (_EAGER, "fp32"),
-        "images": case.batch,
-        "errors": None,
-        "extra_bytes": None,
-        "extra_bytes_note": None,
-        "product_seconds": None,
-        "percent_of_product": None,
-    }
+    info = row(
+        "dskd",
+        f"{case.teacher}, {_SIZE} px, batch of {case.batch}",
+        case.mode,
+        case.contestant,
+        case.precision,
+        ours=case.contestant == _OURS,
+        reference=(case.contestant, case.precision) == (_EAGER, "fp32"),
+        images=case.batch,
+    )
     if case.contestant == _OTHER:
         if importlib.util.find_spec("anomalib") is None:
             lab.leave_out(info, group, 'anomalib is not installed: pip install -e ".[baselines]"')
@@ -102,7 +97,7 @@ def _dskd(case: Case, device: torch.device) -> Callable[[], object]:
         trainer = Trainer(model, options)
         if case.contestant == _EAGER:
             trainer.global_loss_fn = _summed(textbook)
-        batch = (images.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
+        batch = to_float(images, device)
         return lambda: trainer.step(batch)
     if case.contestant == _EAGER:
         model.anomaly_maps = lambda *arguments, **named: _eager_maps(model, *arguments)
@@ -122,10 +117,7 @@ def _eager_maps(model: DSKD, images: torch.Tensor, temperature: float) -> tuple[
         maps = (function(s, t).view(len(s), 1, *s.shape[2:]) for s, t in zip(student, features.teacher, strict=True))
         return sum(torch.nn.functional.interpolate(m, images.shape[-2:], mode="bilinear")[:, 0] for m in maps)
 
-    def cosine(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return 1 - torch.nn.functional.cosine_similarity(s, t, dim=1)
-
-    return added(features.local_student, cosine), added(features.global_student, textbook)
+    return added(features.local_student, cosine_textbook), added(features.global_student, textbook)
 
 
 def _anomalib(case: Case, device: torch.device) -> Callable[[], object]:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bench.lab import row
 from dskd_fast.metrics.spro import SPRO
 
 _LIMIT = 0.05
@@ -42,23 +43,10 @@ def cases(is_full: bool) -> list[Case]:
 def test_spro(benchmark, lab, case):
     images = _category(case.images, case.size)
     exact = _exact(images)
-    info = {
-        "kind": "spro",
-        "work": f"{case.images} maps of {case.size[0]} x {case.size[1]}",
-        "shape": None,
-        "mode": "sPRO",
-        "contestant": case.contestant,
-        "precision": None,
-        "ours": case.contestant == _EXACT,
-        "reference": case.contestant == "loop over 1,000 thresholds",
-        "images": None,
-        "extra_bytes": None,
-        "extra_bytes_note": None,
-        "product_seconds": None,
-        "percent_of_product": None,
-    }
-    if case.contestant == _EXACT:
-        info["errors"] = None  # what the others are measured by; its own tests have the definition
+    work = f"{case.images} maps of {case.size[0]} x {case.size[1]}"
+    is_exact, is_finest = case.contestant == _EXACT, case.contestant == "loop over 1,000 thresholds"
+    info = row("spro", work, "sPRO", case.contestant, ours=is_exact, reference=is_finest)
+    if is_exact:  # what the others' errors are measured by; its own tests have the definition
 
         def call() -> float:
             return _exact(images)
@@ -70,7 +58,7 @@ def test_spro(benchmark, lab, case):
         def call() -> float:
             return _loop(images, thresholds)
 
-    lab.time(benchmark, f"sPRO of {info['work']}", info, call)
+    lab.time(benchmark, f"sPRO of {work}", info, call)
 
 
 def _category(n: int, size: tuple[int, int]) -> list[_Image]:
