@@ -4,6 +4,9 @@ import argparse
 import json
 import os
 import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,53 +14,109 @@ from typing import Any
 from dskd_fast.cli.display import backends_table, console, counter, results_table, training_progress
 from dskd_fast.data.augment import Augmentation, for_category
 from dskd_fast.data.images import image_size
-from dskd_fast.data.layout import default_data_root, open_category
+from dskd_fast.data.layout import HOLDOUT, Category, default_data_root, list_categories, open_category
 from dskd_fast.errors import UserError
 from dskd_fast.metrics.maps import read_maps, score_maps
+from dskd_fast.models.teacher import DEFAULT
 from dskd_fast.workflow import doctor as diagnosis
 from dskd_fast.workflow import run as runs
 from dskd_fast.workflow.demo import make_data, options_for_demo
+from dskd_fast.workflow.detector import Detector
+from dskd_fast.workflow.device import resolve_device
+from dskd_fast.workflow.distributed import ALONE, Group, group, launched_as, use_gpu
 from dskd_fast.workflow.evaluate import absences, count_kinds
 from dskd_fast.workflow.evaluate import evaluate as evaluate_detector
 from dskd_fast.workflow.predict import predict as predict_images
 from dskd_fast.workflow.train import TrainingOptions
-from dskd_fast.workflow.train import train as train_detector
+from dskd_fast.workflow.training_run import CHANGEABLE, ensure_run, find_category, resume_run, start_run
 
 
 def train(arguments: argparse.Namespace) -> int:
-    category = open_category(
-        arguments.data_root or default_data_root(),
-        arguments.category,
-        holdout=arguments.holdout,
-        seed=arguments.seed,
-    )
-    augment = for_category(category.name) if arguments.augment == "auto" else Augmentation.parse(arguments.augment)
-    options = TrainingOptions(
-        teacher=arguments.teacher,
-        teacher_weights=None if arguments.teacher_weights is None else str(arguments.teacher_weights),
-        image_size=arguments.image_size,
-        gccb=arguments.gccb,
-        stage4_init=arguments.stage4_init,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        lr=arguments.lr,
-        schedule=arguments.schedule,
-        temperature=arguments.temperature,
-        local_loss=arguments.local_loss,
-        augmentation=augment.to_text(),
-        sigma=arguments.sigma,
-        filter_maps=arguments.filter_maps,
-        align_corners=arguments.align_corners,
-        precision=arguments.precision,
-        device=arguments.device,
-        seed=arguments.seed,
-    )
-    out = arguments.out or Path("runs", f"{category.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    _train_into(out, category, options)
-    run = shlex.quote(str(out))
+    given = vars(arguments)
+    options = {field.name: given[field.name] for field in fields(TrainingOptions) if field.name in given}
+    if options.get("teacher_weights") is not None:
+        options["teacher_weights"] = str(options["teacher_weights"])
+    if "resume" in given:
+        return _resume(given, options)
+    data_root, holdout = given.get("data_root") or default_data_root(), given.get("holdout", HOLDOUT)
+    augment = given.get("augment", "auto")
+
+    def recipe(category: Category) -> TrainingOptions:
+        chosen = for_category(category.name) if augment == "auto" else Augmentation.parse(augment)
+        return TrainingOptions(**{"teacher": DEFAULT} | options | {"augmentation": chosen.to_text()})
+
+    def opened(name: str | None) -> Category:
+        return open_category(data_root, name, holdout=holdout, seed=options.get("seed", 0))
+
+    if "all_categories" in given:
+        if "category" in given:
+            raise UserError("--category and --all-categories exclude each other: leave one of them out")
+        out = given.get("out") or Path("runs", Path(data_root).resolve().name)
+        return _train_all(list_categories(Path(data_root)), opened, recipe, out, holdout)
+    category = opened(given.get("category"))
+    device = resolve_device(options.get("device", "auto"))
+    with group(device) as processes:
+        default = Path("runs", f"{category.name}-{datetime.now():%Y%m%d-%H%M%S}")
+        out = given.get("out") or processes.of_first(default)
+        console.quiet = not processes.is_first
+        _train_into(out, category, recipe(category), holdout, processes)
+    _print_next(out, category)
+    return 0
+
+
+def _resume(given: dict[str, Any], options: dict[str, Any]) -> int:
+    folder = given["resume"]
+    others = [name for name in ("category", "all_categories", "holdout", "augment") if name in given]
+    others += [name for name in options if name not in CHANGEABLE]
+    if others:
+        raise UserError(
+            f"--{others[0].replace('_', '-')} belongs to a new training: with --resume only "
+            f"{', '.join('--' + name.replace('_', '-') for name in ('data_root', *CHANGEABLE))} can be given"
+        )
+    device = options.get("device") or runs.read_config(folder).get("options", {}).get("device", "auto")
+    with group(resolve_device(device)) as processes, training_progress() as (report, status):
+        console.quiet = not processes.is_first
+        detector = resume_run(
+            folder, options, data_root=given.get("data_root"), report=report, status=status, group=processes
+        )
+        if processes.is_first:
+            _print_trained(folder, detector)
+    category = find_category(folder, runs.read_config(folder), given.get("data_root"))
+    _print_next(folder, category)
+    return 0
+
+
+def _train_all(
+    names: list[str],
+    opened: Callable[[str], Category],
+    recipe: Callable[[Category], TrainingOptions],
+    out: Path,
+    holdout: float,
+) -> int:
+    """A model for each category; under torchrun each process takes its share of them, on a GPU of its own."""
+    rank, size = launched_as()
+    failed = 0
+    for name in names[rank::size]:
+        try:
+            category = opened(name)
+            options = recipe(category)
+            use_gpu(resolve_device(options.device))
+            with training_progress(name) as (report, status):
+                if ensure_run(out / name, category, options, holdout=holdout, report=report, status=status):
+                    console.print(f"{name}: trained on {len(category.train)} images, run in {out / name}")
+                else:
+                    console.print(f"{name}: was trained before, run in {out / name}")
+        except UserError as error:
+            # The others do not depend on it.
+            failed += 1
+            print(f"dskd-fast: {name}: {error}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def _print_next(folder: Path, category: Category) -> None:
+    run = shlex.quote(str(folder))
     evaluation = f"dskd-fast evaluate {run}   or   " if category.test else ""
     console.print(f"\nnext: {evaluation}dskd-fast predict {run} IMAGES")
-    return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -107,7 +166,7 @@ def predict(arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    config = runs.read_config(arguments.run)
+    config = runs.read_finished(arguments.run)
     calibration = runs.read_json(arguments.run / runs.CALIBRATION)
     history = runs.read_json(arguments.run / runs.HISTORY)
     if not isinstance(history, list) or not history:
@@ -128,7 +187,7 @@ def demo(arguments: argparse.Namespace) -> int:
     options = options_for_demo(arguments.device, arguments.seed)
     run = out / "run"
     console.print("2. training")
-    _train_into(run, category, options)
+    _train_into(run, category, options, HOLDOUT)
     console.print("3. evaluating")
     metrics = _evaluate_run(run, category.root.parent, arguments.device, None, None)
     console.print("4. drawing heat maps")
@@ -154,11 +213,16 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _train_into(out: Path, category: Any, options: TrainingOptions) -> None:
-    with runs.new_folder(out) as folder:
-        with training_progress() as (report, status):
-            detector, history = train_detector(category, options, report, status)
-        runs.save_run(folder, detector, options, category, history)
+def _train_into(
+    out: Path, category: Category, options: TrainingOptions, holdout: float, processes: Group = ALONE
+) -> None:
+    with training_progress() as (report, status):
+        detector = start_run(out, category, options, holdout=holdout, report=report, status=status, group=processes)
+    if processes.is_first:
+        _print_trained(out, detector)
+
+
+def _print_trained(folder: Path, detector: Detector) -> None:
     calibration = detector.calibration
     if calibration.threshold is None:
         told = "no threshold: there are no validation images (training images score too low to set one)"
@@ -167,20 +231,15 @@ def _train_into(out: Path, category: Any, options: TrainingOptions) -> None:
             f"threshold {calibration.threshold.value:.4g} from {calibration.threshold.n_images} normal validation "
             f"images, expected false alarms {calibration.threshold.expected_false_alarm_rate:.1%}"
         )
-    console.print(f"trained on {len(category.train)} images, run in {out}\n{told}")
+    n_images = runs.read_config(folder)["n_images"]["train"]
+    console.print(f"trained on {n_images} images, run in {folder}\n{told}")
 
 
 def _evaluate_run(
     folder: Path, data_root: Path | None, device: str, threshold: float | None, save_maps: Path | None
 ) -> dict[str, Any]:
     detector, options, config = runs.load_run(folder, device)
-    if data_root is None:
-        data_root = Path(config["data_root"])
-        if not data_root.exists():
-            raise UserError(f"the data of this run is not at {data_root} any more: say where it is with --data-root")
-    # Either the data set's folder or the category's own, under whatever name it has now.
-    inside = (data_root / config["category"]).is_dir()
-    category = open_category(data_root, config["category"] if inside else None, holdout=0)
+    category = find_category(folder, config, data_root)
     if not os.access(folder, os.W_OK):
         raise UserError(f"the figures cannot be written into {folder}: copy the run to a writable place")
     with counter("evaluating") as progress:
@@ -213,6 +272,8 @@ def _counted(items: Any, total: int, progress: Any) -> Any:
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
     columns = {"both students": metrics, "local alone": metrics["local"], "global alone": metrics["global"]}
+    if None in columns.values():  # one student, whose own figures these are
+        columns = {name: figures for name, figures in columns.items() if figures and figures is not metrics}
     counts = ", ".join(f"{n} {kind}" for kind, n in metrics["n_images"].items())
     console.print(results_table(f"{metrics['category']}: {counts} test images", columns), soft_wrap=False)
     if metrics["decisions"] is not None:

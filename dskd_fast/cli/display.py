@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dskd_fast.metrics.spro import FPR_LIMITS
+from dskd_fast.workflow.distributed import is_launched
 from dskd_fast.workflow.doctor import Service
 from dskd_fast.workflow.train import Progress as TrainingState
 
@@ -18,8 +19,13 @@ console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def training_progress() -> Iterator[tuple[Callable[[TrainingState], None], Callable[[str], None]]]:
-    """Yields (report, status) for `train`: a bar on a terminal, a line now and then elsewhere."""
+def training_progress(title: str = "") -> Iterator[tuple[Callable[[TrainingState], None], Callable[[str], None]]]:
+    """Yields (report, status) for `train`: a bar on a terminal, a line now and then elsewhere.
+
+    Several processes share one terminal: they write lines, which begin with `title`.
+    """
+    has_bar = console.is_terminal and not is_launched()
+    prefix = f"{title}: " if title else ""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -29,24 +35,26 @@ def training_progress() -> Iterator[tuple[Callable[[TrainingState], None], Calla
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
         console=console,
-        disable=not console.is_terminal,
+        disable=not has_bar,
     )
     task = None
     told = 0
 
     def report(state: TrainingState) -> None:
         nonlocal task, told
-        losses = f"local {state.local_loss:.4f}  global {state.global_loss:.3e}  {state.images_per_second:.1f} images/s"
-        if console.is_terminal:
+        figures = [] if state.local_loss is None else [f"local {state.local_loss:.4f}"]
+        figures += [] if state.global_loss is None else [f"global {state.global_loss:.3e}"]
+        losses = "  ".join([*figures, f"{state.images_per_second:.1f} images/s"])
+        if has_bar:
             if task is None:
                 task = bar.add_task("training", total=state.steps, losses="")
             bar.update(task, completed=state.step, losses=losses, description=f"epoch {state.epoch}")
         elif state.step * 10 // state.steps > told:
             told = state.step * 10 // state.steps
-            console.print(f"step {state.step}/{state.steps}  epoch {state.epoch}  {losses}")
+            console.print(f"{prefix}step {state.step}/{state.steps}  epoch {state.epoch}  {losses}")
 
     def status(text: str) -> None:
-        console.print(text)
+        console.print(prefix + text)
 
     with bar:
         yield report, status

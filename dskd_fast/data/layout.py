@@ -61,6 +61,9 @@ _MVTEC_AD_LOGICAL: dict[tuple[str, str], tuple[str, ...] | None] = {
 # A lossy format cannot hold a mask: its values smear over the edges.
 _MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 
+# The share of training images held out for validation where there is no validation folder.
+HOLDOUT = 0.1
+
 _MIN_IMAGES_TO_HOLD_OUT = 10
 
 # Each region becomes a mask of its own: noise taken for a mask would fill the memory.
@@ -243,7 +246,7 @@ def default_data_root() -> Path:
 
 
 def open_category(
-    data_root: str | os.PathLike, category: str | None, *, holdout: float = 0.1, seed: int = 0
+    data_root: str | os.PathLike, category: str | None, *, holdout: float = HOLDOUT, seed: int = 0
 ) -> Category:
     """Find the images of a category.
 
@@ -287,6 +290,22 @@ def open_category(
         test=tuple(_test_images(root, name, layout)),
         defect_types=_read_defects_config(root / "defects_config.json"),
     )
+
+
+def list_categories(data_root: Path) -> list[str]:
+    """The names of the categories in a data set's folder, sorted.
+
+    Raises:
+        DataNotFound: there are none.
+        UserError: the folder is itself a category, or no folder.
+    """
+    data_root = data_root.expanduser()
+    if data_root.is_dir() and not _is_category(data_root):
+        found = [folder.name for folder in _subfolders(data_root) if _is_category(folder)]
+        if found:
+            return found
+    _find_root(data_root, None)  # says what is wrong
+    raise UserError(f"{data_root} is itself a category: name the folder above it")
 
 
 def _folder_name(folder: Path) -> str:

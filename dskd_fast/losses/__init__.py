@@ -1,5 +1,5 @@
-"""The two students' training losses."""
+"""The losses of both students."""
 
-from dskd_fast.losses.distillation import ContextualAffinityLoss, CosineDistanceLoss
+from dskd_fast.losses.distillation import LOSSES, ContextualAffinityLoss, CosineDistanceLoss, make_loss
 
-__all__ = ["ContextualAffinityLoss", "CosineDistanceLoss"]
+__all__ = ["LOSSES", "ContextualAffinityLoss", "CosineDistanceLoss", "make_loss"]

@@ -9,6 +9,8 @@ from dskd_fast import functional
 
 Levels = Tensor | Sequence[Tensor]
 
+LOSSES = ("cosine", "flattened-cosine", "contextual-affinity")
+
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda values: values,
     "mean": torch.mean,
@@ -96,6 +98,15 @@ class CosineDistanceLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}, flatten={self.flatten}, backend={self.backend!r}"
+
+
+def make_loss(name: str, temperature: float = 1.0) -> nn.Module:
+    """The loss of one of the names in `LOSSES`; `temperature` is the contextual affinity's."""
+    if name not in LOSSES:
+        raise ValueError(f"there is no loss {name!r}: use one of {', '.join(map(repr, LOSSES))}")
+    if name == "contextual-affinity":
+        return ContextualAffinityLoss(temperature)
+    return CosineDistanceLoss(flatten=name == "flattened-cosine")
 
 
 def _check_reduction(reduction: str) -> None:

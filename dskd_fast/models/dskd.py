@@ -18,16 +18,22 @@ from dskd_fast.models.teacher import DEFAULT, Teacher
 _MAX_CONDENSING_PARAMETERS = 1e9
 
 
+STUDENTS = ("both", "local", "global")
+
+
 class Features(NamedTuple):
-    """Feature maps of one batch, three per network, finest first."""
+    """Feature maps of one batch, three per network, finest first; None for a student that there is not."""
 
     teacher: list[Tensor]
-    local_student: list[Tensor]
-    global_student: list[Tensor]
+    local_student: list[Tensor] | None
+    global_student: list[Tensor] | None
 
 
 class DSKD(nn.Module):
     """Teacher, OCBE_loc + S_loc, OCBE_glo with GCCB + S_glo.
+
+    Attributes:
+        students: ("local", "global"), or the one there is.
 
     Args:
         teacher: "wide_resnet50_2" (the paper's), "lite" (weights come with a package), or any timm backbone with three
@@ -37,6 +43,7 @@ class DSKD(nn.Module):
             paper's 1024 of 2048); 0: no GCCB; the embedding's own number: no 1x1 convolutions.
         stage4_init: start of the global branch's embedding, on which the paper is silent: "imagenet" takes the
             teacher's own stage 4 where it is a ResNet's (others start at random), "random" does not.
+        students: "both", or "local" or "global" for one branch alone (the paper's ablations).
         pretrained: load the teacher's ImageNet weights. False leaves them random, for tests and for loading a state.
         teacher_weights: file to load them from, instead of a download.
 
@@ -51,6 +58,7 @@ class DSKD(nn.Module):
         image_size: int = 256,
         gccb: int | None = None,
         stage4_init: str = "imagenet",
+        students: str = "both",
         pretrained: bool = True,
         teacher_weights: str | Path | None = None,
     ) -> None:
@@ -83,26 +91,33 @@ class DSKD(nn.Module):
             )
         if stage4_init not in ("imagenet", "random"):
             raise ValueError(f"stage4_init={stage4_init!r} is not known: use 'imagenet' or 'random'")
+        if students not in STUDENTS:
+            raise ValueError(f"students={students!r} is not known: use one of {', '.join(map(repr, STUDENTS))}")
         self.image_size = image_size
-        self.local_bottleneck = LocalBottleneck(levels)
-        self.local_student = Student(levels, self.teacher.rectified)
-        self.global_bottleneck = GlobalBottleneck(levels, image_size // stride, self.gccb)
-        self.global_student = Student(levels, self.teacher.rectified)
+        self.students = ("local", "global") if students == "both" else (students,)
+        if "local" in self.students:
+            self.local_bottleneck = LocalBottleneck(levels)
+            self.local_student = Student(levels, self.teacher.rectified)
+        if "global" in self.students:
+            self.global_bottleneck = GlobalBottleneck(levels, image_size // stride, self.gccb)
+            self.global_student = Student(levels, self.teacher.rectified)
         for branch in (self.local_branch, self.global_branch):
             for part in branch:
                 initialise(part)
         if pretrained or teacher_weights is not None:
             state = self.teacher.load_weights(teacher_weights)
-            if stage4_init == "imagenet" and self.teacher.is_bottleneck_resnet:
+            if stage4_init == "imagenet" and "global" in self.students and self.teacher.is_bottleneck_resnet:
                 self._load_stage4(state)
 
     @property
-    def local_branch(self) -> tuple[LocalBottleneck, Student]:
-        return self.local_bottleneck, self.local_student
+    def local_branch(self) -> tuple[nn.Module, ...]:
+        """OCBE_loc and S_loc; empty if there is no local student."""
+        return (self.local_bottleneck, self.local_student) if "local" in self.students else ()
 
     @property
-    def global_branch(self) -> tuple[GlobalBottleneck, Student]:
-        return self.global_bottleneck, self.global_student
+    def global_branch(self) -> tuple[nn.Module, ...]:
+        """OCBE_glo and S_glo; empty if there is no global student."""
+        return (self.global_bottleneck, self.global_student) if "global" in self.students else ()
 
     def forward(self, images: Tensor) -> Features:
         """RGB images (B, 3, S, S), float in [0, 1] -> the three networks' features."""
@@ -111,40 +126,50 @@ class DSKD(nn.Module):
                 f"images has shape {tuple(images.shape)}: pass (B, 3, {self.image_size}, {self.image_size})"
             )
         features = self.teacher(images)
-        return Features(
-            features,
-            self.local_student(self.local_bottleneck(features)),
-            self.global_student(self.global_bottleneck(features)),
-        )
+
+        def student(branch: tuple[nn.Module, ...]) -> list[Tensor] | None:
+            return branch[1](branch[0](features)) if branch else None
+
+        return Features(features, student(self.local_branch), student(self.global_branch))
 
     @torch.no_grad()
     def anomaly_maps(
-        self, images: Tensor, temperature: float = 1.0, *, align_corners: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        images: Tensor,
+        temperature: float = 1.0,
+        *,
+        local_map: str = "cosine",
+        global_map: str = "contextual-affinity",
+        align_corners: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Each branch's anomaly map before normalisation (paper eq. 8): levels upsampled bilinearly and added.
 
         Args:
             images: (B, 3, S, S), RGB, float in [0, 1].
             temperature: T of the contextual affinity, as in training.
+            local_map, global_map: "cosine" (distance per position, eq. 1) or "contextual-affinity" (KL, eq. 6).
             align_corners: of the upsampling, on which the paper is silent.
 
         Returns:
-            Local map (cosine distance, eq. 1) and global map (contextual affinity, eq. 6), each (B, S, S), float32.
+            Local map and global map, each (B, S, S), float32; None for a student that there is not.
         """
         features = self(images)
         size = images.shape[-2:]
 
-        def add_levels(level_maps: list[Tensor]) -> Tensor:
+        def add_levels(student: list[Tensor] | None, kind: str) -> Tensor | None:
+            if student is None:
+                return None
+            pairs = zip(student, features.teacher, strict=True)
+            if kind == "cosine":
+                level_maps = [functional.cosine_distance(s, t) for s, t in pairs]
+            else:
+                level_maps = [functional.contextual_affinity(s, t, temperature) for s, t in pairs]
             upsampled = [
                 nnf.interpolate(m[:, None], size, mode="bilinear", align_corners=align_corners) for m in level_maps
             ]
             return torch.cat(upsampled, dim=1).sum(1)
 
-        pairs = list(zip(features.local_student, features.teacher, strict=True))
-        local_maps = [functional.cosine_distance(s, t) for s, t in pairs]
-        pairs = list(zip(features.global_student, features.teacher, strict=True))
-        global_maps = [functional.contextual_affinity(s, t, temperature) for s, t in pairs]
-        return add_levels(local_maps), add_levels(global_maps)
+        return add_levels(features.local_student, local_map), add_levels(features.global_student, global_map)
 
     def _load_stage4(self, state: dict[str, Tensor]) -> None:
         prefix = "layer4."

@@ -16,7 +16,6 @@ from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 from dskd_fast.workflow.device import numerics
 
-BRANCHES = ("local", "global")
 Variant = Literal["combined", "local", "global"]
 VARIANTS: tuple[Variant, ...] = ("combined", "local", "global")
 
@@ -37,12 +36,15 @@ class Scoring:
             maximum that is the image score.
         filter_maps: whether the localisation map is filtered, too.
         align_corners: of the bilinear upsampling.
+        local_map, global_map: see `DSKD.anomaly_maps`: what each student was trained to make small.
     """
 
     temperature: float
     sigma: float
     filter_maps: bool = False
     align_corners: bool = False
+    local_map: str = "cosine"
+    global_map: str = "contextual-affinity"
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Calibration:
     """What is learned from normal images after training.
 
     Attributes:
-        statistics: of the "local" and the "global" branch's maps.
+        statistics: of the "local" and the "global" branch's maps, where there are both.
         source: which images they come from: "validation", or "train" where there are none.
         n_images: how many.
         threshold: None where there are no validation images: training images score too low to set it.
@@ -89,13 +91,16 @@ class Calibration:
 
 
 class Maps(NamedTuple):
-    """Anomaly maps of a batch, each (B, S, S), float32, in standard deviations above the normal mean."""
+    """Anomaly maps of a batch, each (B, S, S), float32, in standard deviations above the normal mean.
+
+    The map of a student that there is not is None; `combined` is then the other's.
+    """
 
     combined: NDArray[np.float32]
-    local: NDArray[np.float32]
-    global_: NDArray[np.float32]
+    local: NDArray[np.float32] | None
+    global_: NDArray[np.float32] | None
 
-    def of(self, variant: Variant) -> NDArray[np.float32]:
+    def of(self, variant: Variant) -> NDArray[np.float32] | None:
         return self.global_ if variant == "global" else getattr(self, variant)
 
 
@@ -111,8 +116,13 @@ class Detector:
     def device(self) -> torch.device:
         return self.model.teacher.mean.device
 
-    def raw_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Local and global map before normalisation, for uint8 RGB images (B, 3, S, S).
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """What there are maps of: "combined", and "local" and "global" or the one there is."""
+        return ("combined", *self.model.students)
+
+    def raw_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Each student's map before normalisation, in the order of `model.students`, for uint8 images (B, 3, S, S).
 
         Raises:
             UserError: they are not finite.
@@ -121,7 +131,14 @@ class Detector:
         batch = to_float(images, self.device)
         # Always float32, however the students were trained: a score should not depend on what the machine can round.
         with torch.inference_mode(), numerics("fp32", self.device):
-            maps = self.model.anomaly_maps(batch, self.scoring.temperature, align_corners=self.scoring.align_corners)
+            maps = self.model.anomaly_maps(
+                batch,
+                self.scoring.temperature,
+                local_map=self.scoring.local_map,
+                global_map=self.scoring.global_map,
+                align_corners=self.scoring.align_corners,
+            )
+            maps = tuple(m for m in maps if m is not None)
             if not torch.isfinite(torch.stack(maps)).all():
                 raise UserError(
                     "the networks give anomaly maps with NaN or infinite values: the weights are damaged, or the "
@@ -133,11 +150,12 @@ class Detector:
         """Normalised maps for uint8 RGB images (B, 3, S, S): each branch's, and their sum (paper eq. 8)."""
         if self.calibration is None:
             raise ValueError("the detector has no calibration yet: call calibrate first")
-        local, global_ = (
-            (raw.double() - self.calibration.statistics[name].mean) / self.calibration.statistics[name].std
-            for name, raw in zip(BRANCHES, self.raw_maps(images), strict=True)
-        )
-        return Maps(*(m.float().cpu().numpy() for m in (local + global_, local, global_)))
+        normalised = {
+            name: (raw.double() - self.calibration.statistics[name].mean) / self.calibration.statistics[name].std
+            for name, raw in zip(self.model.students, self.raw_maps(images), strict=True)
+        }
+        maps = {"combined": sum(normalised.values())} | normalised
+        return Maps(*(maps[name].float().cpu().numpy() if name in maps else None for name in VARIANTS))
 
     def image_scores(self, maps: NDArray[np.float32]) -> NDArray[np.float64]:
         """Image scores (B,) of maps (B, S, S): the maximum after a Gaussian filter."""
@@ -166,7 +184,8 @@ class Detector:
                 validation images, once more for the scores.
             source: what they are.
         """
-        count, total, squares = 0, np.zeros(2), np.zeros(2)
+        students = self.model.students
+        count, total, squares = 0, np.zeros(len(students)), np.zeros(len(students))
         n_images = 0
         for images in batches:
             raw = torch.stack(self.raw_maps(images)).double().flatten(1)
@@ -184,7 +203,7 @@ class Detector:
         # Values that differ by no more than float32 rounding are constant: their noise must not be blown up.
         constant = std <= np.finfo(np.float32).eps * np.abs(mean)
         statistics = {
-            name: Statistics(float(mean[i]), 1.0 if constant[i] else float(std[i])) for i, name in enumerate(BRANCHES)
+            name: Statistics(float(mean[i]), 1.0 if constant[i] else float(std[i])) for i, name in enumerate(students)
         }
         self.calibration = Calibration(statistics, source, n_images)
         if source == "validation":

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import re
 import sys
 from collections.abc import Iterator
 
@@ -33,6 +34,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     # Older torch cannot tell: then float32, which is right everywhere.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says, in the words of Python, of PyTorch's CPU allocator or of CUDA, that memory ran out."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
 
 
 def keep_freed_memory() -> None:

@@ -39,8 +39,9 @@ def evaluate(
 
     Returns:
         "category"; "auroc", "spro", "spro_at" as `dskd_fast.metrics.maps.score_maps` gives them, for the combined maps
-        and again under "local" and "global" for each student alone; "n_images" per kind; "decisions" per kind: how
-        many images were called anomalous at "threshold"; "absent": why a figure is None.
+        and again under "local" and "global" for each student alone (None for one that there is not); "n_images" per
+        kind; "decisions" per kind: how many images were called anomalous at "threshold"; "absent": why a figure is
+        None.
 
     Raises:
         UserError: no test images, or files that cannot be read or written.
@@ -53,7 +54,7 @@ def evaluate(
         progress=lambda done, total: progress("reading images", done, total),
     )
     maps = _all_maps(detector, images, batch_size, progress)
-    scores = {variant: detector.image_scores(maps.of(variant)) for variant in VARIANTS}
+    scores = {variant: detector.image_scores(maps.of(variant)) for variant in detector.variants}
 
     def scored(variant: str) -> Iterator[ScoredMap]:
         for i, item in enumerate(category.test):
@@ -63,13 +64,13 @@ def evaluate(
             yield ScoredMap(item.key, item.kind, anomaly_map, float(scores[variant][i]), category.defects(item))
             progress(f"scoring {variant} maps", i + 1, len(category.test))
 
-    figures = {variant: score_maps(scored(variant)) for variant in VARIANTS}
+    figures = {variant: score_maps(scored(variant)) for variant in detector.variants}
     kinds = np.array([item.kind for item in category.test])
     result = {
         "category": category.name,
         **figures["combined"],
-        "local": figures["local"],
-        "global": figures["global"],
+        "local": figures.get("local"),
+        "global": figures.get("global"),
         "n_images": count_kinds(category),
         "threshold": threshold,
         "decisions": None
@@ -102,11 +103,14 @@ def _all_maps(
     detector: Detector, images: ImageStore, batch_size: int, progress: Callable[[str, int, int], None]
 ) -> Maps:
     size = detector.model.image_size
-    maps = Maps(*(np.empty((len(images), size, size), dtype=np.float32) for _ in Maps._fields))
+    maps = Maps(
+        *(np.empty((len(images), size, size), np.float32) if v in detector.variants else None for v in VARIANTS)
+    )
     for start in range(0, len(images), batch_size):
         stop = min(start + batch_size, len(images))
-        for whole, part in zip(maps, detector.maps(images.batch(range(start, stop))), strict=True):
-            whole[start:stop] = part
+        parts = detector.maps(images.batch(range(start, stop)))
+        for variant in detector.variants:
+            maps.of(variant)[start:stop] = parts.of(variant)
         progress("computing maps", stop, len(images))
     return maps
 
@@ -123,7 +127,7 @@ def _write_scores(
                     [
                         item.path.relative_to(category.root).as_posix(),
                         item.kind,
-                        *(float(scores[variant][i]) for variant in VARIANTS),
+                        *(float(scores[variant][i]) if variant in scores else None for variant in VARIANTS),
                         threshold,
                         decide(scores["combined"][i], threshold),
                     ]

@@ -1,19 +1,22 @@
 """The run folder: all of a training run, enough to use it on another machine without the data.
 
-config.json          every option, the category, versions, seed, commit
-weights.safetensors  teacher and both students
-calibration.json     normalisation statistics and decision threshold
-history.json         losses and speed per epoch
-metrics.json         figures, written by `evaluate`
-scores.csv           scores of each test image, written by `evaluate`
+config.json             every option, the category, versions, seed, commit
+checkpoint.safetensors  the state of the training, until it has finished
+weights.safetensors     teacher and students
+calibration.json        normalisation statistics and decision threshold
+history.json            losses and speed per epoch
+metrics.json            figures, written by `evaluate`
+scores.csv              scores of each test image, written by `evaluate`
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -21,68 +24,88 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import safetensors.torch
 import timm
 import torch
 import torchvision
+from filelock import FileLock, Timeout
 
 import dskd_fast
 from dskd_fast.data.layout import Category
 from dskd_fast.errors import UserError
 from dskd_fast.files import unwritable, write_file
 from dskd_fast.models import DSKD
-from dskd_fast.workflow.detector import BRANCHES, Calibration, Detector, Statistics, Threshold
+from dskd_fast.workflow.checkpoints import Epoch
+from dskd_fast.workflow.detector import Calibration, Detector, Statistics, Threshold
 from dskd_fast.workflow.device import resolve_device
-from dskd_fast.workflow.train import Epoch, TrainingOptions
+from dskd_fast.workflow.tensors import load_tensors, save_tensors
+from dskd_fast.workflow.train import TrainingOptions
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 CALIBRATION = "calibration.json"
 HISTORY = "history.json"
 METRICS = "metrics.json"
+CHECKPOINT = "checkpoint.safetensors"
+_LOCK = ".lock"
 
 _FORMAT = 1
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that holds its files only when they are complete.
+def claimed(folder: Path, *, is_new: bool) -> Iterator[None]:
+    """Have a run folder for this process alone while it trains.
 
-    Yields a temporary folder beside `target` (inside it, if it is there already and empty), made at once so that an
-    unwritable place is known of before any work. On an error it is removed.
+    Args:
+        folder: of the run.
+        is_new: make it, or take it if it is there and empty. After an error nothing of it is left, unless it holds the
+            state of a training by then.
 
     Raises:
-        UserError: `target` exists and is not an empty folder, or cannot be written.
+        UserError: another process trains in it, it is new and has content, or it cannot be written.
     """
+    lock = FileLock(folder / _LOCK)
     try:
-        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-            raise UserError(f"{target} already exists: choose another name, or move it away")
-        # Through a link to an empty folder, the run goes where the link leads.
-        target = target.resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        existed = target.is_dir()
-        temporary = tempfile.TemporaryDirectory(
-            prefix=f".{target.name[:200]}.",
-            suffix=".partial",
-            dir=target if existed else target.parent,
-            ignore_cleanup_errors=True,
-        )
-    except OSError as error:
-        raise unwritable(target, error) from error
-    with temporary as name:
-        content = Path(name, "content")
-        content.mkdir()
-        yield content
-        try:
-            if existed:
-                # It may be a mount point or somebody's working directory: filled, not replaced. What makes it a run
-                # comes last.
-                for entry in sorted(content.iterdir(), key=lambda path: path.name == CONFIG):
-                    entry.rename(target / entry.name)
-            else:
-                content.rename(target)
-        except OSError as error:
-            raise unwritable(target, error) from error
+        existed = folder.is_dir()
+        if is_new and os.path.lexists(folder) and not existed:
+            raise UserError(f"{folder} already exists: choose another name, or move it away")
+        if is_new and not existed:
+            folder.mkdir(parents=True, exist_ok=True)
+        # Before a lock is put into it: this may be anybody's folder.
+        others = [entry for entry in folder.iterdir() if entry.name != _LOCK]
+        if is_new and others and not (folder / _LOCK).exists():
+            raise UserError(_in_the_way(folder))
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"another process is training in {folder}: wait until it has finished, or choose another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise unwritable(folder, error if isinstance(error, OSError) else OSError(str(error))) from error
+    try:
+        # Another process may have come, trained and gone in between.
+        is_ours = not (is_new and any(entry.name != _LOCK for entry in folder.iterdir()))
+        if not is_ours:
+            raise UserError(_in_the_way(folder))
+        for entry in folder.glob(".*"):
+            if entry.name != _LOCK and entry.is_file():
+                entry.unlink()  # half written by a process that was killed
+        yield
+    except BaseException:
+        if is_new and is_ours and not (folder / CHECKPOINT).exists():
+            with contextlib.suppress(OSError):
+                for entry in folder.iterdir():
+                    entry.unlink()
+                if not existed:
+                    folder.rmdir()
+        raise
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _in_the_way(folder: Path) -> str:
+    go_on = f", or go on with it by --resume {folder}" if (folder / CONFIG).exists() else ""
+    return f"{folder} already exists: choose another name, or move it away{go_on}"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -92,18 +115,23 @@ def write_json(path: Path, content: Any) -> None:
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
-def save_run(
-    folder: Path, detector: Detector, options: TrainingOptions, category: Category, history: list[Epoch]
-) -> None:
-    """Write a trained detector into `folder`."""
-    write_json(folder / CONFIG, describe(detector.model, options, category))
-    state = {name: tensor.contiguous().cpu() for name, tensor in detector.model.state_dict().items()}
-    write_file(folder / WEIGHTS, lambda temporary: safetensors.torch.save_file(state, temporary))
-    write_json(folder / CALIBRATION, dataclasses.asdict(detector.calibration))
+def begin_run(folder: Path, options: TrainingOptions, category: Category, holdout: float) -> None:
+    """Write what is known of a training before it starts, which is enough to start it again."""
+    write_json(folder / CONFIG, describe(options, category, holdout))
+
+
+def save_run(folder: Path, detector: Detector, options: TrainingOptions, history: list[Epoch]) -> None:
+    """Complete a run folder with the trained detector, and drop the state of its training."""
+    save_tensors(folder / WEIGHTS, detector.model.state_dict())
     write_json(folder / HISTORY, [dataclasses.asdict(epoch) for epoch in history])
+    resolved = {"gccb": detector.model.gccb, "sigma": options.scoring.sigma}
+    write_json(folder / CONFIG, read_config(folder) | {"resolved": resolved})
+    # What makes it a finished run comes last.
+    write_json(folder / CALIBRATION, dataclasses.asdict(detector.calibration))
+    (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
-def describe(model: DSKD, options: TrainingOptions, category: Category) -> dict[str, Any]:
+def describe(options: TrainingOptions, category: Category, holdout: float) -> dict[str, Any]:
     """What a run's config.json holds."""
     return {
         "format": _FORMAT,
@@ -111,10 +139,11 @@ def describe(model: DSKD, options: TrainingOptions, category: Category) -> dict[
         "layout": category.layout,
         "data_root": str(category.root.absolute()),
         "n_images": category.n_images,
+        "images": fingerprint(category),
         "validation_source": category.validation_source,
+        "holdout": holdout,
         "held_out": [path.name for path in category.validation] if category.validation_source == "holdout" else [],
         "options": dataclasses.asdict(options),
-        "resolved": {"gccb": model.gccb, "sigma": options.scoring.sigma},
         "versions": {
             "dskd_fast": dskd_fast.__version__,
             "python": platform.python_version(),
@@ -129,6 +158,20 @@ def describe(model: DSKD, options: TrainingOptions, category: Category) -> dict[
         "commit": _commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def fingerprint(category: Category) -> str:
+    """A hash of the names and sizes of the images that a training sees, to notice when they are others."""
+    digest = hashlib.sha256()
+    for split in (category.train, category.validation):
+        for path in split:
+            digest.update(os.fsencode(path.name) + b"\0%d\0" % path.stat().st_size)
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / CALIBRATION).is_file()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -152,19 +195,35 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_finished(folder: Path) -> dict[str, Any]:
+    """A run's config.json, where the training has finished.
+
+    Raises:
+        UserError: it has not, or as `read_config` does.
+    """
+    config = read_config(folder)
+    if not is_finished(folder) and not (folder / WEIGHTS).is_file():
+        raise UserError(
+            f"the training of {folder} has not finished: go on with it by "
+            f"`dskd-fast train --resume {shlex.quote(str(folder))}`"
+        )
+    return config
+
+
 def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOptions, dict[str, Any]]:
     """Read a run folder: the detector on `device`, its options, and its config.
 
     Raises:
         UserError: the folder is not a complete run.
     """
-    config = read_config(folder)
+    config = read_finished(folder)
     try:
         options = TrainingOptions(**config["options"])
+        students = ("local", "global") if options.students == "both" else (options.students,)
         content = read_json(folder / CALIBRATION)
         threshold = content.pop("threshold")
         calibration = Calibration(
-            **content | {"statistics": {name: Statistics(**content["statistics"][name]) for name in BRANCHES}},
+            **content | {"statistics": {name: Statistics(**content["statistics"][name]) for name in students}},
             threshold=None if threshold is None else Threshold(**threshold),
         )
     except (KeyError, TypeError, AttributeError, UserError) as error:
@@ -177,17 +236,20 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
         image_size=options.image_size,
         gccb=options.gccb,
         stage4_init=options.stage4_init,
+        students=options.students,
         pretrained=False,
     )
     weights = folder / WEIGHTS
     try:
-        model.load_state_dict(safetensors.torch.load_file(weights))
+        model.load_state_dict(load_tensors(weights)[0])
     except FileNotFoundError:
         raise UserError(f"the run {folder} has no {WEIGHTS}: train again, or copy the whole folder") from None
-    except (safetensors.SafetensorError, RuntimeError) as error:
+    except UserError as error:
+        raise UserError(f"{error}: train again, or restore the file") from None
+    except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{weights} is damaged or belongs to another run ({reason[:200]}): train again, or restore the file"
+            f"{weights} belongs to another run ({reason[:200]}): train again, or restore the file"
         ) from None
     model = model.to(resolve_device(device), memory_format=torch.channels_last)
     return Detector(model, options.scoring, calibration), options, config

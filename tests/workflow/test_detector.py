@@ -22,13 +22,14 @@ class Networks:
         return self
 
     mean = torch.zeros(1)
+    students = ("local", "global")
 
     def eval(self):
         self.training = False
 
-    def anomaly_maps(self, images, temperature, *, align_corners):
+    def anomaly_maps(self, images, temperature, *, local_map, global_map, align_corners):
         assert not self.training
-        self.calls.append((temperature, align_corners, torch.is_inference_mode_enabled()))
+        self.calls.append((temperature, local_map, global_map, align_corners, torch.is_inference_mode_enabled()))
         return self.local(images), self.global_(images)
 
 
@@ -46,7 +47,7 @@ def test_raw_maps_get_pixels_from_0_to_1_and_what_the_run_says(images):
     local, global_ = make_detector(networks, temperature=0.5, align_corners=True).raw_maps(images)
     torch.testing.assert_close(local, images[:, 0].float() / 255)
     torch.testing.assert_close(global_, (images[:, 1].float() / 255).square())
-    assert networks.calls == [(0.5, True, True)]
+    assert networks.calls == [(0.5, "cosine", "contextual-affinity", True, True)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -214,7 +214,7 @@ def test_an_epochs_loss_is_the_mean_over_images_not_over_batches(few, tiny_optio
 def test_a_loss_that_is_not_finite_stops_the_training(few, tiny_options, monkeypatch, value, loss):
     steps = iter([1.0, 1.0, value])
     monkeypatch.setattr(train_module, loss, _Loss(lambda n: next(steps)))
-    with pytest.raises(UserError, match=r"epoch 2, step 1 .*lower --lr \(now 0\.005\)$"):
+    with pytest.raises(UserError, match=r"no longer finite .* at epoch 2, step 1: lower --lr \(now 0\.005\)$"):
         train(few(8), tiny_options(epochs=9))
 
 

@@ -1,0 +1,188 @@
+"""A training and its run folder, from the first file to the last."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dskd_fast.data.layout import Category, open_category
+from dskd_fast.errors import UserError
+from dskd_fast.workflow import run as runs
+from dskd_fast.workflow.detector import Detector
+from dskd_fast.workflow.distributed import ALONE, Group
+from dskd_fast.workflow.train import Progress, TrainingOptions, train
+
+# What may change in the middle of a training: the model and what it has seen stay what they are.
+CHANGEABLE = ("epochs", "batch_size", "lr", "precision", "compile", "device")
+
+Report = Callable[[Progress], None]
+Status = Callable[[str], None]
+
+
+def start_run(
+    folder: Path,
+    category: Category,
+    options: TrainingOptions,
+    *,
+    holdout: float,
+    report: Report = lambda _: None,
+    status: Status = lambda _: None,
+    group: Group = ALONE,
+) -> Detector:
+    """Train into a new run folder.
+
+    Args:
+        folder: must not exist, or be empty.
+        category, options, report, status, group: see `dskd_fast.workflow.train.train`, whose errors it raises.
+        holdout: the share of training images with which `category` was opened.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            if group.is_first:
+                stack.enter_context(runs.claimed(folder, is_new=True))
+                runs.begin_run(folder, options, category, holdout)
+
+        group.agree(claim)
+        return _train_and_save(folder, category, options, report, status, group)
+
+
+def resume_run(
+    folder: Path,
+    changes: dict[str, Any] | None = None,
+    *,
+    data_root: Path | None = None,
+    report: Report = lambda _: None,
+    status: Status = lambda _: None,
+    group: Group = ALONE,
+) -> Detector:
+    """Go on with a training that was killed, stopped or failed, as if nothing had happened.
+
+    Args:
+        folder: of the run.
+        changes: options to change from here on, of `CHANGEABLE`; config.json lists them.
+        data_root: where the data is now.
+        report, status, group: see `dskd_fast.workflow.train.train`, whose errors it raises.
+
+    Raises:
+        UserError: the training has finished, the images are others, or an option cannot be changed.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> tuple[Category, TrainingOptions]:
+            config = runs.read_config(folder)
+            if runs.is_finished(folder):
+                raise UserError(f"the training of {folder} has finished already: `evaluate` and `predict` take it")
+            if group.is_first:
+                stack.enter_context(runs.claimed(folder, is_new=False))
+            options, holdout = _options_of(folder, config)
+            category = find_category(folder, config, data_root, holdout=holdout, seed=options.seed)
+            if runs.fingerprint(category) != config.get("images"):
+                raise UserError(
+                    f"the training and validation images in {category.root} are not those with which {folder} began "
+                    f"({_count(config['n_images'])} then, {_count(category.n_images)} now): restore them, or train "
+                    "again into another folder"
+                )
+            changed = {name: value for name, value in (changes or {}).items() if getattr(options, name) != value}
+            fixed = [name for name in changed if name not in CHANGEABLE]
+            if fixed:
+                raise UserError(
+                    f"{fixed[0]} of {folder} cannot change from {getattr(options, fixed[0])!r} to "
+                    f"{changed[fixed[0]]!r} in the middle of a training: only {', '.join(CHANGEABLE)} can"
+                )
+            options = dataclasses.replace(options, **changed)
+            if changed and group.is_first:
+                record = {
+                    "options": dataclasses.asdict(options),
+                    "changes": [*config.get("changes", []), changed],
+                    "data_root": str(category.root.absolute()),
+                }
+                runs.write_json(folder / runs.CONFIG, config | record)
+            return category, options
+
+        category, options = group.agree(claim)
+        return _train_and_save(folder, category, options, report, status, group)
+
+
+def ensure_run(
+    folder: Path,
+    category: Category,
+    options: TrainingOptions,
+    *,
+    holdout: float,
+    report: Report = lambda _: None,
+    status: Status = lambda _: None,
+) -> bool:
+    """Have a finished run: start it, go on with it, or find that it is there. True unless it was there.
+
+    Raises:
+        UserError: the folder holds a run with other options or images.
+    """
+    if not (folder / runs.CONFIG).exists():
+        start_run(folder, category, options, holdout=holdout, report=report, status=status)
+        return True
+    config = runs.read_config(folder)
+    there, _ = _options_of(folder, config)
+    # Where it runs is no part of what it is.
+    others = [
+        field.name
+        for field in dataclasses.fields(options)
+        if field.name != "device" and getattr(there, field.name) != getattr(options, field.name)
+    ]
+    if others:
+        raise UserError(
+            f"{folder} holds a run with {others[0]} {getattr(there, others[0])!r}, not "
+            f"{getattr(options, others[0])!r}: choose another folder, or move it away"
+        )
+    if runs.fingerprint(category) != config.get("images"):
+        raise UserError(f"{folder} was trained on other images than {category.root} has: move it away to train again")
+    if runs.is_finished(folder):
+        return False
+    resume_run(folder, data_root=category.root, report=report, status=status)
+    return True
+
+
+def find_category(
+    folder: Path, config: dict[str, Any], data_root: Path | None, *, holdout: float = 0, seed: int = 0
+) -> Category:
+    """The images that a run is about.
+
+    Args:
+        folder: of the run.
+        config: its config.json.
+        data_root: where the data is now: the data set's folder, or the category's own under whatever name.
+        holdout, seed: as in training, where training images matter.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if data_root is None:
+        data_root = Path(config["data_root"])
+        if not data_root.exists():
+            raise UserError(f"the data of {folder} is not at {data_root} any more: say where it is with --data-root")
+    inside = (data_root / config["category"]).is_dir()
+    return open_category(data_root, config["category"] if inside else None, holdout=holdout, seed=seed)
+
+
+def _train_and_save(
+    folder: Path, category: Category, options: TrainingOptions, report: Report, status: Status, group: Group
+) -> Detector:
+    detector, history = train(category, options, report, status, checkpoint=folder / runs.CHECKPOINT, group=group)
+    if group.is_first:
+        runs.save_run(folder, detector, options, history)
+    return detector
+
+
+def _options_of(folder: Path, config: dict[str, Any]) -> tuple[TrainingOptions, float]:
+    try:
+        return TrainingOptions(**config["options"]), float(config["holdout"])
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{folder / runs.CONFIG} was not written by this program ({error}): train again, or restore the file"
+        ) from None
+
+
+def _count(n_images: dict[str, int]) -> str:
+    return json.dumps({name: n_images[name] for name in ("train", "validation")})
