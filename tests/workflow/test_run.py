@@ -4,6 +4,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from dskd_fast import __version__
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
-from dskd_fast.workflow.run import load_run, new_folder, read_config, save_run, write_file, write_json
+from dskd_fast.workflow.run import begin_run, claimed, load_run, read_config, save_run, write_file, write_json
+from dskd_fast.workflow.tensors import load_tensors, save_tensors
 from dskd_fast.workflow.train import train
 
 
@@ -30,23 +34,22 @@ def fail(code):
 # ------------------------------------------------------------------------------------------------- new folders
 
 
-def test_a_folder_appears_when_it_is_complete(tmp_path, below):
-    with new_folder(tmp_path / "deep" / "run") as folder:
-        (folder / "a.txt").write_text("a")
-        assert not (tmp_path / "deep" / "run").exists()
-        assert folder.is_relative_to(tmp_path / "deep")
-    assert below(tmp_path) == ["deep", "deep/run", "deep/run/a.txt"]
-    # Not private to the user, as temporary folders are.
-    (tmp_path / "plain").mkdir()
-    assert (tmp_path / "deep" / "run").stat().st_mode == (tmp_path / "plain").stat().st_mode
+def test_a_folder_is_made_and_locked_while_a_training_has_it(tmp_path, below):
+    with claimed(tmp_path / "deep" / "run", is_new=True):
+        (tmp_path / "deep" / "run" / "config.json").write_text("a")
+        assert below(tmp_path / "deep" / "run") == [".lock", "config.json"]
+    assert below(tmp_path) == ["deep", "deep/run", "deep/run/config.json"]
 
 
 @pytest.mark.parametrize("error", [ValueError, UserError, KeyboardInterrupt, OSError(5, "x"), MemoryError])
-def test_after_an_error_nothing_is_left(tmp_path, below, error):
+@pytest.mark.parametrize("existed", [False, True])
+def test_after_an_error_nothing_is_left(tmp_path, below, error, existed):
+    if existed:
+        (tmp_path / "run").mkdir()
+
     def fail_inside():
-        with new_folder(tmp_path / "run") as folder:
-            (folder / "sub").mkdir()
-            (folder / "sub" / "a.txt").write_text("a")
+        with claimed(tmp_path / "run", is_new=True):
+            (tmp_path / "run" / "config.json").write_text("a")
             raise error
 
     expected = error if isinstance(error, type) else type(error)
@@ -54,7 +57,19 @@ def test_after_an_error_nothing_is_left(tmp_path, below, error):
         fail_inside()
     # An error from inside is handed on as it is.
     assert type(caught.value) is expected
-    assert below(tmp_path) == []
+    assert below(tmp_path) == (["run"] if existed else [])
+
+
+def test_after_an_error_the_state_of_a_training_is_kept(tmp_path, below):
+    def fail_inside(is_new):
+        with claimed(tmp_path / "run", is_new=is_new):
+            (tmp_path / "run" / "checkpoint.safetensors").write_text("a")
+            raise ZeroDivisionError
+
+    for is_new in (True, False):
+        with pytest.raises(ZeroDivisionError):
+            fail_inside(is_new)
+        assert below(tmp_path) == ["run", "run/checkpoint.safetensors"]
 
 
 def test_a_folder_with_content_a_file_and_a_dead_link_are_not_replaced(tmp_path, below):
@@ -64,65 +79,79 @@ def test_a_folder_with_content_a_file_and_a_dead_link_are_not_replaced(tmp_path,
     (tmp_path / "dead").symlink_to("nowhere")
     before = below(tmp_path)
     for name in ("full", "file", "dead"):
-        with pytest.raises(UserError, match=f"{name} already exists"), new_folder(tmp_path / name):
+        with pytest.raises(UserError, match=f"{name} already exists"), claimed(tmp_path / name, is_new=True):
             pytest.fail("too late")
     assert below(tmp_path) == before
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 
-def test_an_empty_folder_may_be_filled_through_a_link_too(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with new_folder(tmp_path / "empty") as folder:
-        (folder / "a").touch()
-    assert (tmp_path / "empty" / "a").is_file()
+def test_a_run_in_the_way_may_be_gone_on_with(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").touch()
+    with pytest.raises(UserError, match=r"or go on with it by --resume .*run"), claimed(tmp_path / "run", is_new=True):
+        pytest.fail("too late")
 
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_second_process_is_refused(tmp_path, is_new):
+    """Another process, since a lock of one's own is no lock."""
+    code = f"""
+from pathlib import Path
+from dskd_fast.errors import UserError
+from dskd_fast.workflow.run import claimed
+try:
+    with claimed(Path({str(tmp_path / "run")!r}), is_new={is_new}):
+        print("claimed")
+except UserError as error:
+    print(error)
+"""
+    with claimed(tmp_path / "run", is_new=True):
+        (tmp_path / "run" / "config.json").touch()
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert second.stdout.startswith(f"another process is training in {tmp_path / 'run'}: wait")
+        assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_lock_of_a_killed_process_does_not_hold(tmp_path, below):
+    code = f"""
+import os, signal
+from pathlib import Path
+from dskd_fast.workflow.run import claimed
+with claimed(Path({str(tmp_path / "run")!r}), is_new=True):
+    Path({str(tmp_path / "run" / "config.json")!r}).touch()
+    Path({str(tmp_path / "run" / ".123.safetensors")!r}).touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code])
+    assert killed.returncode == -signal.SIGKILL
+    assert below(tmp_path / "run") == [".123.safetensors", ".lock", "config.json"]
+    with claimed(tmp_path / "run", is_new=False):
+        # What was half written is swept up.
+        assert below(tmp_path / "run") == [".lock", "config.json"]
+
+
+def test_an_empty_folder_may_be_filled_through_a_link_too(tmp_path, below):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "real").mkdir()
     (tmp_path / "link").symlink_to(Path("disk", "real"))
-    with new_folder(tmp_path / "link") as folder:
-        (folder / "a").touch()
+    with claimed(tmp_path / "link", is_new=True):
+        (tmp_path / "link" / "a").touch()
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "disk" / "real" / "a").is_file()
-
-
-def test_a_mount_point_or_working_directory_is_filled_not_replaced(tmp_path, monkeypatch):
-    volume = tmp_path / "volume"
-    volume.mkdir()
-    monkeypatch.chdir(volume)
-    inode = volume.stat().st_ino
-    with new_folder(Path(".")) as folder:
-        (folder / "config.json").touch()
-        (folder / "weights").touch()
-    assert volume.stat().st_ino == inode
-    assert sorted(path.name for path in volume.iterdir()) == ["config.json", "weights"]
-
-
-def test_an_empty_folder_is_still_there_after_a_failure(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "empty") as folder:
-        (folder / "a").write_text(str(1 / 0))
-    assert list((tmp_path / "empty").iterdir()) == []
+    assert below(tmp_path / "disk") == ["real", "real/a"]
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_an_unwritable_place_is_refused_before_the_work(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "mkdir", fail(code))
-    with pytest.raises(UserError, match=r"cannot write .*writable place"), new_folder(tmp_path / "run"):
+    with pytest.raises(UserError, match=r"cannot write .*writable place"), claimed(tmp_path / "run", is_new=True):
         pytest.fail("too late")
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "file/run"])
 def test_an_impossible_name_is_refused(tmp_path, name):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write"), new_folder(tmp_path / name):
+    with pytest.raises(UserError, match="cannot write"), claimed(tmp_path / name, is_new=True):
         pytest.fail("too late")
-
-
-def test_a_failing_rename_is_a_user_error_and_leaves_nothing(tmp_path, below, monkeypatch):
-    monkeypatch.setattr(Path, "rename", fail(errno.ENOSPC))
-    with pytest.raises(UserError, match="No space left"), new_folder(tmp_path / "run") as folder:
-        (folder / "a").touch()
-    assert below(tmp_path) == []
 
 
 # ------------------------------------------------------------------------------------------------------- files
@@ -210,7 +239,9 @@ def test_what_is_loaded_is_what_was_saved(data_root, tiny_options, tmp_path, bel
     category = open_category(data_root, "screw_bag")
     options = tiny_options(sigma=1.25, align_corners=True, gccb=None)
     detector, history = train(category, options)
-    save_run(tmp_path / "run", detector, options, category, history)
+    begin_run(tmp_path / "run", options, category, 0.1)
+    (tmp_path / "run" / "checkpoint.safetensors").touch()
+    save_run(tmp_path / "run", detector, options, history)
     assert below(tmp_path / "run") == ["calibration.json", "config.json", "history.json", "weights.safetensors"]
 
     loaded, loaded_options, config = load_run(tmp_path / "run", "cpu")
@@ -283,7 +314,7 @@ def test_truncated_weights_are_refused(run):
 
 def test_weights_of_another_run_are_refused(run, data_root, tiny_options):
     edit(run / "config.json", lambda c: c["options"].update(gccb=16))
-    with pytest.raises(UserError, match=r"weights\.safetensors .* belongs to another run"):
+    with pytest.raises(UserError, match=r"weights\.safetensors belongs to another run"):
         load_run(run, "cpu")
 
 
@@ -302,9 +333,9 @@ def test_weights_are_never_unpickled(run, tmp_path):
 
 
 def test_weights_that_are_not_numbers_give_no_scores(run, data_root):
-    weights = safetensors.torch.load_file(run / "weights.safetensors")
+    weights, _ = load_tensors(run / "weights.safetensors")
     weights["local_student.up1.0.conv1.weight"].fill_(float("nan"))
-    safetensors.torch.save_file(weights, run / "weights.safetensors")
+    save_tensors(run / "weights.safetensors", weights)
     detector, _, _ = load_run(run, "cpu")
     images = ImageStore(open_category(data_root, "screw_bag").validation, 64).batch([0])
     with pytest.raises(UserError, match="weights are damaged"):

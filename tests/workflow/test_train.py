@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+import dskd_fast
 import dskd_fast.workflow.train as train_module
 from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
+from dskd_fast.functional import cosine_distance
 from dskd_fast.models import DSKD
 from dskd_fast.workflow.detector import threshold_from
 from dskd_fast.workflow.train import Trainer, TrainingOptions, train
@@ -193,13 +195,24 @@ class _Loss:
     def __init__(self, value):
         self.value = value
 
-    def __call__(self, *_, **__):
-        return lambda student, teacher: sum(s.sum() for s in student) * 0 + self.value(len(student[0]))
+    def __call__(self, student, teacher):
+        return sum(s.sum() for s in student) * 0 + self.value(len(student[0]))
 
 
-def test_an_epochs_loss_is_the_mean_over_images_not_over_batches(few, tiny_options, monkeypatch):
-    monkeypatch.setattr(train_module, "CosineDistanceLoss", _Loss(float))
-    monkeypatch.setattr(train_module, "ContextualAffinityLoss", _Loss(lambda n: 10.0 * n))
+@pytest.fixture
+def losses(monkeypatch):
+    """Replaces the losses of the given names."""
+    original = train_module.make_loss
+
+    def replace(**by_name):
+        by_name = {name.replace("_", "-"): _Loss(value) for name, value in by_name.items()}
+        monkeypatch.setattr(train_module, "make_loss", lambda name, t: by_name.get(name) or original(name, t))
+
+    return replace
+
+
+def test_an_epochs_loss_is_the_mean_over_images_not_over_batches(few, tiny_options, losses):
+    losses(cosine=float, contextual_affinity=lambda n: 10.0 * n)
     reports = []
     _, history = train(few(5), tiny_options(epochs=2), reports.append)
     # A batch of four and a batch of one.
@@ -210,18 +223,61 @@ def test_an_epochs_loss_is_the_mean_over_images_not_over_batches(few, tiny_optio
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("loss", ["CosineDistanceLoss", "ContextualAffinityLoss"])
-def test_a_loss_that_is_not_finite_stops_the_training(few, tiny_options, monkeypatch, value, loss):
+@pytest.mark.parametrize("loss", ["cosine", "contextual_affinity"])
+def test_a_loss_that_is_not_finite_stops_the_training(few, tiny_options, losses, value, loss):
     steps = iter([1.0, 1.0, value])
-    monkeypatch.setattr(train_module, loss, _Loss(lambda n: next(steps)))
+    losses(**{loss: lambda n: next(steps)})
     with pytest.raises(UserError, match=r"no longer finite .* at epoch 2, step 1: lower --lr \(now 0\.005\)$"):
         train(few(8), tiny_options(epochs=9))
 
 
-def test_in_bf16_the_message_on_divergence_names_fp32_too(few, tiny_options, monkeypatch):
-    monkeypatch.setattr(train_module, "CosineDistanceLoss", _Loss(lambda n: math.nan))
+def test_in_bf16_the_message_on_divergence_names_fp32_too(few, tiny_options, losses):
+    losses(cosine=lambda n: math.nan)
     with pytest.raises(UserError, match=r"lower --lr .* or use --precision fp32"):
         train(few(2), tiny_options(precision="bf16"))
+
+
+def test_a_loss_that_grows_tenfold_stops_the_training(few, tiny_options, losses):
+    steps = iter([1.0, 9.9, 0.1, 10.1])
+    losses(contextual_affinity=lambda n: next(steps))
+    with pytest.raises(
+        UserError, match=r"the global loss has grown from 1 in the first epoch to 10\.1 at epoch 4, step 1"
+    ):
+        train(few(4), tiny_options(epochs=9))
+
+
+@pytest.mark.parametrize("students", ["local", "global"])
+@pytest.mark.parametrize("loss", ["cosine", "flattened-cosine", "contextual-affinity"])
+def test_a_student_trains_alone_with_any_loss_and_is_the_whole_score(category, tiny_options, students, loss):
+    options = tiny_options(students=students, epochs=3, **{f"{students}_loss": loss})
+    detector, history = train(category, options)
+    absent = "global" if students == "local" else "local"
+    assert [getattr(epoch, f"{absent}_loss") for epoch in history] == [None] * 3
+    assert getattr(history[-1], f"{students}_loss") < getattr(history[0], f"{students}_loss")
+    assert detector.variants == ("combined", students)
+    assert not [name for name in detector.model.state_dict() if name.startswith(absent)]
+    images = ImageStore(category.validation, 64).batch(range(3))
+    maps = detector.maps(images)
+    assert maps.of(absent) is None
+    np.testing.assert_array_equal(maps.combined, maps.of(students))
+    # The map is that of the loss.
+    features = detector.model(images.float() / 255)
+    function = dskd_fast.functional.contextual_affinity if loss == "contextual-affinity" else cosine_distance
+    student = getattr(features, f"{students}_student")
+    expected = sum(
+        torch.nn.functional.interpolate(function(s, t)[:, None], (64, 64), mode="bilinear")[:, 0]
+        for s, t in zip(student, features.teacher, strict=True)
+    )
+    torch.testing.assert_close(detector.raw_maps(images)[0], expected.detach())
+
+
+def test_both_students_may_have_the_same_loss(few, tiny_options):
+    options = tiny_options(local_loss="contextual-affinity", global_loss="cosine")
+    detector, history = train(few(4), options)
+    paper, paper_history = train(few(4), tiny_options())
+    assert history[0].local_loss == pytest.approx(paper_history[0].global_loss, rel=3)
+    assert history[0].global_loss == pytest.approx(paper_history[0].local_loss, rel=3)
+    assert (detector.scoring.local_map, detector.scoring.global_map) == ("contextual-affinity", "cosine")
 
 
 def test_a_last_step_that_diverges_is_noticed_too(few, tiny_options):
@@ -318,6 +374,9 @@ def test_options_that_do_not_fit_the_teacher_are_user_errors(few, tiny_options, 
         ("temperature", 0.001),
         ("temperature", 1000.0),
         ("local_loss", "flattened"),
+        ("global_loss", "kl"),
+        ("students", "none"),
+        ("compile", 1),
         ("augmentation", "mirror"),
         ("augmentation", None),
         ("sigma", 0.0),
