@@ -53,15 +53,14 @@ def lab(request):
 def pytest_generate_tests(metafunc):
     """Parametrise `case` by what the module offers for a quick or a full run."""
     if (cases := getattr(metafunc.module, "cases", None)) and "case" in metafunc.fixturenames:
-        found = cases(metafunc.config.getoption("--bench-full"))
+        found = metafunc.config.stash[_LAB].choose(cases(False), cases(True))
         metafunc.parametrize("case", found, ids=[re.sub(r"[^\w.+-]+", "_", case.id) for case in found])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     lab = config.stash[_LAB]
-    output_json["not_timed"] = lab.not_timed
-    output_json["environment"] = environment(lab.device)
+    output_json.update(_found(lab))
     best = "cpu" if lab.device.type == "cpu" else "triton"
     shown = [c for c in AFFINITY if c.name == "eager" or (c.name == best and c.precision in _PRECISIONS_SHOWN)]
     runnable = [c for c in shown if c.refusal((1, 256, 32, 32), lab.device, False, 2**40) is None]
@@ -76,6 +75,10 @@ def pytest_terminal_summary(terminalreporter, config):
     timed = [b.as_dict(include_data=False, stats=True) for b in session.benchmarks if b] if session else []
     lab = config.stash[_LAB]
     if timed or lab.not_timed:
-        found = {"benchmarks": timed, "not_timed": lab.not_timed, "environment": environment(lab.device)}
         terminalreporter.write_line("")
-        terminalreporter.write(markdown(results_of(found), {}))
+        terminalreporter.write(markdown(results_of({"benchmarks": timed, **_found(lab)}), {}))
+
+
+def _found(lab):
+    """What the report needs besides the times."""
+    return {"not_timed": lab.not_timed, "only_full": lab.only_full, "environment": environment(lab.device)}

@@ -153,10 +153,14 @@ def _refuse_keops(shape: tuple[int, ...], device: torch.device) -> str | None:
 
 
 def _compiled(function: Callable) -> Callable:
+    # By default a function is compiled for eight shapes, and then silently run eagerly.
+    torch._dynamo.config.recompile_limit = 1000
     return torch.compile(function, dynamic=False)
 
 
-def _refuse_backend(backend: str, precision: str | None):
+def refuse_backend(backend: str, precision: str | None):
+    """What refuses a shape on a device where a backend of ours cannot serve it."""
+
     def refuse(shape: tuple[int, ...], device: torch.device) -> str | None:
         x = torch.empty(1, shape[1], 1, 1, device=device)
         if backend == "triton" and device.type == "cpu":
@@ -168,7 +172,7 @@ def _refuse_backend(backend: str, precision: str | None):
 
 def _ours(backend: str, precision: str) -> Contestant:
     function = functools.partial(functional.contextual_affinity, precision=precision, backend=backend)
-    return Contestant(backend, precision, lambda: function, _refuse_backend(backend, precision), ours=True)
+    return Contestant(backend, precision, lambda: function, refuse_backend(backend, precision), ours=True)
 
 
 EAGER = Contestant("eager", "float32", lambda: textbook, is_dense=True)
@@ -195,7 +199,7 @@ def cosine_textbook(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _our_cosine(backend: str) -> Contestant:
     function = functools.partial(functional.cosine_distance, backend=backend)
-    return Contestant(backend, "ieee", lambda: function, _refuse_backend(backend, None), ours=True)
+    return Contestant(backend, "ieee", lambda: function, refuse_backend(backend, None), ours=True)
 
 
 COSINE = (

@@ -1,107 +1,211 @@
 """The session's laboratory: gates, times and measures contestants, and keeps what pytest-benchmark has no place for."""
 
 import datetime
+import functools
 import importlib.metadata
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 import torch
 
 from bench import accuracy, memory
-from bench.contestants import Contestant
+from bench.contestants import AFFINITY, COSINE, Contestant
 from bench.work import UNITS, Work, features, run, synchronise
 
 # A contestant is run until this many seconds have passed, but at least and at most so many times.
-_SECONDS = {False: 0.5, True: 3.0}
+_SECONDS = {False: 0.5, True: 1.0}
 _ROUNDS = (3, 100)
 # What takes longer than this is run once.
 _SLOW = 8.0
+# What would take longer than this is not run at all: with the gate and the memory it is about ten calls.
+_LONGEST = 60.0
+# A first small call that takes this long is work, not overhead, and tells how long larger ones would take.
+_TELLING = 0.25
+_NOT_QUICK = "not in the quick run: --bench-full"
 _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Comparison(NamedTuple):
+    """A contestant of a kernel, by its index in that kernel's list, on a work in a mode."""
+
+    kind: str
+    work: Work
+    mode: str
+    index: int
+
+    @property
+    def kernel(self) -> str:
+        return "cosine" if self.kind == "cosine" else "affinity"
+
+    @property
+    def contestant(self) -> Contestant:
+        return (COSINE if self.kernel == "cosine" else AFFINITY)[self.index]
+
+    @property
+    def id(self) -> str:
+        name, precision = self.contestant[:2]
+        return f"{self.kind}-{self.work.label}-b{self.work.shape[0]}-{self.mode}-{name}-{precision}"
+
+    @property
+    def group(self) -> str:
+        return f"{self.kind}: {self.work.label}, {'x'.join(map(str, self.work.shape))}, {self.mode}"
+
+    def row(self) -> dict:
+        name, precision = self.contestant[:2]
+        return row(
+            self.kind,
+            self.work.label,
+            self.mode,
+            name,
+            precision,
+            ours=self.contestant.ours,
+            reference=(name, precision) == ("eager", "float32"),
+            shape=self.work.shape,
+        )
+
+    def cost(self, shape: tuple[int, ...]) -> int:
+        """What the time of a call is in proportion to: B N^2 C, or B N C."""
+        positions = shape[2] * shape[3]
+        return shape[0] * shape[1] * positions ** (2 if self.kernel == "affinity" else 1)
 
 
 class Lab:
     """What is measured once and used by several benchmarks of a session.
 
+    Cases, of whatever module, have a `group` and a `row()`.
+
     Attributes:
         device: on which all runs.
         not_timed: what was not timed, with the reason.
+        only_full: one row of each group of which the quick run times nothing.
     """
 
     def __init__(self, device: torch.device, is_full: bool) -> None:
         self.device = device
         self.is_full = is_full
         self.not_timed: list[dict] = []
+        self.only_full: list[dict] = []
+        self._not_quick: set = set()
         self._products: dict[tuple, float] = {}
         self._verdicts: dict[tuple, tuple] = {}
+        self._longest: dict[tuple, tuple[float, float, str]] = {}
 
-    def compare(self, benchmark, kind: str, index: int, contestant: Contestant, work: Work, mode: str) -> None:
+    def choose(self, quick: list, full: list) -> list:
+        """The cases of a session: without --bench-full also those that get a row with that reason and no time."""
+        if self.is_full:
+            return full
+        groups = {case.group for case in quick}
+        self._not_quick.update(set(full) - set(quick))
+        self.only_full += {case.group: case.row() for case in full if case.group not in groups}.values()
+        return [case for case in full if case.group in groups]
+
+    def compare(self, benchmark, case: Comparison) -> None:
         """Benchmark a contestant on a work, or note why not."""
-        group = f"{kind}: {work.label}, {'x'.join(map(str, work.shape))}, {mode}"
-        info = row(
-            kind,
-            work.label,
-            mode,
-            contestant.name,
-            contestant.precision,
-            ours=contestant.ours,
-            reference=(contestant.name, contestant.precision) == ("eager", "float32"),
-            shape=work.shape,
-        )
-        kernel = "cosine" if kind == "cosine" else "affinity"
-        if reason := contestant.refusal(work.shape, self.device, mode != "scoring", self._free_memory()):
-            self.leave_out(info, group, reason)
+        contestant, shape, mode = case.contestant, case.work.shape, case.mode
+        info = case.row()
+        if reason := contestant.refusal(shape, self.device, mode != "scoring", self._free_memory()):
+            self.leave_out(info, case.group, reason)
+        self.leave_out_of_quick(case)
+        # The gate makes calls with the gradient, whatever the mode.
+        key = (case.kernel, case.index)
         try:
-            function, found, complaint = self._verdict(kernel, index, contestant, work.shape)
+            if self.is_full:
+                self._probe(key, case)
+            if reason := self.too_long(key, case.cost(shape)):
+                self.leave_out(info, case.group, reason)
+            function, found, complaint = self._verdict(case)
         except Exception as error:
             if contestant.ours:
                 raise
             self.leave_out(
                 info,
-                group,
+                case.group,
                 f"it failed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}",
             )
         info["errors"] = found
         if complaint is not None:
-            self.leave_out(info, group, complaint)
-        info["extra_bytes"], info["extra_bytes_note"] = memory.extra_bytes(kernel, index, work.shape, mode, self.device)
-        student, teacher = features(work.shape, 1.0, self.device)
+            self.leave_out(info, case.group, complaint)
+        info["extra_bytes"], info["extra_bytes_note"] = memory.extra_bytes(
+            case.kernel, case.index, shape, mode, self.device
+        )
+        student, teacher = features(shape, 1.0, self.device)
         if not benchmark.enabled:
             benchmark(run, function, student, teacher, mode)
             return
-        self.time(benchmark, group, info, lambda: run(function, student, teacher, mode))
-        if kernel == "affinity":
-            seconds = self.product_seconds(work.shape, contestant.precision)
+        seconds = self.time(benchmark, case.group, info, lambda: run(function, student, teacher, mode))
+        if mode == "forward+backward":
+            self.note_time(key, case.cost(shape), seconds, _shape_text(shape))
+        if case.kernel == "affinity":
+            seconds = self.product_seconds(shape, contestant.precision)
             info["product_seconds"] = seconds
             info["percent_of_product"] = 100 * UNITS[mode] * seconds / benchmark.stats.stats.median
             benchmark.extra_info = info
 
-    def time(self, benchmark, group: str, info: dict, call: Callable[[], object], is_warm: bool = False) -> None:
-        """Time a call, after one that is not counted unless it `is_warm`."""
-
-        def waited() -> None:
-            call()
-            synchronise(self.device)
-
-        if not is_warm:
-            waited()
-        started = time.perf_counter()
-        waited()
-        seconds = time.perf_counter() - started
+    def time(self, benchmark, group: str, info: dict, call: Callable[[], object], is_warm: bool = False) -> float:
+        """Time a call, after one that is not counted unless it `is_warm`; returns about how many seconds it takes."""
+        seconds = self._seconds_of(call)
+        if not is_warm and seconds <= _SLOW:
+            seconds = self._seconds_of(call)
         rounds = min(_ROUNDS[1], max(_ROUNDS[0], int(_SECONDS[self.is_full] / seconds)))
         benchmark.group = group
         benchmark.extra_info = info
-        benchmark.pedantic(waited, rounds=1 if seconds > _SLOW else rounds)
+        benchmark.pedantic(self._waited, (call,), rounds=1 if seconds > _SLOW else rounds)
+        return seconds
 
     def leave_out(self, info: dict, group: str, reason: str) -> None:
-        """Note that something gets no time, and end its test as skipped."""
-        kept = ("kind", "work", "shape", "mode", "contestant", "precision", "ours")
-        self.not_timed.append({**{key: info.get(key) for key in kept}, "group": group, "reason": reason})
-        pytest.skip(f"{info['contestant']} ({info['precision']}): {reason}")
+        """Note that something gets no time, with what is known of it, and end its test as skipped."""
+        self.not_timed.append({**info, "group": group, "reason": reason})
+        pytest.skip(reason)
+
+    def leave_out_of_quick(self, case) -> None:
+        """End the test of a case that --bench-full alone times."""
+        if case in self._not_quick:
+            self.leave_out(case.row(), case.group, _NOT_QUICK)
+
+    def note_time(self, key: tuple, cost: float, seconds: float, label: str) -> None:
+        """Keep what a call of `cost` took; the largest cost of a key is what others are predicted from."""
+        if key not in self._longest or cost > self._longest[key][0]:
+            self._longest[key] = cost, seconds, label
+
+    def too_long(self, key: tuple, cost: float) -> str | None:
+        """Why a call of `cost` would take too long, None if it would not or nothing is known."""
+        if key not in self._longest:
+            return None
+        known, seconds, label = self._longest[key]
+        expected = seconds * cost / known
+        if expected <= _LONGEST:
+            return None
+        return f"it would take about {_duration(expected)} a call (from {_duration(seconds)} for {label})"
+
+    def _probe(self, key: tuple, case: Comparison) -> None:
+        """Where nothing is known of a contestant: time it on small images until that tells enough of `case`."""
+        if key in self._longest:
+            return
+        function = case.contestant.make()
+        side, cost = 16, case.cost(case.work.shape)
+        while case.cost(shape := (1, case.work.shape[1], side, side)) < cost:
+            call = functools.partial(run, function, *features(shape, 1.0, self.device), "forward+backward")
+            self._seconds_of(call)  # it may compile
+            seconds = self._seconds_of(call)
+            self.note_time(key, case.cost(shape), seconds, _shape_text(shape))
+            if seconds > _TELLING or self.too_long(key, cost) is None:
+                return
+            side *= 2
+
+    def _waited(self, call: Callable[[], object]) -> None:
+        call()
+        synchronise(self.device)
+
+    def _seconds_of(self, call: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        self._waited(call)
+        return time.perf_counter() - started
 
     def product_seconds(self, shape: tuple[int, ...], precision: str) -> float:
         """Time of one (B, N, C) x (B, C, N) product with operands of a precision, at most 4,096 rows at a time."""
@@ -129,18 +233,28 @@ class Lab:
         self._products[key] = sorted(seconds)[len(seconds) // 2] * n / rows
         return self._products[key]
 
-    def _verdict(self, kernel: str, index: int, contestant: Contestant, shape: tuple[int, ...]) -> tuple:
-        key = (kernel, index, shape)
+    def _verdict(self, case: Comparison) -> tuple:
+        key = (case.kernel, case.index, case.work.shape)
         if key not in self._verdicts:
-            function = contestant.make()
-            found = accuracy.errors(function, kernel, shape, self.device)
-            self._verdicts[key] = (function, found, accuracy.complaint(contestant, found, shape))
+            function = case.contestant.make()
+            found = accuracy.errors(function, case.kernel, case.work.shape, self.device)
+            self._verdicts[key] = (function, found, accuracy.complaint(case.contestant, found, case.work.shape))
         return self._verdicts[key]
 
     def _free_memory(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         return psutil.virtual_memory().available
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def row(

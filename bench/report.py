@@ -109,9 +109,10 @@ class Point(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the file of one run holds; `groups` are the rows of each table, in order."""
+    """What the file of one run holds; `groups` are the rows of each table, `only_full` one of each that is not here."""
 
     groups: list[list[Row]]
+    only_full: list[Row]
     convergence: list[Point]
     environment: dict[str, Any]
     cpu: str | None
@@ -150,7 +151,11 @@ def load(path: Path) -> Results:
 
 def results_of(content: dict[str, Any]) -> Results:
     rows = [_timed(entry) for entry in content["benchmarks"]]
-    rows += [_row(entry, group=entry["group"], reason=str(entry["reason"])) for entry in content.get("not_timed") or ()]
+    rows += [
+        _row(entry, group=entry["group"], reason=str(entry["reason"]), errors=_errors(entry))
+        for entry in content.get("not_timed") or ()
+    ]
+    only_full = [_row(entry, group=None) for entry in content.get("only_full") or ()]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.kind, row.group), []).append(row)
@@ -163,7 +168,8 @@ def results_of(content: dict[str, Any]) -> Results:
     ]
     environment = dict(content["environment"])
     cpu = ((content.get("machine_info") or {}).get("cpu") or {}).get("brand_raw")
-    return Results(sorted(groups.values(), key=_order), convergence, environment, cpu)
+    only_full.sort(key=lambda row: _order([row]))
+    return Results(sorted(groups.values(), key=_order), only_full, convergence, environment, cpu)
 
 
 def _timed(entry: dict[str, Any]) -> Row:
@@ -171,9 +177,6 @@ def _timed(entry: dict[str, Any]) -> Row:
     median = float(stats["median"])
     if not 0 < median < math.inf:
         raise ValueError(f"the median of {entry['name']} is {median}")
-    errors = {
-        noise: (_number(pair[0]), _number(pair[1])) for noise, pair in (extra.get("errors") or {}).items() if pair
-    }
     return _row(
         extra,
         group=entry["group"],
@@ -182,12 +185,16 @@ def _timed(entry: dict[str, Any]) -> Row:
         iqr=float(stats["iqr"]),
         rounds=int(stats["rounds"]),
         images=extra.get("images"),
-        errors=errors,
+        errors=_errors(extra),
         extra_bytes=extra.get("extra_bytes"),
         extra_bytes_note=extra.get("extra_bytes_note"),
         product_seconds=_number(extra.get("product_seconds")),
         percent_of_product=_number(extra.get("percent_of_product")),
     )
+
+
+def _errors(extra: dict[str, Any]) -> dict[str, tuple[float | None, float | None]]:
+    return {noise: (_number(pair[0]), _number(pair[1])) for noise, pair in (extra.get("errors") or {}).items() if pair}
 
 
 def _row(extra: dict[str, Any], group: str | None, **values: Any) -> Row:
@@ -233,6 +240,8 @@ def markdown(results: Results, plots: dict[str, str | None]) -> str:
             parts.append(f"## {title}")
         for group in groups:
             parts += [f"### {_title(group[0])}", table(group)]
+    if results.only_full:
+        parts += ["## Not in the quick run", "`--bench-full` times these as well:", _only_full(results.only_full)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -251,9 +260,24 @@ def _provenance(results: Results) -> str:
 
 
 def _title(row: Row) -> str:
-    mode = None if row.mode.lower() == row.kind else row.mode
+    return _work(row) if row.mode.lower() == row.kind else f"{_work(row)}, {_escape(row.mode)}"
+
+
+def _work(row: Row) -> str:
     shape = " x ".join(map(str, row.shape)) if row.shape else None
-    return ", ".join(_escape(part) for part in (row.work, shape, mode) if part)
+    return ", ".join(_escape(part) for part in (row.work, shape) if part)
+
+
+def _only_full(rows: list[Row]) -> str:
+    """A line for each section, with the modes of each work."""
+    modes: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        modes.setdefault(row.kind, {}).setdefault(_work(row), []).append(_escape(row.mode))
+    lines = []
+    for kind, works in modes.items():
+        told = "; ".join(f"{work} ({', '.join(found)})" for work, found in works.items())
+        lines.append(f"- {SECTIONS[kind]}: {told}")
+    return "\n".join(lines)
 
 
 def table(group: list[Row]) -> str:
@@ -288,9 +312,9 @@ def table(group: list[Row]) -> str:
             lambda row: f"{significant(base.median / row.median)}x" if base else ""
         ),
         "extra memory, MiB": _if_timed(memory),
-        **{f"error of map, {noise}": _if_timed(error(noise, 0)) for noise in NOISES},
-        **{f"error of gradient, {noise}": _if_timed(error(noise, 1)) for noise in NOISES},
-        "error of area": _if_timed(error("area", 0)),
+        **{f"error of map, {noise}": error(noise, 0) for noise in NOISES},
+        **{f"error of gradient, {noise}": error(noise, 1) for noise in NOISES},
+        "error of area": error("area", 0),
         "% of product": _if_timed(
             lambda row: "" if row.percent_of_product is None else significant(row.percent_of_product, 2)
         ),

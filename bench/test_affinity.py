@@ -1,24 +1,8 @@
 """The contextual affinity at the paper's levels and others', and how its cost grows with N."""
 
-from typing import NamedTuple
-
 from bench.contestants import AFFINITY, Contestant
+from bench.lab import Comparison
 from bench.work import GROWTH, LEVELS, MODES, Work
-
-
-class Case(NamedTuple):
-    kind: str
-    work: Work
-    mode: str
-    index: int
-
-    @property
-    def id(self) -> str:
-        contestant = AFFINITY[self.index]
-        return (
-            f"{self.kind}-{self.work.label}-b{self.work.shape[0]}-{self.mode}-{contestant.name}-{contestant.precision}"
-        )
-
 
 # Without --bench-full: what people choose between. The rest takes minutes to compile or to run.
 _QUICK_PRECISIONS = {"cpu": ("ieee", "bf16"), "torch": ("ieee",), "triton": ("bf16",), "cuda": ("bf16",)}
@@ -49,20 +33,20 @@ def _is_quick_growth(contestant: Contestant, work: Work) -> bool:
     return work.positions <= 1024 and contestant.name in ("eager", "tiles of rows, checkpointed")
 
 
-def cases(is_full: bool) -> list[Case]:
+def cases(is_full: bool) -> list[Comparison]:
     found = []
     for work in LEVELS:
         for mode in MODES:
             for index, contestant in enumerate(AFFINITY):
                 if is_full or _is_quick(contestant, work, mode):
-                    found.append(Case("affinity", work, mode, index))
+                    found.append(Comparison("affinity", work, mode, index))
     for work in GROWTH:
         for index, contestant in enumerate(AFFINITY):
             is_kept = contestant.name in _GROWING and contestant.precision in ("ieee", "bf16", "float32")
             if is_kept and contestant[:2] != ("eager", "bf16") and (is_full or _is_quick_growth(contestant, work)):
-                found.append(Case("growth", work, "forward+backward", index))
+                found.append(Comparison("growth", work, "forward+backward", index))
     return found
 
 
 def test_affinity(benchmark, lab, case):
-    lab.compare(benchmark, case.kind, case.index, AFFINITY[case.index], case.work, case.mode)
+    lab.compare(benchmark, case)

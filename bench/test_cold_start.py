@@ -6,59 +6,93 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from bench.contestants import refuse_backend
 from bench.lab import row
+from dskd_fast.ops import dispatch
 
 _ROOT = Path(__file__).resolve().parents[1]
+_SHAPE = (1, 64, 16, 16)
+# A process has its result once the device has it.
 _CALL = """
 import torch
-x = torch.rand(1, 64, 16, 16)
+{imports}
+x = torch.rand({shape}, device={device!r})
+{call}
+if x.is_cuda:
+    torch.cuda.synchronize()
 """
-_OURS = (
-    _CALL + "from dskd_fast.functional import contextual_affinity\ncontextual_affinity(x, x.flip(0), backend={!r})\n"
-)
-_EAGER = _CALL + "from bench.contestants import textbook\ntextbook(x, x)\n"
-_COMPILED = _CALL + "from bench.contestants import textbook\ntorch.compile(textbook)(x, x)\n"
+_EAGER = ("from bench.contestants import textbook", "textbook(x, x)")
+_COMPILED = ("from bench.contestants import textbook", "torch.compile(textbook)(x, x)")
+# Where compilers keep what they have built.
+_CACHES = ("DSKD_FAST_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 class Case(NamedTuple):
+    """A contestant: a call with its imports, or an import alone; `backend` is ours that is called."""
+
     contestant: str
-    script: str
-    ours: bool
+    imports: str
+    call: str | None = None
+    backend: str | None = None
     builds: bool = False
 
     @property
     def id(self) -> str:
         return self.contestant
 
+    @property
+    def group(self) -> str:
+        return "cold start"
+
+    def row(self) -> dict:
+        ours = self.backend is not None or "dskd_fast" in self.imports
+        return row("cold", "a new process", "start", self.contestant, ours=ours)
+
+    def script(self, device: torch.device) -> str:
+        """What the new process runs."""
+        if self.call is None:
+            return self.imports
+        return _CALL.format(imports=self.imports, shape=_SHAPE, device=device.type, call=self.call)
+
 
 def cases(is_full: bool) -> list[Case]:
-    found = [
-        Case("import torch", "import torch", False),
-        Case("import dskd_fast", "import dskd_fast", True),
-        Case("first call, cpu", _OURS.format("cpu"), True),
-        Case("first call ever: the cpu kernels are built", _OURS.format("cpu"), True, builds=True),
-    ]
+    found = [Case("import torch", "import torch"), Case("import dskd_fast", "import dskd_fast")]
+    for backend in dispatch.BACKENDS:
+        if backend == "torch" and not is_full:
+            continue
+        ours = (
+            "from dskd_fast.functional import contextual_affinity",
+            f"contextual_affinity(x, x.flip(0), backend={backend!r})",
+            backend,
+        )
+        found.append(Case(f"first call, {backend}", *ours))
+        if backend != "torch":
+            found.append(Case(f"first call ever: the {backend} kernels are built", *ours, builds=True))
     if is_full:
-        found.append(Case("first call, eager", _EAGER, False))
-        found.append(Case("first call, torch", _OURS.format("torch"), True))
-        found.append(Case("first call, torch.compile of eager, empty cache", _COMPILED, False, builds=True))
+        found.append(Case("first call, eager", *_EAGER))
+        found.append(Case("first call, torch.compile of eager, empty cache", *_COMPILED, builds=True))
     return found
 
 
 def test_cold_start(benchmark, lab, case, tmp_path):
-    info = row("cold", "a new process", "start", case.contestant, ours=case.ours)
+    info = case.row()
+    if case.backend and (reason := refuse_backend(case.backend, None)(_SHAPE, lab.device)):
+        lab.leave_out(info, case.group, reason)
+    lab.leave_out_of_quick(case)
     environment = dict(os.environ)
     if case.builds:
-        environment |= {"DSKD_FAST_CACHE": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        environment |= dict.fromkeys(_CACHES, str(tmp_path))
 
     def start() -> None:
-        command = [sys.executable, "-c", case.script]
+        command = [sys.executable, "-c", case.script(lab.device)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=_ROOT)
         if done.returncode != 0:
             said = (done.stderr.strip() or "it said nothing").splitlines()[-1]
-            lab.leave_out(info, "cold start", f"it failed: {said[:200]}")
+            lab.leave_out(info, case.group, f"it failed: {said[:200]}")
 
-    benchmark.group = "cold start"
+    benchmark.group = case.group
     benchmark.extra_info = info
     if case.builds:
         benchmark.pedantic(start, rounds=1)

@@ -1,24 +1,13 @@
 """The cosine distance at the paper's levels."""
 
-from typing import NamedTuple
-
 from bench.contestants import COSINE
-from bench.work import LEVELS, MODES, Work
+from bench.lab import Comparison
+from bench.work import LEVELS, MODES
 
 
-class Case(NamedTuple):
-    work: Work
-    mode: str
-    index: int
-
-    @property
-    def id(self) -> str:
-        return f"{self.work.label}-b{self.work.shape[0]}-{self.mode}-{COSINE[self.index].name}"
-
-
-def cases(is_full: bool) -> list[Case]:
+def cases(is_full: bool) -> list[Comparison]:
     return [
-        Case(work, mode, index)
+        Comparison("cosine", work, mode, index)
         for work in LEVELS
         for mode in MODES
         for index, contestant in enumerate(COSINE)
@@ -27,4 +16,4 @@ def cases(is_full: bool) -> list[Case]:
 
 
 def test_cosine(benchmark, lab, case):
-    lab.compare(benchmark, "cosine", case.index, COSINE[case.index], case.work, case.mode)
+    lab.compare(benchmark, case)

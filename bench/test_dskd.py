@@ -33,6 +33,26 @@ class Case(NamedTuple):
     def id(self) -> str:
         return f"{self.teacher}-b{self.batch}-{self.mode}-{self.contestant}-{self.precision}"
 
+    @property
+    def work(self) -> str:
+        return f"{self.teacher}, {_SIZE} px, batch of {self.batch}"
+
+    @property
+    def group(self) -> str:
+        return f"{self.work}, {self.mode}"
+
+    def row(self) -> dict:
+        return row(
+            "dskd",
+            self.work,
+            self.mode,
+            self.contestant,
+            self.precision,
+            ours=self.contestant == _OURS,
+            reference=(self.contestant, self.precision) == (_EAGER, "fp32"),
+            images=self.batch,
+        )
+
 
 _OURS, _EAGER, _OTHER = "DSKD", "DSKD, eager losses", "anomalib ReverseDistillation"
 
@@ -60,28 +80,20 @@ def cases(is_full: bool) -> list[Case]:
 
 
 def test_dskd(benchmark, lab, case):
-    group = f"{case.teacher}, {_SIZE} px, batch of {case.batch}, {case.mode}"
-    info = row(
-        "dskd",
-        f"{case.teacher}, {_SIZE} px, batch of {case.batch}",
-        case.mode,
-        case.contestant,
-        case.precision,
-        ours=case.contestant == _OURS,
-        reference=(case.contestant, case.precision) == (_EAGER, "fp32"),
-        images=case.batch,
-    )
+    info, key = case.row(), (case.teacher, case.mode, case.contestant, case.precision)
     if case.contestant == _OTHER:
         if importlib.util.find_spec("anomalib") is None:
-            lab.leave_out(info, group, 'anomalib is not installed: pip install -e ".[baselines]"')
+            lab.leave_out(info, case.group, 'anomalib is not installed: pip install -e ".[baselines]"')
         if case.teacher == "lite":
-            lab.leave_out(info, group, "it has no student for this backbone")
-        call = _anomalib(case, lab.device)
-    else:
-        call = _dskd(case, lab.device)
+            lab.leave_out(info, case.group, "it has no student for this backbone")
+    lab.leave_out_of_quick(case)
+    if reason := lab.too_long(key, case.batch):
+        lab.leave_out(info, case.group, reason)
+    call = (_anomalib if case.contestant == _OTHER else _dskd)(case, lab.device)
     for _ in range(2):
         call()  # memory is taken from the system in the first steps, and then kept
-    lab.time(benchmark, group, info, call, is_warm=True)
+    seconds = lab.time(benchmark, case.group, info, call, is_warm=True)
+    lab.note_time(key, case.batch, seconds, f"a batch of {case.batch}")
 
 
 def _images(case: Case) -> torch.Tensor:

@@ -30,6 +30,18 @@ class Case(NamedTuple):
     def id(self) -> str:
         return f"{self.images}x{self.size[0]}x{self.size[1]}-{self.contestant}"
 
+    @property
+    def work(self) -> str:
+        return f"{self.images} maps of {self.size[0]} x {self.size[1]}"
+
+    @property
+    def group(self) -> str:
+        return f"sPRO of {self.work}"
+
+    def row(self) -> dict:
+        is_finest = self.contestant == "loop over 1,000 thresholds"
+        return row("spro", self.work, "sPRO", self.contestant, ours=self.contestant == _EXACT, reference=is_finest)
+
 
 _EXACT = "exact, all thresholds"
 
@@ -41,12 +53,12 @@ def cases(is_full: bool) -> list[Case]:
 
 
 def test_spro(benchmark, lab, case):
+    info, key, pixels = case.row(), ("spro", case.contestant), case.images * case.size[0] * case.size[1]
+    if reason := lab.too_long(key, pixels):
+        lab.leave_out(info, case.group, reason)
     images = _category(case.images, case.size)
     exact = _exact(images)
-    work = f"{case.images} maps of {case.size[0]} x {case.size[1]}"
-    is_exact, is_finest = case.contestant == _EXACT, case.contestant == "loop over 1,000 thresholds"
-    info = row("spro", work, "sPRO", case.contestant, ours=is_exact, reference=is_finest)
-    if is_exact:  # what the others' errors are measured by; its own tests have the definition
+    if case.contestant == _EXACT:  # what the others' errors are measured by; its own tests have the definition
 
         def call() -> float:
             return _exact(images)
@@ -58,7 +70,7 @@ def test_spro(benchmark, lab, case):
         def call() -> float:
             return _loop(images, thresholds)
 
-    lab.time(benchmark, f"sPRO of {work}", info, call)
+    lab.note_time(key, pixels, lab.time(benchmark, case.group, info, call), case.work)
 
 
 def _category(n: int, size: tuple[int, int]) -> list[_Image]:
