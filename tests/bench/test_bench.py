@@ -18,10 +18,20 @@ def bench():
     """The package, which lies beside the installed one."""
     sys.path.insert(0, str(PROJECT))
     try:
-        from bench import accuracy, contestants, lab, memory, work
+        from bench import accuracy, contestants, lab, memory, test_affinity, test_cold_start, test_dskd, test_spro, work
     finally:
         sys.path.remove(str(PROJECT))
-    return {"accuracy": accuracy, "contestants": contestants, "lab": lab, "memory": memory, "work": work}
+    return {
+        "accuracy": accuracy,
+        "contestants": contestants,
+        "lab": lab,
+        "memory": memory,
+        "work": work,
+        "affinity": test_affinity,
+        "cold": test_cold_start,
+        "dskd": test_dskd,
+        "spro": test_spro,
+    }
 
 
 SHAPE = (2, 24, 6, 6)
@@ -101,14 +111,192 @@ def test_a_run_ends_in_a_report(tmp_path):
     reasons = {(e["contestant"], e["precision"]): e["reason"] for e in content["not_timed"] if e["kind"] == "affinity"}
     assert "interpreter" in reasons["triton", "bf16"]
     assert "it is wrong" in reasons["eager", "bf16"]
+    assert reasons["torch", "fp16"] == "not in the quick run: --bench-full"
+    [wrong] = [e for e in content["not_timed"] if (e["kind"], e["precision"]) == ("affinity", "bf16") and not e["ours"]]
+    assert wrong["errors"]["100 %"][0] > 0.05
+    assert ("growth", "N = 65,536") in {(e["kind"], e["work"]) for e in content["only_full"]}
     errors = {(p["contestant"], p["precision"], p["noise"]): p["error"] for p in content["convergence"]}
     assert errors["eager", "float32", 0.001] > 1
 
     report = [sys.executable, "-m", "bench.report", results, "--out", tmp_path / "report"]
     written = subprocess.run(report, cwd=PROJECT, capture_output=True, text=True)
     assert written.returncode == 0, written.stderr
-    assert "not timed: it is wrong" in (tmp_path / "report" / "benchmarks.md").read_text()
+    text = (tmp_path / "report" / "benchmarks.md").read_text()
+    assert "not timed: it is wrong" in text
+    assert "N = 65,536, 1 x 256 x 256 x 256 (forward+backward)" in text.split("## Not in the quick run")[1]
     assert (tmp_path / "report" / "convergence.svg").exists()
+
+
+class NoBenchmark:
+    """Stands in for pytest-benchmark's fixture: calls once and keeps no time."""
+
+    enabled = False
+
+    def __call__(self, function, *arguments):
+        function(*arguments)
+
+    def pedantic(self, function, args=(), **settings):
+        function(*args)
+
+
+@pytest.mark.parametrize("module", ["affinity", "cold", "dskd", "spro"])
+def test_the_quick_run_accounts_for_all_of_the_full_one(bench, module):
+    """Each case is timed, or a row with the reason, or in a group that is named."""
+    quick, full = bench[module].cases(False), bench[module].cases(True)
+    lab = bench["lab"].Lab(CPU, is_full=False)
+    chosen = lab.choose(quick, full)
+    assert set(quick) < set(full)
+    assert set(quick) <= set(chosen)
+    assert len(chosen) == len(set(chosen))
+    assert len({case.id for case in full}) == len(full)
+    named = [str([entry["kind"], entry["work"], entry["shape"], entry["mode"]]) for entry in lab.only_full]
+    assert len(set(named)) == len(named) == len({case.group for case in full} - {case.group for case in quick})
+    for case in chosen:
+        if case in quick:
+            lab.leave_out_of_quick(case)
+        else:
+            with pytest.raises(pytest.skip.Exception):
+                lab.leave_out_of_quick(case)
+    assert [(e["group"], e["contestant"], e["precision"]) for e in lab.not_timed] == [
+        (case.group, case.row()["contestant"], case.row()["precision"]) for case in chosen if case not in quick
+    ]
+    assert {e["reason"] for e in lab.not_timed} <= {"not in the quick run: --bench-full"}
+
+
+def test_the_full_run_leaves_nothing_out(bench):
+    quick, full = bench["affinity"].cases(False), bench["affinity"].cases(True)
+    lab = bench["lab"].Lab(CPU, is_full=True)
+    assert lab.choose(quick, full) == full
+    for case in full:
+        lab.leave_out_of_quick(case)
+    assert lab.not_timed == lab.only_full == []
+
+
+def test_what_would_take_too_long_is_predicted_from_the_largest_that_was_timed(bench):
+    lab = bench["lab"].Lab(CPU, is_full=True)
+    key = ("affinity", 0)
+    assert lab.too_long(key, 1e30) is None
+    lab.note_time(key, 2.0, 64.0, "N = 4,096")
+    lab.note_time(key, 1.0, 1000.0, "N = 2,048")
+    assert lab.too_long(key, 1.5) is None
+    assert lab.too_long(key, 32.0) == "it would take about 17 min a call (from 64 s for N = 4,096)"
+    assert lab.too_long(("affinity", 1), 32.0) is None
+
+
+def growth(bench, name, positions):
+    """The case of a contestant with so many positions."""
+    return next(
+        case
+        for case in bench["affinity"].cases(True)
+        if (case.kind, case.contestant[:2], case.work.positions) == ("growth", name, positions)
+    )
+
+
+def test_a_contestant_is_probed_on_small_images_and_never_run_on_those_that_would_take_too_long(bench, monkeypatch):
+    """With one that takes N^2 / 400,000 seconds: 0.16 s at 256 positions, 2.6 s at 1,024."""
+    lab, now, seen = bench["lab"].Lab(CPU, is_full=True), [0.0], []
+    monkeypatch.setattr(bench["lab"].time, "perf_counter", lambda: now[0])
+
+    def slow(student, teacher):
+        n = student.shape[2] * student.shape[3]
+        now[0] += n**2 / 400_000
+        seen.append(n)
+        return bench["contestants"].tiled(student, teacher)
+
+    case = growth(bench, ("tiles of rows, checkpointed", "float32"), 16384)
+    field = list(bench["contestants"].AFFINITY)
+    field[case.index] = field[case.index]._replace(make=lambda: slow)
+    monkeypatch.setattr(bench["lab"], "AFFINITY", tuple(field))
+    with pytest.raises(pytest.skip.Exception):
+        lab.compare(NoBenchmark(), case)
+    assert set(seen) == {256, 1024}
+    [entry] = lab.not_timed
+    assert entry["reason"] == "it would take about 11 min a call (from 2.6 s for 1 x 256 x 32 x 32)"
+    assert (entry["group"], entry["errors"]) == (case.group, None)
+
+
+def test_a_fast_contestant_is_probed_and_run(bench, monkeypatch):
+    lab = bench["lab"].Lab(CPU, is_full=True)
+    monkeypatch.setattr(bench["memory"], "extra_bytes", lambda *arguments: (0, None))
+    lab.compare(NoBenchmark(), growth(bench, ("torch", "ieee"), 1024))
+    assert lab.not_timed == []
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.3, 9.0])
+def test_long_calls_are_made_twice_and_short_ones_several_times(bench, monkeypatch, seconds):
+    now, rounds = [0.0], []
+    monkeypatch.setattr(bench["lab"].time, "perf_counter", lambda: now[0])
+
+    class Benchmark(NoBenchmark):
+        def pedantic(self, function, args=(), **settings):
+            rounds.append(settings["rounds"])
+            for _ in range(settings["rounds"]):
+                function(*args)
+
+    calls = []
+
+    def call():
+        calls.append(1)
+        now[0] += seconds
+
+    told = bench["lab"].Lab(CPU, is_full=True).time(Benchmark(), "a group", {}, call)
+    assert told == pytest.approx(seconds)
+    assert rounds == [{0.001: 100, 0.3: 3, 9.0: 1}[seconds]]
+    assert len(calls) == rounds[0] + (1 if seconds == 9.0 else 2)
+
+
+def test_torch_compile_compiles_for_more_shapes_than_it_does_by_default(bench):
+    """Beyond its limit it would run eagerly, and be timed so."""
+    pytest.importorskip("torch._dynamo")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compile_ = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._dynamo.config, "recompile_limit", 8)
+        patch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=backend, **options))
+
+        def double(x):
+            return 2 * x
+
+        for size in range(2, 14):
+            bench["contestants"]._compiled(double)(torch.ones(size))
+    assert len(graphs) == 12
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_first_call_is_made_on_the_device_of_the_run(bench, device, monkeypatch, tmp_path):
+    cold, scripts = bench["cold"], {}
+    lab = bench["lab"].Lab(torch.device(device), is_full=True)
+    monkeypatch.setattr(cold, "refuse_backend", lambda *names: lambda shape, on: "no" if names[0] == "cpu" else None)
+
+    def start(command, **options):
+        scripts[case] = command[-1], options["env"]
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(cold.subprocess, "run", start)
+    for case in cold.cases(True):
+        if case.backend == "cpu":
+            with pytest.raises(pytest.skip.Exception):
+                cold.test_cold_start(NoBenchmark(), lab, case, tmp_path)
+        else:
+            cold.test_cold_start(NoBenchmark(), lab, case, tmp_path)
+    assert {case.backend for case in scripts} == {None, "triton", "cuda", "torch"}
+    assert {entry["reason"] for entry in lab.not_timed} == {"no"}
+    for case, (script, environment) in scripts.items():
+        compile(script, case.id, "exec")
+        assert (f"device={device!r}" in script) == (case.call is not None)
+        assert ("synchronize" in script) == (case.call is not None)
+        assert (environment.get("TRITON_CACHE_DIR") == str(tmp_path)) == case.builds
+
+
+def test_a_first_call_runs(bench):
+    [case] = [case for case in bench["cold"].cases(True) if case.contestant == "first call, torch"]
+    done = subprocess.run([sys.executable, "-c", case.script(CPU)], cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_gpu_that_is_not_there_is_said(monkeypatch):

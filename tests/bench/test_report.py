@@ -215,6 +215,34 @@ def test_what_was_not_timed_is_a_row_with_its_reason(text):
     ]
 
 
+def test_what_was_rejected_keeps_its_errors(make, content):
+    names = "affinity", "256 px, level 1", [2, 256, 64, 64], "forward+backward"
+    wrong = not_timed(*names, "eager", "bf16", reason="it is wrong")
+    wrong |= {"errors": {"100 %": [13.0, 0.5], "1 %": [None, math.inf]}}
+    code, text, _ = make(content | {"not_timed": [wrong]}, "--no-plots")
+    assert code == 0
+    table = rows_below(text, "256 px, level 1, 2 x 256 x 64 x 64, forward+backward")
+    assert table[-1] == ["eager", "bf16", "not timed: it is wrong", "", "", "", "13", "", "0.50", "inf", ""]
+
+
+def test_groups_that_the_full_run_alone_has_are_listed(make, content, text):
+    assert "--bench-full" not in text
+    entries = [
+        who("spro", "60 maps", None, "sPRO", "dskd-fast", None),
+        who("affinity", "512 px, level 1", [1, 256, 128, 128], "scoring", "eager"),
+        who("affinity", "512 px, level 1", [1, 256, 128, 128], "forward", "eager"),
+        who("affinity", "256 px, level 1", [16, 256, 64, 64], "scoring", "eager"),
+    ]
+    code, text, _ = make(content | {"only_full": entries}, "--no-plots")
+    assert code == 0
+    assert text.endswith(
+        "\n## Not in the quick run\n\n`--bench-full` times these as well:\n\n"
+        "- Contextual affinity: 256 px, level 1, 16 x 256 x 64 x 64 (scoring); "
+        "512 px, level 1, 1 x 256 x 128 x 128 (scoring, forward)\n"
+        "- sPRO: 60 maps (sPRO)\n"
+    )
+
+
 def test_empty_columns_are_left_out(text):
     title = "512 px, level 1, 1 x 256 x 128 x 128, scoring"
     header, row = rows_below(text, title)
