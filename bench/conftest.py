@@ -29,7 +29,7 @@ _PRECISIONS_SHOWN = ("ieee", "bf16")
 
 def pytest_addoption(parser):
     group = parser.getgroup("dskd-fast")
-    group.addoption("--bench-full", action="store_true", help="all shapes and contestants: 2 to 3 hours on two CPU cores")
+    group.addoption("--bench-full", action="store_true", help="all shapes and contestants: 2 to 3 hours on two cores")
     group.addoption("--bench-device", default="cpu", help="cpu (default) or cuda")
 
 
