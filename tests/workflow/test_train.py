@@ -240,9 +240,7 @@ def test_in_bf16_the_message_on_divergence_names_fp32_too(few, tiny_options, los
 def test_a_loss_that_grows_tenfold_stops_the_training(few, tiny_options, losses):
     steps = iter([1.0, 9.9, 0.1, 10.1])
     losses(contextual_affinity=lambda n: next(steps))
-    with pytest.raises(
-        UserError, match=r"the global loss has grown from 1 in the first epoch to 10\.1 at epoch 4, step 1"
-    ):
+    with pytest.raises(UserError, match=r"global loss has grown from 1 in the first epoch to 10\.1 at epoch 4, step 1"):
         train(few(4), tiny_options(epochs=9))
 
 
@@ -274,9 +272,8 @@ def test_a_student_trains_alone_with_any_loss_and_is_the_whole_score(category, t
 def test_both_students_may_have_the_same_loss(few, tiny_options):
     options = tiny_options(local_loss="contextual-affinity", global_loss="cosine")
     detector, history = train(few(4), options)
-    paper, paper_history = train(few(4), tiny_options())
-    assert history[0].local_loss == pytest.approx(paper_history[0].global_loss, rel=3)
-    assert history[0].global_loss == pytest.approx(paper_history[0].local_loss, rel=3)
+    # A contextual affinity starts at some hundredths, cosine distances of three levels at about one.
+    assert 0 < history[0].local_loss < 0.1 < history[0].global_loss
     assert (detector.scoring.local_map, detector.scoring.global_map) == ("contextual-affinity", "cosine")
 
 
