@@ -57,6 +57,17 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
+def deterministic_convolutions() -> Iterator[None]:
+    """Have cuDNN take algorithms that give the same bits every time; all else in a training does so anyway."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+
+
+@contextlib.contextmanager
 def numerics(precision: str, device: torch.device) -> Iterator[None]:
     """Run networks and losses in `precision`: "fp32", "tf32" (where the device has it) or "bf16" (autocast)."""
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -29,10 +29,9 @@ class Group:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: list[T]) -> list[T]:
-        """This process's part of a batch, as equal as can be and in order."""
-        start, stop = (len(items) * r // self.size for r in (self.rank, self.rank + 1))
-        return items[start:stop]
+    def share(self, n: int) -> slice:
+        """This process's part of a batch of n: in order, and as large as the others' if that can be."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def add(self, values: Tensor) -> Tensor:
         """The sum over all processes, of a float64 tensor on the CPU."""
@@ -149,7 +148,7 @@ class _SyncedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        values, dims = x.float(), (0, 2, 3)
+        values, dims = x.to(self.weight.dtype), (0, 2, 3)
         n = values.new_full((1,), values.numel() / values.shape[1])
         sums = _AllReduce.apply(torch.cat([values.sum(dims), n]))
         mean, count = sums[:-1] / sums[-1], sums[-1]

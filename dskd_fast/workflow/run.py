@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -47,6 +48,9 @@ HISTORY = "history.json"
 METRICS = "metrics.json"
 CHECKPOINT = "checkpoint.safetensors"
 _LOCK = ".lock"
+
+# What a process that was killed leaves behind: names of `write_file` and of the safetensors library.
+_HALF_WRITTEN = re.compile(r"\.\d+\.\w+|\.tmp\w{6}")
 
 _FORMAT = 1
 
@@ -81,14 +85,15 @@ def claimed(folder: Path, *, is_new: bool) -> Iterator[None]:
         ) from None
     except (OSError, NotImplementedError) as error:
         raise unwritable(folder, error if isinstance(error, OSError) else OSError(str(error))) from error
+    is_ours = False
     try:
+        for entry in folder.iterdir():
+            if _HALF_WRITTEN.fullmatch(entry.name):
+                entry.unlink()
         # Another process may have come, trained and gone in between.
-        is_ours = not (is_new and any(entry.name != _LOCK for entry in folder.iterdir()))
-        if not is_ours:
+        if is_new and any(entry.name != _LOCK for entry in folder.iterdir()):
             raise UserError(_in_the_way(folder))
-        for entry in folder.glob(".*"):
-            if entry.name != _LOCK and entry.is_file():
-                entry.unlink()  # half written by a process that was killed
+        is_ours = True
         yield
     except BaseException:
         if is_new and is_ours and not (folder / CHECKPOINT).exists():
@@ -202,9 +207,9 @@ def read_finished(folder: Path) -> dict[str, Any]:
         UserError: it has not, or as `read_config` does.
     """
     config = read_config(folder)
-    if not is_finished(folder) and not (folder / WEIGHTS).is_file():
+    if not is_finished(folder) and ((folder / CHECKPOINT).is_file() or not (folder / WEIGHTS).is_file()):
         raise UserError(
-            f"the training of {folder} has not finished: go on with it by "
+            f"the training of {folder} has not finished: wait for it, or if it does not run any more, go on with it by "
             f"`dskd-fast train --resume {shlex.quote(str(folder))}`"
         )
     return config

@@ -25,6 +25,7 @@ from dskd_fast.workflow.detector import Detector, Scoring, to_float
 from dskd_fast.workflow.device import (
     DEVICES,
     PRECISIONS,
+    deterministic_convolutions,
     is_out_of_memory,
     keep_freed_memory,
     numerics,
@@ -191,6 +192,7 @@ def train(
                 pretrained=checkpoints.found is None,
                 teacher_weights=options.teacher_weights if checkpoints.found is None else None,
             ).to(device, memory_format=torch.channels_last)
+        _check_batches(model, len(category.train), options, group)
         checkpoints.check_room(model)
         status(f"reading the images: {len(category.train)} to train on, {len(category.validation)} to validate with")
         return model, ImageStore([*category.train, *category.validation], options.image_size), checkpoints
@@ -198,7 +200,7 @@ def train(
     model, images, checkpoints = group.agree(prepare)
     train_indices = list(range(len(category.train)))
     validation_indices = list(range(len(category.train), len(images)))
-    with stopping_signal(checkpoint is not None) as signal_number:
+    with stopping_signal(checkpoint is not None) as signal_number, deterministic_convolutions():
         history = _fit(model, images, train_indices, options, report, checkpoints, group, signal_number)
 
     detector = Detector(model, options.scoring)
@@ -308,7 +310,6 @@ def _fit(
     signal_number: Callable[[], int],
 ) -> list[Epoch]:
     device = model.teacher.mean.device
-    _check_batches(model, len(indices), options, group)
     augment = Augmentation.parse(options.augmentation)
     random = torch.Generator().manual_seed(options.seed)
     trainer = Trainer(model, options, group)
@@ -341,8 +342,7 @@ def _fit(
             with _enough_memory(options.batch_size):
                 # Random numbers are drawn for the whole batch, so that an image gets the same ones in any group.
                 batch = augment(to_float(images.batch(indices[i] for i in chosen), device), random)
-                mine = torch.tensor(group.share(list(range(len(chosen)))), device=device)
-                part = batch if group.size == 1 else batch[mine]
+                part = batch[group.share(len(batch))]
                 losses = trainer.step(part, group.size * len(part) / len(chosen))
             sums = losses.double().cpu() * len(part)
             *sums, stop = group.add(torch.cat([sums, torch.tensor([float(signal_number() > 0)])])).tolist()
@@ -352,17 +352,19 @@ def _fit(
                 raise diverged(f"the loss is no longer finite ({told})")
             at.totals = [total + x for total, x in zip(at.totals, sums, strict=True)]
             at.seconds = time.perf_counter() - started
-            mean = means([total / at.seen for total in at.totals])
-            speed = at.seen / at.seconds
             steps_done = len(at.history) * steps_per_epoch + math.ceil(at.seen / options.batch_size)
             report(
                 Progress(
-                    steps_done, options.epochs * steps_per_epoch, len(at.history) + 1, **mean, images_per_second=speed
+                    steps_done,
+                    options.epochs * steps_per_epoch,
+                    len(at.history) + 1,
+                    **means([total / at.seen for total in at.totals]),
+                    images_per_second=at.seen / at.seconds,
                 )
             )
             if group.is_first and (stop or checkpoints.is_due()):
-                if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-                    raise diverged("the weights are no longer finite")
+                if not _is_sound(model, part):
+                    raise diverged("the students' features are no longer finite")
                 checkpoints.save(trainer, at, random)
             if stop and not group.is_first:
                 raise PeerFailed
@@ -372,7 +374,7 @@ def _fit(
                     f"{len(at.history) + 1}, and saved: go on with `dskd-fast train --resume {checkpoints.run}`",
                     signal_number() or signal.SIGTERM,
                 )
-        epoch = Epoch(**mean, images_per_second=speed)
+        epoch = Epoch(**means([total / at.seen for total in at.totals]), images_per_second=at.seen / at.seconds)
         for name in ("local_loss", "global_loss"):
             first = getattr(at.history[0] if at.history else epoch, name)
             if first is not None and getattr(epoch, name) > _EXPLODED * first:
@@ -382,6 +384,19 @@ def _fit(
                 )
         at = Position([0.0] * len(model.students), [*at.history, epoch])
     return at.history
+
+
+def _is_sound(model: DSKD, images: torch.Tensor) -> bool:
+    """Whether the students still give finite features, so that their state is worth keeping.
+
+    The loss of the step just taken does not tell: it was computed before the weights changed.
+    """
+    model.eval()
+    with torch.inference_mode(), numerics("fp32", images.device):
+        features = model(images)
+    model.train()
+    students = (features.local_student, features.global_student)
+    return all(bool(torch.isfinite(level).all()) for levels in students for level in levels or ())
 
 
 def _check_batches(model: DSKD, n: int, options: TrainingOptions, group: Group) -> None:

@@ -74,10 +74,12 @@ def resume_run(
         def claim() -> tuple[Category, TrainingOptions]:
             config = runs.read_config(folder)
             if runs.is_finished(folder):
+                # Left by a process that was killed between its last two steps.
+                (folder / runs.CHECKPOINT).unlink(missing_ok=True)
                 raise UserError(f"the training of {folder} has finished already: `evaluate` and `predict` take it")
             if group.is_first:
                 stack.enter_context(runs.claimed(folder, is_new=False))
-            options, holdout = _options_of(folder, config)
+            options, holdout = read_options(folder, config)
             category = find_category(folder, config, data_root, holdout=holdout, seed=options.seed)
             if runs.fingerprint(category) != config.get("images"):
                 raise UserError(
@@ -124,7 +126,7 @@ def ensure_run(
         start_run(folder, category, options, holdout=holdout, report=report, status=status)
         return True
     config = runs.read_config(folder)
-    there, _ = _options_of(folder, config)
+    there, _ = read_options(folder, config)
     # Where it runs is no part of what it is.
     others = [
         field.name
@@ -175,7 +177,12 @@ def _train_and_save(
     return detector
 
 
-def _options_of(folder: Path, config: dict[str, Any]) -> tuple[TrainingOptions, float]:
+def read_options(folder: Path, config: dict[str, Any]) -> tuple[TrainingOptions, float]:
+    """The options and the holdout of a run's config.json.
+
+    Raises:
+        UserError: they have been edited.
+    """
     try:
         return TrainingOptions(**config["options"]), float(config["holdout"])
     except (KeyError, TypeError, ValueError, UserError) as error:

@@ -1,0 +1,196 @@
+"""Training in several processes: the command line under torchrun, on the CPU."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from dskd_fast.workflow.distributed import ALONE, Group, launched_as
+from dskd_fast.workflow.run import load_run
+from dskd_fast.workflow.tensors import load_tensors
+
+SCRIPT = Path(sys.executable).with_name("dskd-fast")
+GRADIENTS = Path(__file__).parent / "distributed_gradients.py"
+
+
+def torchrun(*command, **settings):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*launcher, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **settings,
+    )
+
+
+@pytest.fixture
+def train(tiny_arguments, data_root):
+    def arguments(out, *more):
+        return ["train", "--data-root", data_root / "screw_bag", *tiny_arguments, "--out", out, *more]
+
+    return arguments
+
+
+def finish(process, timeout=240):
+    try:
+        return process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+
+
+def test_the_gradients_are_those_of_one_process(tmp_path, tiny_weights):
+    """Batches that cannot be shared equally; batch norm, both losses and their weights."""
+    out, err = finish(torchrun(GRADIENTS, tiny_weights, tmp_path / "two.pt"))
+    assert (tmp_path / "two.pt").exists(), out + err
+    subprocess.run([sys.executable, GRADIENTS, tiny_weights, tmp_path / "one.pt"], check=True)
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    assert one.keys() == two.keys()
+    assert len(one) > 100
+    for name in one:
+        # In float64: in float32 what rounds differently grows to per cents on its way to the first layers.
+        assert (one[name] - two[name]).norm() < 1e-9 * one[name].norm(), name
+
+
+def test_two_processes_train_what_one_trains(train, tmp_path, cli, below):
+    recipe = ["--epochs", "3", "--lr", "0.0005", "--batch-size", "5"]
+    process = torchrun(SCRIPT, *train(tmp_path / "two", *recipe))
+    out, err = finish(process)
+    assert process.returncode == 0, err
+    # Only the first of them speaks.
+    assert out.count("reading the images") == out.count("next: ") == 1
+    assert cli(*train(tmp_path / "one", *recipe)).code == 0
+    assert below(tmp_path / "two") == below(tmp_path / "one")
+    histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two")]
+    assert len(histories[0]) == len(histories[1]) == 3
+    for one, two in zip(*histories, strict=True):
+        for loss in ("local_loss", "global_loss"):
+            # Adam divides gradients by their size: what rounds differently near zero moves a weight by up to lr.
+            assert two[loss] == pytest.approx(one[loss], rel=0.02)
+    # What batch norm has seen is the whole batch.
+    statistics = [
+        {n: t for n, t in load_tensors(tmp_path / name / "weights.safetensors")[0].items() if "num_batches" in n}
+        for name in ("one", "two")
+    ]
+    assert statistics[0] == statistics[1]
+    assert load_run(tmp_path / "two", "cpu")[0].calibration.threshold.n_images == 4
+
+
+def test_an_interrupted_group_saves_and_goes_on(train, tmp_path, cli):
+    process = torchrun(SCRIPT, *train(tmp_path / "run", "--epochs", "100"), start_new_session=True)
+    try:
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        # As a terminal does: the signal goes to all of them.
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert err.count("go on with `dskd-fast train --resume") == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.safetensors", "config.json"]
+    done = len(load_tensors(tmp_path / "run" / "checkpoint.safetensors")[1]["history"])
+    # One process goes on where two stopped.
+    assert cli("train", "--resume", tmp_path / "run", "--epochs", done + 1).code == 0
+    assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == done + 1
+
+
+def test_a_dead_worker_ends_the_training(train, tmp_path):
+    process = torchrun(SCRIPT, *train(tmp_path / "run", "--epochs", "1000000"))
+    try:
+        for line in process.stdout:
+            if line.startswith("reading"):
+                break
+        workers = psutil.Process(process.pid).children()
+        second = next(worker for worker in workers if worker.environ()["RANK"] == "1")
+        second.kill()
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
+
+
+def test_an_error_of_all_is_told_once(train, tmp_path):
+    process = torchrun(SCRIPT, *train(tmp_path / "run", "--batch-size", "11"))
+    _, err = finish(process)
+    assert process.returncode != 0
+    assert err.count("12 training images in batches of 11 leave a last batch of 1 for 2 processes") == 1
+    assert "cli/main.py" not in err  # torchrun has a traceback of its own
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_categories_are_shared_out(data_root, tiny_arguments, tmp_path, cli, below):
+    shutil.copytree(data_root / "screw_bag", tmp_path / "data" / "first")
+    shutil.copytree(data_root / "screw_bag", tmp_path / "data" / "second")
+    command = ["train", "--data-root", tmp_path / "data", "--all-categories", *tiny_arguments, "--out"]
+    process = torchrun(SCRIPT, *command, tmp_path / "shared")
+    out, err = finish(process)
+    assert process.returncode == 0, err
+    assert "first: trained on 12 images" in out
+    assert "second: trained on 12 images" in out
+    result = cli(*command, tmp_path / "alone")
+    assert (result.code, result.err) == (0, "")
+    assert below(tmp_path / "shared") == below(tmp_path / "alone")
+    for name in ("first", "second"):
+        shared, alone = (load_tensors(tmp_path / run / name / "weights.safetensors")[0] for run in ("shared", "alone"))
+        assert shared.keys() == alone.keys()
+        assert all(torch.equal(tensor, alone[key]) for key, tensor in shared.items())
+
+
+def test_all_categories_one_after_the_other_go_on_where_they_were(data_root, tiny_arguments, tmp_path, cli, cli_error):
+    for name in ("bad", "first", "second"):
+        shutil.copytree(data_root / "screw_bag", tmp_path / "data" / name)
+    bad = tmp_path / "data" / "bad" / "train" / "good" / "000.png"
+    bad.write_text("no image")
+    command = [
+        "train",
+        "--data-root",
+        tmp_path / "data",
+        "--all-categories",
+        *tiny_arguments,
+        "--out",
+        tmp_path / "all",
+    ]
+    code, out, err = cli(*command)
+    assert code == 2
+    # What is wrong with one category does not stop the others.
+    assert err.startswith("dskd-fast: bad: ")
+    assert err.count("\n") == 1
+    assert "second: trained on 12 images" in out
+    shutil.copy(data_root / "screw_bag" / "train" / "good" / "000.png", bad)
+    code, out, err = cli(*command)
+    assert (code, err) == (0, "")
+    assert "bad: trained on 12 images" in out
+    assert "first: was trained before" in out
+    assert "exclude each other" in cli_error(*command, "--category", "first")
+    assert "name the folder above it" in cli_error(
+        "train", "--data-root", data_root / "screw_bag", "--all-categories", *tiny_arguments
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [5, 7, 16])
+def test_a_batch_is_shared_whole_and_nearly_equally(n, size):
+    parts = [list(range(n))[Group(rank, size).share(n)] for rank in range(size)]
+    assert [i for part in parts for i in part] == list(range(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch):
+    monkeypatch.setenv("RANK", "3")  # of some other launcher
+    assert launched_as() == (0, 1)
+    assert ALONE.is_first
+    assert ALONE.of_first("mine") == "mine"
+    assert ALONE.agree(lambda: 5) == 5
