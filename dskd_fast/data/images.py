@@ -140,7 +140,8 @@ def image_size(path: Path) -> tuple[int, int]:
 def resize_square(image: np.ndarray, size: int) -> np.ndarray:
     """Resize a uint8 image of shape (H, W, 3) to (size, size, 3); the aspect ratio is not kept.
 
-    Bilinear with antialiasing, as Pillow does it. The paper resizes in the same plain way, to 256 x 256.
+    Bilinear with antialiasing, as Pillow does it: columns first, rounded, then rows. The paper resizes in the same
+    plain way, to 256 x 256.
 
     Raises:
         ValueError: ``image`` is not uint8 of shape (H, W, 3), or ``size`` is below 1.
@@ -149,7 +150,9 @@ def resize_square(image: np.ndarray, size: int) -> np.ndarray:
         raise ValueError(f"image must be uint8 of shape (H, W, 3), not {image.dtype} of shape {image.shape}")
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, not {size}")
-    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+    # One side at a time: given both, versions of Pillow differ in which they take first, and so in what they round.
+    narrowed = Image.fromarray(image).resize((size, image.shape[0]), Image.Resampling.BILINEAR)
+    return np.array(narrowed.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -1,5 +1,6 @@
 """A trained detector: the networks, the statistics that make their maps comparable, and the decision threshold."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from dskd_fast.data.images import resize_square
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 from dskd_fast.workflow.device import numerics
+from dskd_fast.workflow.inputs import Images, rgb_images
 
 Variant = Literal["combined", "local", "global"]
 VARIANTS: tuple[Variant, ...] = ("combined", "local", "global")
@@ -104,6 +107,24 @@ class Maps(NamedTuple):
         return self.global_ if variant == "global" else getattr(self, variant)
 
 
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """What a detector finds in one image.
+
+    Attributes:
+        score: in standard deviations above the normal mean.
+        anomalous: whether the score is above the run's threshold; None without one.
+        map: anomaly map (H, W) at the image's own size, float32, in the same unit.
+        local_map, global_map: of each student alone; None without that student.
+    """
+
+    score: float
+    anomalous: bool | None
+    map: NDArray[np.float32]
+    local_map: NDArray[np.float32] | None
+    global_map: NDArray[np.float32] | None
+
+
 @dataclass
 class Detector:
     """DSKD with everything that turns its features into maps, scores and decisions."""
@@ -120,6 +141,47 @@ class Detector:
     def variants(self) -> tuple[Variant, ...]:
         """What there are maps of: "combined", and "local" and "global" or the one there is."""
         return ("combined", *self.model.students)
+
+    def predict(self, images: Images, *, batch_size: int = 8) -> list[Detection]:
+        """Score images, locate what is wrong with them, and decide.
+
+        Threads may share a detector: the networks run for one of them at a time, reading, resizing and enlarging maps
+        for all at once. The batch in which an image is computed changes no more of its score than float32 rounding.
+
+        Args:
+            images: a path, an array (H, W, 3) or (B, H, W, 3), a tensor (3, H, W) or (B, 3, H, W) on any device, a
+                Pillow image, or an iterable of single ones, which may differ in kind and size. Arrays and tensors are
+                RGB, uint8 or floating from 0 to 1 (then rounded to 8 bits). Each side has at least 32 pixels.
+            batch_size: images per pass of the networks.
+
+        Returns:
+            One entry per image, in order; a list for a single image, too.
+
+        Raises:
+            TypeError, ValueError: `images` is none of the above, or `batch_size` is below 1.
+            ImageError: a file cannot be read.
+            UserError: the networks give values that are not finite.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is not possible: use a whole number from 1 up")
+        detections: list[Detection] = []
+        remaining = rgb_images(images)
+        while batch := list(itertools.islice(remaining, batch_size)):
+            detections += self._predict_batch(batch)
+        return detections
+
+    def _predict_batch(self, images: list[NDArray[np.uint8]]) -> list[Detection]:
+        size = self.model.image_size
+        maps = self.maps(torch.stack([torch.from_numpy(resize_square(x, size)).permute(2, 0, 1) for x in images]))
+        threshold = self.calibration.threshold
+        detections = []
+        for i, (image, score) in enumerate(zip(images, self.image_scores(maps.combined).tolist(), strict=True)):
+            located = (
+                None if maps.of(variant) is None else self.localisation_map(maps.of(variant)[i], image.shape[:2])
+                for variant in VARIANTS
+            )
+            detections.append(Detection(score, None if threshold is None else score > threshold.value, *located))
+        return detections
 
     def raw_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """Each student's map before normalisation, in the order of `model.students`, for uint8 images (B, 3, S, S).

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import re
 import sys
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,10 @@ from dskd_fast.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "tf32", "bf16")
+
+# Precision is a setting of the whole process: two threads that changed it at once would compute in each other's, and
+# leave one behind.
+_SETTINGS_LOCK = threading.RLock()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -69,7 +74,16 @@ def deterministic_convolutions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def numerics(precision: str, device: torch.device) -> Iterator[None]:
-    """Run networks and losses in `precision`: "fp32", "tf32" (where the device has it) or "bf16" (autocast)."""
+    """Run networks and losses in `precision`: "fp32", "tf32" (where the device has it) or "bf16" (autocast).
+
+    One thread at a time: another that wants to enter waits.
+    """
+    with _SETTINGS_LOCK, _settings(precision, device):
+        yield
+
+
+@contextlib.contextmanager
+def _settings(precision: str, device: torch.device) -> Iterator[None]:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     try:
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

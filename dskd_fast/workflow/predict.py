@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
-
-from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, list_images, read_image, resize_square
+from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, list_images, read_image
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.metrics.maps import save_map
@@ -85,19 +83,16 @@ def _predict_batch(
         except ImageError as error:
             errors[path] = "; ".join(reason for _, reason in error.failures)
     if images:
-        size = detector.model.image_size
-        resized = torch.stack([torch.from_numpy(resize_square(x, size)).permute(2, 0, 1) for x in images.values()])
-        maps = detector.maps(resized).combined
-        scores = dict(zip(images, detector.image_scores(maps).tolist(), strict=True))
-        maps = dict(zip(images, maps, strict=True))
+        found = detector.predict(images.values(), batch_size=len(images))
+        detections = dict(zip(images, found, strict=True))
 
     predictions = []
     for path, name in batch:
         if path in errors:
             predictions.append(Prediction(str(path), error=errors[path]))
             continue
-        image, score, decision = images[path], scores[path], decide(scores[path], threshold)
-        anomaly_map = detector.localisation_map(maps[path], image.shape[:2])
+        image, score, anomaly_map = images[path], detections[path].score, detections[path].map
+        decision = decide(score, threshold)
         # A score of 0 is the normal mean. The threshold is where the colours are half way, so what is bright decided.
         high = 2 * threshold if threshold is not None and threshold > 0 else _FULL_COLOUR
         caption = f"score {score:.2f}"

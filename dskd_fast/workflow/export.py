@@ -1,0 +1,292 @@
+"""A detector as one file that needs nothing of this package: a program exported by PyTorch, or ONNX.
+
+The file does all that `Detector.predict` does with images in memory: it resizes them as Pillow does, normalises, runs
+the networks, applies the statistics, filters, enlarges the map and decides.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+import dskd_fast
+from dskd_fast.data.images import MIN_SIDE
+from dskd_fast.errors import UserError
+from dskd_fast.files import write_file
+from dskd_fast.ops.portable import DECOMPOSITIONS
+from dskd_fast.workflow.detector import BRANCHES, Detector, to_float
+from dskd_fast.workflow.device import numerics
+
+Format = Literal["torch", "onnx"]
+SUFFIXES: dict[Format, str] = {"torch": ".pt2", "onnx": ".onnx"}
+OPSET = 18
+METADATA = "dskd_fast.json"
+"""Name of the metadata among a .pt2's extra files."""
+
+TOLERANCE = 1e-3
+"""Most that scores and maps of a file may differ from `Detector.predict`'s, as a multiple of 1 + |value|.
+
+They are in standard deviations. Float32 rounding in another order is off by about 1e-6 of a feature; a student's
+difference from its teacher, on which the maps depend, is some hundred times smaller than the features.
+"""
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_MAX_ONNX_BYTES = 2**31 - 2**25  # protobuf's 2 GiB, less room for what is not weights
+# Pillow rounds the weights of its filter to multiples of this.
+_WEIGHT_UNIT = 2.0**-22
+
+Outputs = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path, n_bytes: of the file.
+        metadata: what the file says of itself.
+        difference: the largest between its scores and maps and `Detector.predict`'s, as a multiple of 1 + |value|.
+    """
+
+    path: Path
+    n_bytes: int
+    metadata: dict[str, Any]
+    difference: float
+
+
+def export(detector: Detector, path: Path, file_format: Format, *, category: str, threshold: float | None) -> Exported:
+    """Write a detector as one file, which is kept only if it agrees with the detector.
+
+    The file takes uint8 RGB images (B, 3, H, W), each side at least 32 pixels, B, H and W free from call to call.
+
+    Args:
+        detector: calibrated.
+        path: of the file; an older one is replaced.
+        file_format: "torch" for `torch.export.load`, or "onnx".
+        category: recorded in the file.
+        threshold: of the decisions; None makes none.
+
+    Raises:
+        UserError: packages are missing, the weights are too large for one ONNX file, the file disagrees with the
+            detector, or cannot be written. An older file is then still there.
+    """
+    suffix = SUFFIXES[file_format]
+    if path.suffix != suffix:
+        raise UserError(f"{path} does not end in {suffix}, as files of the format {file_format} do: choose such a name")
+    if file_format == "onnx":
+        _check_onnx(detector)
+    metadata = _metadata(detector, file_format, category, threshold)
+    write, load = (_write_torch, _load_torch) if file_format == "torch" else (_write_onnx, _load_onnx)
+    program = _program(detector, threshold)
+    difference = 0.0
+
+    def write_and_verify(temporary: Path) -> None:
+        nonlocal difference
+        write(program, temporary, metadata)
+        difference = _difference(detector, load(temporary), threshold)
+        if not difference <= TOLERANCE:  # NaN, too
+            raise UserError(
+                f"the exported file disagrees with the run by {difference:.1e}, more than {TOLERANCE:.0e}, and was not "
+                "kept: use the other --format, or report this"
+            )
+
+    write_file(path, write_and_verify)
+    return Exported(path, path.stat().st_size, metadata, difference)
+
+
+class Inspection(nn.Module):
+    """From images to scores, maps and decisions, in operations that depend neither on data nor on sizes."""
+
+    def __init__(self, detector: Detector, threshold: float | None) -> None:
+        super().__init__()
+        self.model = detector.model.eval()
+        self.scoring = detector.scoring
+        self.statistics = detector.calibration.statistics
+        self.threshold = threshold
+        # The filter is linear: its matrix is what it makes of the unit vectors.
+        blur = ndimage.gaussian_filter1d(np.eye(self.model.image_size), self.scoring.sigma, axis=0)
+        self.register_buffer("blur", torch.from_numpy(blur).to(detector.device))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 RGB (B, 3, H, W) -> "score" (B,), "map" (B, H, W), float32, and with a threshold "anomalous" (B,)."""
+        size, align_corners = self.model.image_size, self.scoring.align_corners
+        resized = to_float(resize_square(images, size), images.device)
+        raw_maps = self.model.anomaly_maps(resized, self.scoring.temperature, align_corners=align_corners)
+        normalised = [
+            (raw.double() - self.statistics[name].mean) / self.statistics[name].std
+            for name, raw in zip(BRANCHES, raw_maps, strict=True)
+            if raw is not None
+        ]
+        combined = torch.stack(normalised).sum(0).float()
+        # Rounded between the axes, as scipy does it.
+        blurred = ((self.blur @ combined.double()).float().double() @ self.blur.mT).float()
+        score = blurred.amax((1, 2))
+        located = enlarge(blurred if self.scoring.filter_maps else combined, images.shape[-2:], align_corners)
+        outputs = {"score": score, "map": located}
+        if self.threshold is not None:
+            outputs["anomalous"] = score.double() > self.threshold
+        return outputs
+
+
+def resize_square(images: Tensor, size: int) -> Tensor:
+    """uint8 (B, C, H, W) -> uint8 (B, C, size, size), to the bit as `dskd_fast.data.images.resize_square`.
+
+    Pillow works in fixed point, of which float64 holds every number exactly.
+    """
+    rows, columns = (
+        (_interpolation(side, size, images.device) / _WEIGHT_UNIT + 0.5).floor() * _WEIGHT_UNIT
+        for side in images.shape[-2:]
+    )
+    narrowed = (images.double() @ columns.mT + 0.5).floor()
+    return (rows @ narrowed + 0.5).floor().clamp(max=255).to(torch.uint8)
+
+
+def enlarge(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Maps (B, S, S) at (height, width), as `Detector.localisation_map`, smaller ones included."""
+    offset = 0.5
+    if align_corners:
+        # Antialiased interpolation in PyTorch keeps the scale of aligned corners, but does not align them.
+        smaller = torch.stack([_number(side, maps.device) for side in size]).amin() < maps.shape[-1]
+        offset = 0.5 * smaller.double()
+    rows, columns = (_interpolation(maps.shape[-1], side, maps.device, align_corners, offset) for side in size)
+    return (rows @ maps.double() @ columns.mT).float()
+
+
+def _interpolation(
+    source: int, target: int, device: torch.device, align_corners: bool = False, offset: float | Tensor = 0.5
+) -> Tensor:
+    """Weights (target, source) of bilinear interpolation, antialiased where `target` is the smaller, float64."""
+    n_source, n_target = _number(source, device), _number(target, device)
+    scale = (n_source - 1) / (n_target - 1) if align_corners else n_source / n_target
+    at = torch.arange(source, device=device).double() + offset
+    centre = (torch.arange(target, device=device).double() + offset) * scale
+    weights = (1 - (at - centre[:, None]).abs() / scale.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _number(value: int, device: torch.device) -> Tensor:
+    """A size, which may be one that is left open in an exported program, as a float64 tensor."""
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def _program(detector: Detector, threshold: float | None) -> torch.export.ExportedProgram:
+    side = detector.model.image_size
+    example = torch.zeros((2, 3, side + 3, side + 5), dtype=torch.uint8, device=detector.device)
+    free = {
+        0: torch.export.Dim("batch"),
+        2: torch.export.Dim("height", min=MIN_SIDE),
+        3: torch.export.Dim("width", min=MIN_SIDE),
+    }
+    with torch.no_grad():
+        program = torch.export.export(Inspection(detector, threshold), (example,), dynamic_shapes={"images": free})
+        return program.run_decompositions(DECOMPOSITIONS)
+
+
+def _metadata(detector: Detector, file_format: Format, category: str, threshold: float | None) -> dict[str, Any]:
+    outputs = {
+        "score": "float32 (batch,), standard deviations above the normal mean",
+        "map": "float32 (batch, height, width), the same for every pixel",
+    }
+    if threshold is not None:
+        outputs["anomalous"] = "bool (batch,), score above the threshold"
+    return {
+        "dskd_fast": dskd_fast.__version__,
+        "torch": torch.__version__,
+        "category": category,
+        "teacher": detector.model.teacher.name,
+        "image_size": detector.model.image_size,
+        "threshold": threshold,
+        **({"opset": OPSET} if file_format == "onnx" else {}),
+        "inputs": {"images": f"uint8 (batch, 3, height, width), RGB, each side at least {MIN_SIDE} pixels"},
+        "outputs": outputs,
+        "tolerance": f"{TOLERANCE:g} (1 + |value|)",
+    }
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+def _write_torch(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
+    torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata, indent=2)})
+
+
+def _load_torch(path: Path) -> Callable[[NDArray[np.uint8]], Outputs]:
+    module = torch.export.load(path).module()
+
+    def run(images: NDArray[np.uint8]) -> Outputs:
+        with torch.inference_mode(), numerics("fp32", torch.device("cpu")):
+            return {name: value.cpu().numpy() for name, value in module(torch.from_numpy(images)).items()}
+
+    return run
+
+
+def _check_onnx(detector: Detector) -> None:
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'ONNX needs {", ".join(missing)}, not installed here: run pip install "dskd-fast[onnx]"')
+    n_bytes = sum(x.numel() * x.element_size() for x in detector.model.state_dict().values())
+    if n_bytes > _MAX_ONNX_BYTES:
+        raise UserError(
+            f"the weights take {n_bytes / 2**30:.1f} GiB, and one ONNX file holds 2 at most: use --format torch, or "
+            "train with a smaller --gccb"
+        )
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
+    onnx_program = torch.onnx.export(
+        program,
+        input_names=list(metadata["inputs"]),
+        output_names=list(metadata["outputs"]),
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    onnx_program.model.metadata_props.update(
+        {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+    )
+    onnx_program.save(path, external_data=False)
+
+
+def _load_onnx(path: Path) -> Callable[[NDArray[np.uint8]], Outputs]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda images: dict(zip(names, session.run(names, {"images": images}), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ verification
+
+
+def _difference(detector: Detector, run: Callable[[NDArray[np.uint8]], Outputs], threshold: float | None) -> float:
+    """The largest difference of a file's scores and maps from the detector's, as a multiple of 1 + |value|."""
+    generator = np.random.default_rng(0)
+    side = detector.model.image_size
+    differences = []
+    # Larger and smaller than what the networks see, and other batches than the one that was traced.
+    for batch, height, width in ((1, 2 * side, side + 31), (3, side // 2 + 1, side)):
+        images = _textures(generator, batch, height, width)
+        found = run(images)
+        expected = detector.predict(images.transpose(0, 2, 3, 1))
+        pairs = [(found["score"], np.array([one.score for one in expected]))]
+        pairs.append((found["map"], np.stack([one.map for one in expected])))
+        differences += [np.max(np.abs(ours - theirs) / (1 + np.abs(theirs))) for ours, theirs in pairs]
+        if threshold is not None and (found["anomalous"] != (found["score"] > threshold)).any():
+            differences.append(np.inf)
+    return float(np.max(differences))
+
+
+def _textures(generator: np.random.Generator, batch: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Coloured clouds under fine noise, uint8 (B, 3, H, W)."""
+    clouds = torch.from_numpy(generator.uniform(0, 255, (batch, 3, 6, 6)))
+    images = nnf.interpolate(clouds, (height, width), mode="bilinear").numpy()
+    return (images + generator.normal(0, 8, images.shape)).clip(0, 255).astype(np.uint8)
