@@ -26,6 +26,8 @@ from dskd_fast.workflow.device import resolve_device
 from dskd_fast.workflow.distributed import ALONE, Group, group, launched_as, use_gpu
 from dskd_fast.workflow.evaluate import absences, count_kinds
 from dskd_fast.workflow.evaluate import evaluate as evaluate_detector
+from dskd_fast.workflow.export import SUFFIXES
+from dskd_fast.workflow.export import export as export_detector
 from dskd_fast.workflow.predict import predict as predict_images
 from dskd_fast.workflow.train import TrainingOptions
 from dskd_fast.workflow.training_run import (
@@ -170,6 +172,32 @@ def predict(arguments: argparse.Namespace) -> int:
     for p in failed:
         console.print(f"{'not read' if p.score is None else 'not drawn'}: {p.path}: {p.error}", style="red")
     return 1 if failed else 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    detector, _, config = runs.load_run(arguments.run, "cpu")
+    exported = export_detector(
+        detector,
+        arguments.out or arguments.run / f"model{SUFFIXES[arguments.format]}",
+        arguments.format,
+        category=config["category"],
+        threshold=_threshold(detector, arguments.threshold),
+    )
+    if exported.metadata["threshold"] is None:
+        console.print(
+            "no decisions: the run had no validation images to set a threshold with; pass --threshold", style="yellow"
+        )
+    for name, value in exported.metadata.items():
+        if isinstance(value, dict):
+            for entry, meaning in value.items():
+                console.print(f"{name.removesuffix('s'):12} {entry}: {meaning}")
+        else:
+            console.print(f"{name:12} {value}")
+    console.print(
+        f"{exported.path}, {exported.n_bytes / 1e6:.1f} MB; differs from this run by at most "
+        f"{exported.difference:.1e} (1 + |value|) on 4 test patterns"
+    )
+    return 0
 
 
 def info(arguments: argparse.Namespace) -> int:

@@ -130,6 +130,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_threshold(predict)
     _add_device(predict)
 
+    export = command(
+        "export",
+        "Write a run as one file that other programs run without dskd-fast.",
+        "\n\nThe file takes uint8 RGB images (batch, 3, height, width) from 32 x 32 up and gives score, map and "
+        "decision as\npredict does: resizing, normalisation and threshold are inside. It is checked against the run "
+        'before it is kept.\nONNX needs pip install "dskd-fast[onnx]".',
+    )
+    _add_run(export)
+    export.add_argument(
+        "--format",
+        choices=("torch", "onnx"),
+        required=True,
+        help="torch: a .pt2 for torch.export.load; onnx: an .onnx for ONNX Runtime and others",
+    )
+    export.add_argument(
+        "--out", type=Path, metavar="FILE", help="the file, replaced if it exists (default: RUN/model.pt2 or .onnx)"
+    )
+    _add_threshold(export)
+
     info = command("info", "Show what a run folder holds.")
     _add_run(info)
 

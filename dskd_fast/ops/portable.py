@@ -11,14 +11,18 @@ and all sums are taken in float64, where no exponential overflows from T = 0.01 
 What cancels there is 1 in 4,096 at most where there are as many positions (kernels/README.md, "Which shift").
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 import dskd_fast.ops.operators  # noqa: F401 - registers what is replaced
 from dskd_fast.backends.torch_tiled import directions
 
-# Entries of a slab of rows, per image: each of its float64 arrays takes 4 MiB.
-_SLAB_ELEMENTS = 1 << 19
+# Rows are traced in slabs of at most so many entries, whose float64 arrays take 16 MiB per image each. Every slab adds
+# its operations to the file, so that beyond some number they grow instead.
+_SLAB_ELEMENTS = 1 << 21
+_MAX_SLABS = 16
 # Below this, expm1(c) - c is a series of two terms (off by 1e-9 at most), above it loses no more than 2e-8 in float64.
 _SERIES_RADIUS = 1e-4
 
@@ -38,7 +42,7 @@ def contextual_affinity(
     t, delta, keys = t.float(), delta.float(), keys.mT.float()
     n = t.shape[1]
     position = torch.arange(n, device=t.device)
-    rows = max(1, _SLAB_ELEMENTS // n)
+    rows = max(_SLAB_ELEMENTS // n, math.ceil(n / _MAX_SLABS))
     kl = []
     for r in range(0, n, rows):
         row = slice(r, r + rows)

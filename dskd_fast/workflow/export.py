@@ -4,6 +4,7 @@ The file does all that `Detector.predict` does with images in memory: it resizes
 the networks, applies the statistics, filters, enlarges the map and decides.
 """
 
+import copy
 import importlib.util
 import json
 from collections.abc import Callable
@@ -108,7 +109,8 @@ class Inspection(nn.Module):
 
     def __init__(self, detector: Detector, threshold: float | None) -> None:
         super().__init__()
-        self.model = detector.model.eval()
+        # Both formats hold weights in the usual order; the run's lie channels last.
+        self.model = copy.deepcopy(detector.model).to(memory_format=torch.contiguous_format).eval()
         self.scoring = detector.scoring
         self.statistics = detector.calibration.statistics
         self.threshold = threshold
@@ -155,7 +157,7 @@ def enlarge(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     offset = 0.5
     if align_corners:
         # Antialiased interpolation in PyTorch keeps the scale of aligned corners, but does not align them.
-        smaller = torch.stack([_number(side, maps.device) for side in size]).amin() < maps.shape[-1]
+        smaller = torch.stack([_number(side, maps.device) for side in size]).amin(0) < maps.shape[-1]
         offset = 0.5 * smaller.double()
     rows, columns = (_interpolation(maps.shape[-1], side, maps.device, align_corners, offset) for side in size)
     return (rows @ maps.double() @ columns.mT).float()
@@ -273,7 +275,7 @@ def _difference(detector: Detector, run: Callable[[NDArray[np.uint8]], Outputs],
     side = detector.model.image_size
     differences = []
     # Larger and smaller than what the networks see, and other batches than the one that was traced.
-    for batch, height, width in ((1, 2 * side, side + 31), (3, side // 2 + 1, side)):
+    for batch, height, width in ((1, 2 * side, side + 31), (3, max(side // 2, MIN_SIDE), side)):
         images = _textures(generator, batch, height, width)
         found = run(images)
         expected = detector.predict(images.transpose(0, 2, 3, 1))

@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -96,3 +98,39 @@ def test_freed_memory_is_kept():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     given_back, kept = map(int, done.stdout.split())
     assert kept < given_back / 10
+
+
+def test_threads_do_not_leave_each_other_s_settings_behind():
+    """The first in leaves while the second is still inside: without a lock the second restores the first one's."""
+    original = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    first_is_in, seen = threading.Event(), []
+
+    def first():
+        with numerics("tf32", CPU):
+            first_is_in.set()
+            time.sleep(0.2)
+            seen.append(("first", torch.get_float32_matmul_precision()))
+
+    def second():
+        first_is_in.wait()
+        with numerics("fp32", CPU):
+            seen.append(("second", torch.get_float32_matmul_precision()))
+            time.sleep(0.2)
+            seen.append(("second", torch.get_float32_matmul_precision()))
+
+    try:
+        threads = [threading.Thread(target=run) for run in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert seen == [("first", "high"), ("second", "highest"), ("second", "highest")]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(original)
+
+
+def test_a_thread_may_enter_again():
+    with numerics("bf16", CPU), numerics("fp32", CPU):
+        assert not torch.is_autocast_enabled("cpu")

@@ -1,0 +1,89 @@
+"""The operators in plain operations: as accurate as the backends, and nothing of ours left in an exported program."""
+
+import pytest
+import torch
+from torch import nn
+
+from dskd_fast import functional
+from dskd_fast.backends import torch_tiled
+from dskd_fast.ops import portable
+
+
+def features(noise, size=12, channels=24):
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn((2, channels, size, size), generator=generator).relu()
+    student = (teacher + noise * torch.randn(teacher.shape, generator=generator)).relu()
+    return student, teacher
+
+
+def contextual_affinity(student, teacher, temperature):
+    return portable.contextual_affinity(student, teacher, temperature, "ieee", "auto", False)[0]
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("noise", [1, 0.1, 1e-2, 1e-3])
+@pytest.mark.parametrize(("temperature", "limit"), [(100, 3e-7), (4, 3e-7), (1, 3e-7), (0.1, 1e-6), (0.01, 5e-5)])
+def test_contextual_affinity_keeps_its_digits(noise, temperature, limit):
+    student, teacher = features(noise)
+    expected, _ = torch_tiled.contextual_affinity(student.double(), teacher.double(), temperature, "ieee", False)
+    found = contextual_affinity(student, teacher, temperature)
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected) < limit
+
+
+@pytest.mark.parametrize("noise", [1, 1e-2, 1e-4])
+def test_cosine_distance_keeps_its_digits(noise):
+    student, teacher = features(noise)
+    expected, _ = torch_tiled.cosine_distance(student.double(), teacher.double(), False)
+    found, _ = portable.cosine_distance(student, teacher, "auto", False)
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected) < 1e-7
+
+
+@pytest.mark.parametrize("temperature", [100, 1, 0.01])
+def test_opposite_and_equal_and_zero_vectors(temperature):
+    _, teacher = features(1)
+    teacher[:, :, 3] = 0
+    for student in (-teacher, teacher.clone(), torch.zeros_like(teacher)):
+        expected, _ = torch_tiled.contextual_affinity(student.double(), teacher.double(), temperature, "ieee", False)
+        torch.testing.assert_close(
+            contextual_affinity(student, teacher, temperature).double(), expected, rtol=1e-4, atol=1e-12
+        )
+        expected, _ = torch_tiled.cosine_distance(student, teacher, False)
+        torch.testing.assert_close(portable.cosine_distance(student, teacher, "auto", False)[0], expected)
+
+
+def test_slabs_do_not_matter(monkeypatch):
+    student, teacher = features(0.1)
+    whole = contextual_affinity(student, teacher, 1.0)
+    monkeypatch.setattr(portable, "_SLAB_ELEMENTS", 1)
+    # 144 rows in slabs of 21, of which the last is shorter.
+    monkeypatch.setattr(portable, "_MAX_SLABS", 7)
+    torch.testing.assert_close(contextual_affinity(student, teacher, 1.0), whole, rtol=1e-6, atol=0)
+
+
+def test_gradients_are_refused():
+    student, teacher = features(1)
+    with pytest.raises(NotImplementedError, match="no_grad"):
+        portable.contextual_affinity(student, teacher, 1.0, "ieee", "auto", True)
+    with pytest.raises(NotImplementedError, match="no_grad"):
+        portable.cosine_distance(student, teacher, "auto", True)
+
+
+def test_an_exported_program_holds_no_operator_of_ours_and_takes_any_batch():
+    class Both(nn.Module):
+        def forward(self, student, teacher):
+            return functional.contextual_affinity(student, teacher), functional.cosine_distance(student, teacher)
+
+    free = {0: torch.export.Dim("batch")}
+    program = torch.export.export(Both(), features(1), dynamic_shapes=(free, free))
+    assert "dskd_fast" in str(program.graph)
+    program = program.run_decompositions(portable.DECOMPOSITIONS)
+    assert "dskd_fast" not in str(program.graph)
+    student, teacher = (torch.cat([x, x[:1].flip(1)]) for x in features(1))
+    for batch in (1, 3):
+        found = program.module()(student[:batch], teacher[:batch])
+        torch.testing.assert_close(found, Both()(student[:batch], teacher[:batch]), rtol=1e-5, atol=0)

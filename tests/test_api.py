@@ -1,0 +1,227 @@
+"""`DSKD.load(run).predict(images)`: from whatever a program has its images in, and from many threads."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from dskd_fast import DSKD
+from dskd_fast.data.images import ImageError, read_image
+from dskd_fast.data.layout import open_category
+from dskd_fast.errors import UserError
+from dskd_fast.workflow.predict import predict as predict_files
+
+
+@pytest.fixture(scope="module")
+def detector(tiny_run):
+    return DSKD.load(tiny_run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def paths(data_root):
+    return [item.path for item in open_category(data_root, "screw_bag").test]
+
+
+@pytest.fixture(scope="module")
+def pixels(paths):
+    return np.stack([read_image(path) for path in paths])
+
+
+def assert_same(found, expected):
+    """To the bit."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.score, one.anomalous) == (other.score, other.anomalous)
+        for name in ("map", "local_map", "global_map"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+# ------------------------------------------------------------------------------------------------ the same as predict
+
+
+def test_the_results_are_those_of_the_command_line(detector, paths, tmp_path):
+    threshold = detector.calibration.threshold.value
+    written = predict_files(detector, paths, tmp_path, threshold=threshold, save_maps=True)
+    found = detector.predict(paths)
+    assert [one.score for one in found] == [one.score for one in written]
+    assert ["anomalous" if one.anomalous else "normal" for one in found] == [one.decision for one in written]
+    for one, other in zip(found, written, strict=True):
+        np.testing.assert_array_equal(one.map, tifffile.imread(tmp_path / other.map))
+
+
+def test_a_detection_has_score_decision_and_maps_at_the_size_of_the_image(detector, paths):
+    for one in detector.predict(paths):
+        assert isinstance(one.score, float)
+        assert one.anomalous is (one.score > detector.calibration.threshold.value)
+        for anomaly_map in (one.map, one.local_map, one.global_map):
+            assert (anomaly_map.shape, anomaly_map.dtype) == ((96, 120), np.float32)
+        np.testing.assert_allclose(one.map, one.local_map + one.global_map, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_threshold_there_is_no_decision(tiny_run, paths):
+    import dataclasses
+
+    detector = DSKD.load(str(tiny_run), device="cpu")
+    detector.calibration = dataclasses.replace(detector.calibration, threshold=None)
+    assert detector.predict(paths[0])[0].anomalous is None
+
+
+def test_a_folder_that_is_no_run_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="not a run folder"):
+        DSKD.load(tmp_path)
+
+
+def test_the_networks_can_still_be_built_by_that_name():
+    assert isinstance(DSKD("test_resnet", pretrained=False, image_size=64), torch.nn.Module)
+
+
+# ------------------------------------------------------------------------------------------------ kinds of images
+
+
+CONVERSIONS = {
+    "paths": lambda paths, pixels: paths,
+    "text": lambda paths, pixels: [str(path) for path in paths],
+    "generator": lambda paths, pixels: (path for path in paths),
+    "one array": lambda paths, pixels: pixels,
+    "arrays": lambda paths, pixels: list(pixels),
+    "turned arrays": lambda paths, pixels: [np.asfortranarray(image) for image in pixels],
+    "float array": lambda paths, pixels: pixels.astype(np.float32) / 255,
+    "half array": lambda paths, pixels: (pixels / 255).astype(np.float16),
+    "one tensor": lambda paths, pixels: torch.from_numpy(pixels).permute(0, 3, 1, 2),
+    "tensors": lambda paths, pixels: tuple(torch.from_numpy(pixels).permute(0, 3, 1, 2)),
+    "float tensor": lambda paths, pixels: torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255,
+    "tensor with grad": lambda paths, pixels: (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).requires_grad_(),
+    "Pillow": lambda paths, pixels: [Image.open(path) for path in paths],
+    "mixed": lambda paths, pixels: [
+        paths[0],
+        pixels[1],
+        torch.from_numpy(pixels[2]).permute(2, 0, 1),
+        Image.fromarray(pixels[3]),
+        *pixels[4:] / 255,
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", CONVERSIONS)
+def test_every_kind_of_images_gives_the_same(detector, paths, pixels, kind):
+    assert_same(detector.predict(CONVERSIONS[kind](paths, pixels)), detector.predict(paths))
+
+
+def test_a_single_image_gives_a_list_of_one(detector, paths, pixels):
+    expected = detector.predict(paths[:1])
+    tensor = torch.from_numpy(pixels[0]).permute(2, 0, 1)
+    for image in (paths[0], str(paths[0]), pixels[0], tensor, Image.fromarray(pixels[0])):
+        assert_same(detector.predict(image), expected)
+
+
+def test_images_of_different_sizes_go_together(detector, pixels):
+    images = [pixels[0], pixels[1, :40, :50], pixels[2, :, :33], np.tile(pixels[3], (2, 3, 1))]
+    for one, image in zip(detector.predict(images), images, strict=True):
+        assert one.map.shape == image.shape[:2]
+        (alone,) = detector.predict(image)
+        assert one.score == pytest.approx(alone.score, rel=1e-4)
+
+
+def test_no_images_give_no_detections(detector):
+    for none in ([], np.empty((0, 64, 64, 3), np.uint8), torch.empty((0, 3, 64, 64), dtype=torch.uint8)):
+        assert detector.predict(none) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_the_batch_size_changes_no_more_than_rounding(detector, pixels, batch_size):
+    expected = [one.score for one in detector.predict(pixels)]
+    found = [one.score for one in detector.predict(pixels, batch_size=batch_size)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_a_rotated_photograph_is_turned_as_when_it_is_read(detector, pixels, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels[0]).save(tmp_path / "turned.png", exif=exif)
+    expected = detector.predict(tmp_path / "turned.png")
+    assert expected[0].map.shape == (120, 96)
+    assert_same(detector.predict(Image.open(tmp_path / "turned.png")), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+def test_other_pillow_modes_are_read_as_from_files(detector, pixels, tmp_path, mode):
+    Image.fromarray(pixels[0]).convert(mode).save(tmp_path / "image.png")
+    assert_same(detector.predict(Image.open(tmp_path / "image.png")), detector.predict(tmp_path / "image.png"))
+
+
+IMAGE = np.zeros((64, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (None, TypeError, "images is a NoneType: pass paths"),
+        (3, TypeError, "images is a int"),
+        (b"image.png", TypeError, "images is a bytes"),
+        ([IMAGE, None], TypeError, r"images\[1\] is a NoneType"),
+        ([[IMAGE]], TypeError, r"images\[0\] is a list"),
+        (IMAGE[..., 0], ValueError, r"images is an array of shape \(64, 64\): pass \(H, W, 3\)"),
+        (IMAGE.transpose(2, 0, 1), ValueError, r"images is an array of shape \(3, 64, 64\)"),
+        ([IMAGE[None]], ValueError, r"images\[0\] is an array of shape \(1, 64, 64, 3\)"),
+        (torch.from_numpy(IMAGE), ValueError, r"images is a tensor of shape \(64, 64, 3\): pass \(3, H, W\)"),
+        (IMAGE.astype(np.int64), ValueError, "images has dtype int64: pass uint8, or floating values from 0 to 1"),
+        (IMAGE.astype(np.uint16), ValueError, "images has dtype uint16"),
+        (IMAGE.astype(bool), ValueError, "images has dtype bool"),
+        (IMAGE + 1.5, ValueError, "images has floating values from 1.5 to 1.5: pass values from 0 to 1, or uint8"),
+        (IMAGE - 0.1, ValueError, "images has floating values from -0.1"),
+        (IMAGE * np.nan, ValueError, "images has floating values from nan"),
+        ([IMAGE, IMAGE[:31]], ValueError, r"images\[1\] has 64 x 31 pixels: pass at least 32"),
+        (Image.new("F", (64, 64)), ValueError, "images is a Pillow image of mode F: pass one of 1, L"),
+        ("nowhere.png", ImageError, "no such file"),
+    ],
+)
+def test_what_is_no_image_is_named(detector, images, error, message):
+    with pytest.raises(error, match=message):
+        detector.predict(images)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_size_below_1_is_refused(detector, batch_size):
+    with pytest.raises(ValueError, match="batch_size="):
+        detector.predict(IMAGE, batch_size=batch_size)
+
+
+def test_images_are_not_changed(detector, pixels):
+    before = pixels.copy()
+    detector.predict(pixels)
+    np.testing.assert_array_equal(pixels, before)
+
+
+# ------------------------------------------------------------------------------------------------ threads
+
+
+@pytest.mark.parametrize("setting", ["highest", "medium"])
+def test_threads_get_the_bits_of_a_single_one_and_leave_the_settings_as_they_were(detector, paths, pixels, setting):
+    """Settings are the process's: threads that restored them out of order would compute in another precision."""
+    n_threads, n_calls = 8, 3
+    original = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    work = [paths[:3], pixels[3:5], list(pixels[5:]), paths[::-1]]
+    torch.set_float32_matmul_precision(setting)
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        expected = [detector.predict(images) for images in work]
+        start = threading.Barrier(n_threads)
+
+        def many(thread):
+            start.wait()
+            chosen = [(thread + call) % len(work) for call in range(n_calls)]
+            return [(i, detector.predict(work[i], batch_size=8)) for i in chosen]
+
+        with ThreadPoolExecutor(n_threads) as pool:
+            for results in pool.map(many, range(n_threads)):
+                for i, found in results:
+                    assert_same(found, expected[i])
+        assert torch.get_float32_matmul_precision() == setting
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(original[0])
+        torch.backends.cudnn.allow_tf32 = original[1]

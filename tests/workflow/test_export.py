@@ -1,0 +1,291 @@
+"""Exported files do what `predict` does, whatever the batch and the size of the images, and without this package."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as nnf
+
+from dskd_fast import functional
+from dskd_fast.data.images import read_image
+from dskd_fast.data.images import resize_square as resize_with_pillow
+from dskd_fast.data.layout import open_category
+from dskd_fast.errors import UserError
+from dskd_fast.workflow import export as export_module
+from dskd_fast.workflow.detector import Calibration, Detector, Scoring, Statistics, Threshold
+from dskd_fast.workflow.export import METADATA, OPSET, SUFFIXES, TOLERANCE, Inspection, enlarge, export, resize_square
+
+FORMATS = ("torch", "onnx")
+
+
+def load(path):
+    """A function from uint8 images (B, 3, H, W) to a dictionary of arrays."""
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        return lambda images: dict(zip(names, session.run(None, {"images": images}), strict=True))
+    module = torch.export.load(path).module()
+    return lambda images: {name: x.numpy() for name, x in module(torch.from_numpy(images)).items()}
+
+
+def assert_agrees(found, detections, threshold):
+    """Within the stated tolerance; decisions must not differ where the scores are farther from the threshold."""
+    scores = np.array([one.score for one in detections])
+    maps = np.stack([one.map for one in detections])
+    assert found["score"].dtype == found["map"].dtype == np.float32
+    assert found["score"].shape == (len(detections),)
+    assert found["map"].shape == maps.shape
+    assert (np.abs(found["score"] - scores) <= TOLERANCE * (1 + np.abs(scores))).all()
+    assert (np.abs(found["map"] - maps) <= TOLERANCE * (1 + np.abs(maps))).all()
+    if threshold is None:
+        assert "anomalous" not in found
+        return
+    assert found["anomalous"].dtype == np.bool_
+    clear = np.abs(scores - threshold) > TOLERANCE * (1 + np.abs(scores))
+    assert (found["anomalous"] == (scores > threshold))[clear].all()
+
+
+def random_images(batch, height, width):
+    return np.random.default_rng(batch).integers(0, 256, (batch, 3, height, width), dtype=np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ a trained run
+
+
+@pytest.fixture(scope="module")
+def threshold(tiny_detector):
+    return tiny_detector.calibration.threshold.value
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def exported(request, tiny_detector, threshold, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / f"model{SUFFIXES[request.param]}"
+    return export(tiny_detector, path, request.param, category="screw_bag", threshold=threshold)
+
+
+@pytest.fixture(scope="module")
+def run_file(exported):
+    return load(exported.path)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+def test_every_test_image_gets_what_predict_gives(run_file, tiny_detector, threshold, data_root, batch_size):
+    paths = [item.path for item in open_category(data_root, "screw_bag").test]
+    images = np.stack([read_image(path).transpose(2, 0, 1) for path in paths])
+    parts = [run_file(images[start : start + batch_size]) for start in range(0, len(paths), batch_size)]
+    found = {name: np.concatenate([part[name] for part in parts]) for name in ("score", "map", "anomalous")}
+    assert_agrees(found, tiny_detector.predict(paths), threshold)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (33, 150), (150, 40)])
+def test_images_may_have_any_size(run_file, tiny_detector, threshold, size):
+    images = random_images(2, *size)
+    assert_agrees(run_file(images), tiny_detector.predict(images.transpose(0, 2, 3, 1)), threshold)
+
+
+def test_the_difference_is_measured(exported):
+    assert 0 < exported.difference < TOLERANCE
+    assert exported.n_bytes == exported.path.stat().st_size
+
+
+def test_a_file_says_what_it_is(exported, threshold):
+    assert exported.metadata["category"] == "screw_bag"
+    assert exported.metadata["image_size"] == 64
+    assert exported.metadata["threshold"] == threshold
+    assert list(exported.metadata["outputs"]) == ["score", "map", "anomalous"]
+    if exported.path.suffix == ".pt2":
+        extra = {METADATA: ""}
+        torch.export.load(exported.path, extra_files=extra)
+        assert json.loads(extra[METADATA]) == exported.metadata
+        return
+    said = onnxruntime.InferenceSession(exported.path).get_modelmeta().custom_metadata_map
+    for name, value in exported.metadata.items():
+        assert said[name] == (value if isinstance(value, str) else json.dumps(value))
+
+
+def test_no_file_holds_anything_of_this_package(exported):
+    if exported.path.suffix == ".onnx":
+        model = onnx.load(exported.path)
+        onnx.checker.check_model(model, full_check=True)
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+        assert {node.domain for node in model.graph.node} == {""}
+        assert not model.functions
+        assert [path.name for path in exported.path.parent.iterdir()] == [exported.path.name]
+        dims = [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+        assert dims == ["batch", 3, "height", "width"]
+        return
+    images = random_images(3, 70, 90)
+    np.save(exported.path.parent / "images.npy", images)
+    script = """if True:
+        import sys, numpy, torch
+        folder = sys.argv[1]
+        program = torch.export.load(folder + "/model.pt2")
+        outputs = program.module()(torch.from_numpy(numpy.load(folder + "/images.npy")))
+        assert not [name for name in sys.modules if name.startswith("dskd_fast")]
+        numpy.savez(folder + "/outputs.npz", **{name: x.numpy() for name, x in outputs.items()})
+    """
+    command = [sys.executable, "-c", script, str(exported.path.parent)]
+    subprocess.run(command, check=True, timeout=300, cwd=exported.path.parent)
+    alone, here = np.load(exported.path.parent / "outputs.npz"), load(exported.path)(images)
+    assert sorted(alone) == sorted(here)
+    for name, value in here.items():
+        np.testing.assert_allclose(alone[name], value, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- settings, on small networks
+
+
+class SmallNetworks(nn.Module):
+    """Stands in for DSKD: one level, one convolution per network."""
+
+    image_size = 32
+
+    def __init__(self, branches=("local", "global")):
+        super().__init__()
+        self.branches = branches
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.convolutions = nn.ModuleList(nn.Conv2d(3, 12, 4, stride=4) for _ in range(3))
+        self.teacher = nn.Module()
+        self.teacher.name = "small"
+        self.teacher.register_buffer("mean", torch.zeros(1))
+
+    @torch.no_grad()
+    def anomaly_maps(self, images, temperature, *, align_corners):
+        teacher, local, global_ = (convolution(images).relu() for convolution in self.convolutions)
+        maps = functional.cosine_distance(local, teacher), functional.contextual_affinity(global_, teacher, temperature)
+        return tuple(
+            nnf.interpolate(m[:, None], images.shape[-2:], mode="bilinear", align_corners=align_corners)[:, 0]
+            if name in self.branches
+            else None
+            for name, m in zip(("local", "global"), maps, strict=True)
+        )
+
+
+def small_detector(threshold=None, **scoring):
+    statistics = {"local": Statistics(0.3, 0.02), "global": Statistics(1e-3, 5e-4)}
+    limit = None if threshold is None else Threshold(threshold, "", 1, 0.5)
+    scoring = Scoring(**{"temperature": 1.0, "sigma": 1.5} | scoring)
+    return Detector(SmallNetworks(), scoring, Calibration(statistics, "validation", 1, limit))
+
+
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        {"filter_maps": True},
+        {"align_corners": True},
+        {"sigma": 20.0, "filter_maps": True},  # wider than the map: reflected more than once
+        {"temperature": 0.05},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(1, 32, 45), (4, 61, 32), (2, 90, 70)])
+def test_settings_of_a_run_are_in_the_module(scoring, shape):
+    detector = small_detector(**scoring)
+    images = random_images(*shape)
+    found = Inspection(detector, 20.0)(torch.from_numpy(images))
+    found = {name: x.detach().numpy() for name, x in found.items()}
+    assert_agrees(found, detector.predict(images.transpose(0, 2, 3, 1)), 20.0)
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_settings_of_a_run_are_in_the_file_and_without_a_threshold_there_are_no_decisions(tmp_path, file_format):
+    detector = small_detector(align_corners=True, filter_maps=True, sigma=9.0, temperature=0.05)
+    path = tmp_path / f"model{SUFFIXES[file_format]}"
+    exported = export(detector, path, file_format, category="c", threshold=None)
+    assert list(exported.metadata["outputs"]) == ["score", "map"]
+    assert exported.metadata["threshold"] is None
+    run = load(path)
+    for images in (random_images(1, 32, 45), random_images(4, 61, 32), random_images(2, 90, 70)):
+        assert_agrees(run(images), detector.predict(images.transpose(0, 2, 3, 1)), None)
+
+
+def test_the_decision_is_strict():
+    images = torch.from_numpy(random_images(1, 40, 40))
+    score = Inspection(small_detector(), None)(images)["score"].item()
+    for threshold, expected in ((score, False), (float(np.nextafter(score, -np.inf)), True)):
+        assert Inspection(small_detector(), threshold)(images)["anomalous"].tolist() == [expected]
+
+
+@pytest.mark.parametrize("branch", ["local", "global"])
+def test_a_branch_that_is_absent_is_left_out(branch):
+    both, alone = small_detector(), small_detector()
+    alone.model = SmallNetworks(branches=(branch,))
+    images = random_images(2, 32, 32)
+    found = Inspection(alone, None)(torch.from_numpy(images))["map"].detach().numpy()
+    expected = [getattr(one, f"{branch}_map") for one in both.predict(images.transpose(0, 2, 3, 1))]
+    np.testing.assert_allclose(found, np.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_resizing_is_that_of_predict_to_the_bit():
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        size = int(generator.choice([32, 64, 96]))
+        height, width = generator.choice([32, 33, 50, 64, 96, 127, 200, 311], 2)
+        image = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image[: height // 2] = 255 * (image[: height // 2] > 127)
+        ours = resize_square(torch.from_numpy(image).permute(2, 0, 1)[None], size)[0].permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(ours, resize_with_pillow(image, size))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (20, 31), (31, 100), (100, 20), (32, 100), (200, 130)])
+def test_maps_are_enlarged_as_those_of_predict(align_corners, size):
+    detector = small_detector(align_corners=align_corners)
+    anomaly_map = torch.randn((1, 32, 32), generator=torch.Generator().manual_seed(0))
+    expected = detector.localisation_map(anomaly_map[0].numpy(), size)
+    # PyTorch's own coordinates are in float32.
+    np.testing.assert_allclose(enlarge(anomaly_map, size, align_corners)[0].numpy(), expected, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize(("file_format", "difference"), [("torch", np.nan), ("onnx", 1e-2)])
+def test_a_file_that_disagrees_is_not_kept(tmp_path, below, monkeypatch, file_format, difference):
+    path = tmp_path / f"model{SUFFIXES[file_format]}"
+    path.write_text("older")
+    forward = export_module.Inspection.forward
+
+    def wrong(self, images):
+        outputs = forward(self, images)
+        return outputs | {"score": outputs["score"] * (1 + difference)}
+
+    monkeypatch.setattr(export_module.Inspection, "forward", wrong)
+    with pytest.raises(UserError, match="disagrees with the run by"):
+        export(small_detector(), path, file_format, category="c", threshold=1.0)
+    assert below(tmp_path) == [path.name]
+    assert path.read_text() == "older"
+
+
+def test_missing_packages_are_named_with_the_way_to_get_them(tmp_path, monkeypatch):
+    find_spec = export_module.importlib.util.find_spec
+    monkeypatch.setattr(
+        export_module.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name)
+    )
+    with pytest.raises(UserError, match=r'onnxruntime, .*pip install "dskd-fast\[onnx\]"'):
+        export(small_detector(), tmp_path / "model.onnx", "onnx", category="c", threshold=None)
+
+
+def test_weights_beyond_one_onnx_file_are_refused(tmp_path, monkeypatch, below):
+    monkeypatch.setattr(export_module, "_MAX_ONNX_BYTES", 1000)
+    with pytest.raises(UserError, match="--format torch"):
+        export(small_detector(), tmp_path / "model.onnx", "onnx", category="c", threshold=None)
+    assert below(tmp_path) == []
+
+
+def test_a_name_with_another_suffix_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"does not end in \.pt2"):
+        export(small_detector(), tmp_path / "model.pt", "torch", category="c", threshold=None)
+
+
+def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot write"):
+        export(small_detector(), tmp_path / "file" / "model.pt2", "torch", category="c", threshold=None)
