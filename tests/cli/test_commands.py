@@ -723,3 +723,37 @@ def test_an_unknown_default_backend_is_one_sentence(
     error = cli_error(*command)
     assert "DSKD_FAST_BACKEND=quantum is not known: use one of" in error
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- export
+
+
+def test_export_writes_one_file_into_the_run_and_says_what_it_is(own_run, cli, below):
+    before = below(own_run)
+    code, out, err = cli("export", own_run, "--format", "torch", "--threshold", "1.5")
+    assert (code, err) == (0, "")
+    assert below(own_run) == sorted([*before, "model.pt2"])
+    for said in (
+        "category     screw_bag",
+        "image_size   64",
+        "threshold    1.5",
+        "images: uint8 (batch, 3, height, width)",
+    ):
+        assert said in out
+    assert re.search(r"model\.pt2, \d+\.\d MB; differs from this run by at most \d\.\de-\d\d", out)
+
+
+def test_export_needs_a_format_that_there_is(tiny_run, cli):
+    for arguments in ((), ("--format", "tflite")):
+        code, _, err = cli("export", tiny_run, *arguments)
+        assert code == 2
+        assert "--format" in err
+
+
+def test_export_of_what_is_no_run_is_a_user_error(tmp_path, cli_error):
+    assert "not a run folder" in cli_error("export", tmp_path, "--format", "onnx")
+
+
+def test_export_to_a_name_of_another_format_is_a_user_error(tiny_run, tmp_path, cli_error, below):
+    assert "does not end in .onnx" in cli_error("export", tiny_run, "--format", "onnx", "--out", tmp_path / "m.pt2")
+    assert below(tmp_path) == []
