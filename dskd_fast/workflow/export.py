@@ -110,7 +110,9 @@ class Inspection(nn.Module):
     def __init__(self, detector: Detector, threshold: float | None) -> None:
         super().__init__()
         # Both formats hold weights in the usual order; the run's lie channels last.
-        self.model = copy.deepcopy(detector.model).to(memory_format=torch.contiguous_format).eval()
+        model = copy.deepcopy(detector.model).to(memory_format=torch.contiguous_format)
+        # Outputs would otherwise require grad, too, wherever the file is run without no_grad.
+        self.model = model.eval().requires_grad_(False)
         self.scoring = detector.scoring
         self.statistics = detector.calibration.statistics
         self.threshold = threshold
@@ -244,14 +246,21 @@ def _check_onnx(detector: Detector) -> None:
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
-    onnx_program = torch.onnx.export(
-        program,
-        input_names=list(metadata["inputs"]),
-        output_names=list(metadata["outputs"]),
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        onnx_program = torch.onnx.export(
+            program,
+            input_names=list(metadata["inputs"]),
+            output_names=list(metadata["outputs"]),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        reason = error.__cause__ or error
+        raise UserError(
+            f"the teacher {metadata['teacher']} holds what ONNX or PyTorch's exporter cannot express "
+            f"({str(reason).splitlines()[0][:200]}): use --format torch"
+        ) from error
     onnx_program.model.metadata_props.update(
         {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
     )

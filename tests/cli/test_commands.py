@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 import dskd_fast.workflow.train as train_module
 from dskd_fast.data.layout import open_category
+from dskd_fast.workflow.export import Exported
 
 RUN_FILES = ["calibration.json", "config.json", "history.json", "weights.safetensors"]
 
@@ -728,19 +729,28 @@ def test_an_unknown_default_backend_is_one_sentence(
 # ---------------------------------------------------------------------------------------------------- export
 
 
-def test_export_writes_one_file_into_the_run_and_says_what_it_is(own_run, cli, below):
-    before = below(own_run)
-    code, out, err = cli("export", own_run, "--format", "torch", "--threshold", "1.5")
+@pytest.mark.parametrize(("file_format", "name"), [("torch", "model.pt2"), ("onnx", "model.onnx")])
+def test_export_writes_into_the_run_and_says_what_the_file_is(tiny_run, cli, monkeypatch, file_format, name):
+    asked = []
+
+    def export(detector, path, file_format, *, category, threshold):
+        asked.append((path, file_format, category, threshold))
+        metadata = {
+            "category": category,
+            "threshold": threshold,
+            "inputs": {"images": "uint8 (batch, 3, height, width)"},
+        }
+        return Exported(path, 1_500_000, metadata, 2e-6)
+
+    monkeypatch.setattr("dskd_fast.cli.commands.export_detector", export)
+    code, out, err = cli("export", tiny_run, "--format", file_format, "--threshold", "1.5")
     assert (code, err) == (0, "")
-    assert below(own_run) == sorted([*before, "model.pt2"])
-    for said in (
-        "category     screw_bag",
-        "image_size   64",
-        "threshold    1.5",
-        "images: uint8 (batch, 3, height, width)",
-    ):
+    assert asked == [(tiny_run / name, file_format, "screw_bag", 1.5)]
+    for said in ("category     screw_bag", "threshold    1.5", "images: uint8 (batch, 3, height, width)"):
         assert said in out
-    assert re.search(r"model\.pt2, \d+\.\d MB; differs from this run by at most \d\.\de-\d\d", out)
+    assert f"{name}, 1.5 MB; differs from this run by at most 2.0e-06" in out
+    cli("export", tiny_run, "--format", file_format)
+    assert asked[1][3] == read_json(tiny_run / "calibration.json")["threshold"]["value"]
 
 
 def test_export_needs_a_format_that_there_is(tiny_run, cli):

@@ -190,7 +190,7 @@ def test_settings_of_a_run_are_in_the_module(scoring, shape):
     detector = small_detector(**scoring)
     images = random_images(*shape)
     found = Inspection(detector, 20.0)(torch.from_numpy(images))
-    found = {name: x.detach().numpy() for name, x in found.items()}
+    found = {name: x.numpy() for name, x in found.items()}
     assert_agrees(found, detector.predict(images.transpose(0, 2, 3, 1)), 20.0)
 
 
@@ -218,7 +218,7 @@ def test_a_branch_that_is_absent_is_left_out(branch):
     both, alone = small_detector(), small_detector()
     alone.model = SmallNetworks(branches=(branch,))
     images = random_images(2, 32, 32)
-    found = Inspection(alone, None)(torch.from_numpy(images))["map"].detach().numpy()
+    found = Inspection(alone, None)(torch.from_numpy(images))["map"].numpy()
     expected = [getattr(one, f"{branch}_map") for one in both.predict(images.transpose(0, 2, 3, 1))]
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-4, atol=1e-4)
 
@@ -277,6 +277,21 @@ def test_weights_beyond_one_onnx_file_are_refused(tmp_path, monkeypatch, below):
     monkeypatch.setattr(export_module, "_MAX_ONNX_BYTES", 1000)
     with pytest.raises(UserError, match="--format torch"):
         export(small_detector(), tmp_path / "model.onnx", "onnx", category="c", threshold=None)
+    assert below(tmp_path) == []
+
+
+def test_what_onnx_cannot_express_is_a_user_error(tmp_path, below):
+    class Unusual(SmallNetworks):
+        @torch.no_grad()
+        def anomaly_maps(self, images, temperature, *, align_corners):
+            return tuple(
+                torch.special.bessel_j0(m) for m in super().anomaly_maps(images, temperature, align_corners=False)
+            )
+
+    detector = small_detector()
+    detector.model = Unusual()
+    with pytest.raises(UserError, match=r"the teacher small .*bessel_j0.*--format torch"):
+        export(detector, tmp_path / "model.onnx", "onnx", category="c", threshold=None)
     assert below(tmp_path) == []
 
 
