@@ -1,9 +1,9 @@
-"""Area under the ROC curve of image scores."""
+"""The ROC curve of image scores and the area under it."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from sklearn import metrics
 
 from dskd_fast.errors import UserError
 
@@ -30,8 +30,34 @@ def auroc(good_scores: Sequence[float], anomalous_scores: Sequence[float]) -> fl
     anomalous = _as_scores("anomalous_scores", anomalous_scores)
     if good.size == 0 or anomalous.size == 0:
         return None
-    labels = np.repeat([0, 1], [good.size, anomalous.size])
-    return float(roc_auc_score(labels, np.concatenate([good, anomalous])))
+    return float(metrics.roc_auc_score(*_labelled(good, anomalous)))
+
+
+def roc_curve(good_scores: Sequence[float], anomalous_scores: Sequence[float]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The ROC curve of image scores, anomalous images being the positive class.
+
+    Args:
+        good_scores: as for `auroc`.
+        anomalous_scores: as for `auroc`.
+
+    Returns:
+        False positive rate and true positive rate, float64, shape (k,) each, of the corners of the curve from (0, 0)
+        to (1, 1); or None if either kind has no images.
+
+    Raises:
+        UserError: a score is NaN or infinite.
+        ValueError: the scores are not one-dimensional.
+    """
+    good = _as_scores("good_scores", good_scores)
+    anomalous = _as_scores("anomalous_scores", anomalous_scores)
+    if good.size == 0 or anomalous.size == 0:
+        return None
+    false_positives, true_positives, _ = metrics.roc_curve(*_labelled(good, anomalous))
+    return false_positives, true_positives
+
+
+def _labelled(good: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.repeat([0, 1], [good.size, anomalous.size]), np.concatenate([good, anomalous])
 
 
 def _as_scores(name: str, values: Sequence[float]) -> np.ndarray:

@@ -158,11 +158,12 @@ def _read_scored(
     return ScoredMap(image.key, image.kind, anomaly_map, float(anomaly_map.max()), category.defects(image))
 
 
-def score_maps(scored_maps: Iterable[ScoredMap]) -> dict[str, dict]:
+def score_maps(scored_maps: Iterable[ScoredMap], spro: SPRO | None = None) -> dict[str, dict]:
     """Every figure of a test set: AUROC of the image scores and sPRO of the maps, exact.
 
     Args:
         scored_maps: one for each test image, taken one at a time.
+        spro: collects the maps; pass a new one to ask it for its curves afterwards.
 
     Returns:
         "auroc" and "spro" (up to an FPR of 0.05), each {"structural": figure, "logical": figure, "mean":
@@ -172,7 +173,7 @@ def score_maps(scored_maps: Iterable[ScoredMap]) -> dict[str, dict]:
     Raises:
         UserError: scores that are not finite, or a map whose shape is not that of its defects' masks.
     """
-    spro = SPRO()
+    spro = SPRO() if spro is None else spro
     scores: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for scored in scored_maps:
         spro.add(scored.anomaly_map, scored.defects, scored.kind, name=f"the map of {scored.key}")

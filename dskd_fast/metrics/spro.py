@@ -20,7 +20,7 @@ negative pixels.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -124,22 +124,60 @@ class SPRO:
             if not 0 < limit <= 1:
                 raise ValueError(f"limits must be > 0 and <= 1, but one is {limit!r}")
 
+        self._sort_negatives()
+        areas = {kind: self._areas(kind, limits) for kind in ANOMALY_KINDS}
+        areas["mean"] = {limit: mean_of_kinds(areas["structural"][limit], areas["logical"][limit]) for limit in limits}
+        return areas
+
+    def curve(self, kind: str, limit: float = 1.0) -> tuple[np.ndarray, np.ndarray] | None:
+        """The sPRO curve of "structural" or "logical" anomalies up to an FPR limit, exact.
+
+        Args:
+            kind: "structural" or "logical".
+            limit: the last FPR, > 0 and <= 1.
+
+        Returns:
+            FPR and sPRO, float64, shape (n,) each, of the corners of the polyline that the curve is, the first of
+            them (0, 0) and the last at `limit`; or None where `compute` has no figure. Neither ever falls; two
+            corners at the same FPR are the ends of a vertical step.
+
+        Raises:
+            ValueError: the limit is out of range.
+        """
+        if not 0 < limit <= 1:
+            raise ValueError(f"the limit must be > 0 and <= 1, but is {limit!r}")
+        self._sort_negatives()
+        ramps = self._ramps(kind)
+        if ramps is None:
+            return None
+        # From the highest score down, one ramp begins where or after the one before has ended; equal ones are one.
+        before, after, gains = (values[::-1] for values in (ramps.before, ramps.after, ramps.gains))
+        is_last = np.append((np.diff(before) != 0) | (np.diff(after) != 0), True)
+        heights = np.minimum(np.cumsum(gains)[is_last] / ramps.n_defects, 1.0)
+        fpr = np.stack([before[is_last], after[is_last]], axis=1).ravel() / ramps.negatives
+        spro = np.stack([np.append(0.0, heights[:-1]), heights], axis=1).ravel()
+        fpr, spro = np.concatenate([[0.0], fpr, [1.0]]), np.concatenate([[0.0], spro, heights[-1:]])
+        inside = np.searchsorted(fpr, limit, side="right")
+        if inside == len(fpr):
+            return fpr, spro
+        share = (limit - fpr[inside - 1]) / (fpr[inside] - fpr[inside - 1])
+        at_limit = spro[inside - 1] + share * (spro[inside] - spro[inside - 1])
+        return np.append(fpr[:inside], limit), np.append(spro[:inside], at_limit)
+
+    def _sort_negatives(self) -> None:
         dtypes = {scores.dtype for kept in self._negatives.values() for scores in kept}
         dtypes |= {defect.scores.dtype for kept in self._defects.values() for defect in kept}
         dtype = np.result_type(np.float32, *dtypes)
         for kind in KINDS:
             self._negatives[kind] = [_sorted_pool(self._negatives[kind], dtype)]
 
-        areas = {kind: self._areas(kind, limits) for kind in ANOMALY_KINDS}
-        areas["mean"] = {limit: mean_of_kinds(areas["structural"][limit], areas["logical"][limit]) for limit in limits}
-        return areas
-
-    def _areas(self, kind: str, limits: tuple[float, ...]) -> dict[float, float | None]:
+    def _ramps(self, kind: str) -> "_Ramps | None":
+        """The ramps whose sum is the curve of a kind; None where there is no curve. The negatives must be sorted."""
         pools = [*self._negatives["good"], *self._negatives[kind]]
         negatives = sum(pool.size for pool in pools)
         defects = self._defects[kind]
         if negatives == 0 or not defects or kind in self._unlabelled:
-            return dict.fromkeys(limits)
+            return None
 
         sizes = [defect.scores.size for defect in defects]
         scores = np.concatenate([defect.scores for defect in defects], dtype=pools[0].dtype)
@@ -152,16 +190,40 @@ class SPRO:
         # False positives just before and just after each pixel becomes positive.
         before = sum(pool.size - np.searchsorted(pool, scores, side="right") for pool in pools)
         after = sum(pool.size - np.searchsorted(pool, scores, side="left") for pool in pools)
+        return _Ramps(before, after, gains, negatives, len(defects))
+
+    def _areas(self, kind: str, limits: tuple[float, ...]) -> dict[float, float | None]:
+        ramps = self._ramps(kind)
+        if ramps is None:
+            return dict.fromkeys(limits)
+        before, after, gains, negatives, n_defects = ramps
         double_width = 2 * np.maximum(after - before, 1)
         areas = {}
         for limit in limits:
             last = float(limit) * negatives
             # A ramp from 0 to 1, then level up to the limit.
-            ramps = (np.clip(last, before, after) - before) ** 2 / double_width + np.maximum(last - after, 0)
-            area = (gains * ramps).sum() / len(defects) / last
+            widths = (np.clip(last, before, after) - before) ** 2 / double_width + np.maximum(last - after, 0)
+            area = (gains * widths).sum() / n_defects / last
             # The sum of many 1 / s can pass 1 by a rounding error.
             areas[limit] = min(float(area), 1.0)
         return areas
+
+
+class _Ramps(NamedTuple):
+    """What each kept pixel of all defects adds to the sum of their overlaps, the lowest score first.
+
+    Attributes:
+        before, after: false positives where the ramp begins and ends, integers, shape (n,).
+        gains: its height, shape (n,).
+        negatives: how many pixels lie outside all defects.
+        n_defects: how many defects the sum is over.
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    gains: np.ndarray
+    negatives: int
+    n_defects: int
 
 
 class _SaturatedDefect:

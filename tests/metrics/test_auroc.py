@@ -2,9 +2,10 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.integrate import trapezoid
 
 from dskd_fast.errors import UserError
-from dskd_fast.metrics.auroc import auroc
+from dskd_fast.metrics.auroc import auroc, roc_curve
 
 
 def mann_whitney(good, anomalous):
@@ -58,3 +59,24 @@ def test_scores_that_are_not_finite_are_named(bad):
 def test_shape_is_checked():
     with pytest.raises(ValueError, match=r"good_scores must have one dimension.*\(2, 2\)"):
         auroc(np.zeros((2, 2)), [1.0])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_area_under_the_roc_curve_is_the_auroc(seed):
+    rng = np.random.default_rng(seed)
+    good, anomalous = rng.integers(0, 9, 30), rng.integers(2, 12, 20)
+    false_positives, true_positives = roc_curve(good, anomalous)
+    assert trapezoid(true_positives, false_positives) == pytest.approx(auroc(good, anomalous), abs=1e-12)
+    assert (false_positives[0], true_positives[0], false_positives[-1], true_positives[-1]) == (0, 0, 1, 1)
+
+
+def test_the_roc_curve_rises_with_each_anomalous_score_and_slopes_over_ties():
+    false_positives, true_positives = roc_curve([1.0, 2.0], [2.0, 3.0])
+    assert (false_positives.tolist(), true_positives.tolist()) == ([0, 0, 0.5, 1], [0, 0.5, 1, 1])
+
+
+def test_a_kind_without_images_has_no_roc_curve_and_bad_scores_are_named():
+    assert roc_curve([], [1.0]) is None
+    assert roc_curve([1.0], []) is None
+    with pytest.raises(UserError, match=r"good_scores\[0\]"):
+        roc_curve([np.nan], [1.0])

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.integrate import trapezoid
 from sklearn.metrics import roc_auc_score
 
 from dskd_fast.errors import UserError
@@ -342,3 +343,67 @@ def test_misuse():
 def test_bad_limits(limit):
     with pytest.raises(ValueError, match="limits must be > 0 and <= 1"):
         SPRO().compute([0.5, limit])
+
+
+# ------------------------------------------------------------------------------------------------- the curve
+
+
+def curve_of(images, kind, limit=1.0):
+    accumulator = SPRO()
+    for anomaly_map, defects, image_kind in images:
+        accumulator.add(anomaly_map, defects, image_kind)
+    return accumulator.curve(kind, limit)
+
+
+@pytest.mark.parametrize("draw", ["ties", "no ties"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_area_under_the_curve_up_to_anywhere_is_that_of_the_definition(seed, draw):
+    rng = np.random.default_rng(200 + seed)
+    images = random_images(rng, lambda shape: rng.integers(0, 5, shape) if draw == "ties" else rng.random(shape))
+    for kind in ("structural", "logical"):
+        for limit in (*rng.uniform(0.001, 1, 3), 0.05, 1.0):
+            fpr, spro = curve_of(images, kind, limit)
+            assert fpr.dtype == spro.dtype == np.float64
+            assert (fpr[0], spro[0], fpr[-1]) == (0, 0, limit)
+            assert (np.diff(fpr) >= 0).all()
+            assert (np.diff(spro) >= 0).all()
+            assert spro[-1] <= 1
+            assert trapezoid(spro, fpr) / limit == pytest.approx(brute_force(images, kind, limit), abs=1e-12)
+
+
+def test_the_curves_corners_by_hand():
+    # Ten negatives 0 to 9; the defect's pixels lie above all, at 6 (a tie with one negative), and below all.
+    scores = np.array([[*range(10), 11.0, 6.0, -1.0]])
+    fpr, spro = curve_of([(scores, [defect(np.arange(13)[None] > 9)], "logical")], "logical")
+    assert fpr == pytest.approx([0, 0, 0, 0.3, 0.4, 1, 1, 1])
+    assert spro == pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1])
+
+
+def test_a_limit_inside_a_ramp_ends_the_curve_there():
+    images = [(np.array([[5.0, 5.0, 5.0, 1.0, 1.0]]), [defect([[True, False, False, False, False]])], "logical")]
+    fpr, spro = curve_of(images, "logical", 0.25)
+    assert (fpr[-1], spro[-1]) == pytest.approx((0.25, 0.5))
+
+
+def test_the_curve_may_be_asked_for_before_and_after_the_areas():
+    rng = np.random.default_rng(8)
+    accumulator = SPRO()
+    for image in random_images(rng, rng.standard_normal):
+        accumulator.add(*image)
+    before = accumulator.curve("logical", 0.3)
+    area = accumulator.compute([0.3])["logical"][0.3]
+    np.testing.assert_array_equal(before, accumulator.curve("logical", 0.3))
+    assert trapezoid(before[1], before[0]) / 0.3 == pytest.approx(area, abs=1e-12)
+
+
+def test_there_is_no_curve_where_there_is_no_area():
+    good = (np.zeros((2, 2)), [], "good")
+    assert curve_of([good], "logical") is None
+    assert curve_of([good, (np.zeros((2, 2)), None, "logical")], "logical") is None
+    assert curve_of([(np.zeros((2, 2)), [defect(np.ones((2, 2)))], "logical")], "logical") is None
+
+
+@pytest.mark.parametrize("limit", [0.0, -0.1, 1.1, np.nan])
+def test_the_curves_limit_is_checked(limit):
+    with pytest.raises(ValueError, match="the limit must be > 0 and <= 1"):
+        SPRO().curve("logical", limit)
