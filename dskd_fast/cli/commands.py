@@ -24,11 +24,12 @@ from dskd_fast.workflow.demo import make_data, options_for_demo
 from dskd_fast.workflow.detector import Detector
 from dskd_fast.workflow.device import resolve_device
 from dskd_fast.workflow.distributed import ALONE, Group, group, launched_as, use_gpu
-from dskd_fast.workflow.evaluate import absences, count_kinds
+from dskd_fast.workflow.evaluate import absences, count_kinds, threshold_of
 from dskd_fast.workflow.evaluate import evaluate as evaluate_detector
 from dskd_fast.workflow.export import SUFFIXES
 from dskd_fast.workflow.export import export as export_detector
 from dskd_fast.workflow.predict import predict as predict_images
+from dskd_fast.workflow.report import write_report
 from dskd_fast.workflow.train import TrainingOptions
 from dskd_fast.workflow.training_run import (
     CHANGEABLE,
@@ -149,7 +150,7 @@ def evaluate_maps(arguments: argparse.Namespace) -> int:
 
 def predict(arguments: argparse.Namespace) -> int:
     detector, _, _ = runs.load_run(arguments.run, arguments.device)
-    threshold = _threshold(detector, arguments.threshold)
+    threshold = threshold_of(detector, arguments.threshold)
     if threshold is None:
         console.print(
             "no decisions: the run had no validation images to set a threshold with; pass --threshold", style="yellow"
@@ -197,6 +198,20 @@ def export(arguments: argparse.Namespace) -> int:
         f"{exported.path}, {exported.n_bytes / 1e6:.1f} MB; differs from this run by at most "
         f"{exported.difference:.1e} (1 + |value|) on 4 test patterns"
     )
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    with counter("scoring") as progress:
+        page = write_report(
+            arguments.runs,
+            arguments.out,
+            threshold=arguments.threshold,
+            data_root=arguments.data_root,
+            device=arguments.device,
+            progress=progress,
+        )
+    console.print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB), a page for any browser")
     return 0
 
 
@@ -281,7 +296,7 @@ def _evaluate_run(
         metrics = evaluate_detector(
             detector,
             category,
-            threshold=_threshold(detector, threshold),
+            threshold=threshold_of(detector, threshold),
             batch_size=options.batch_size,
             save_maps=save_maps,
             scores_file=folder / "scores.csv",
@@ -291,12 +306,6 @@ def _evaluate_run(
     _print_metrics(metrics)
     console.print(f"figures in {folder / runs.METRICS}, scores of each image in {folder / 'scores.csv'}")
     return metrics
-
-
-def _threshold(detector: Any, given: float | None) -> float | None:
-    if given is not None:
-        return given
-    return None if detector.calibration.threshold is None else detector.calibration.threshold.value
 
 
 def _counted(items: Any, total: int, progress: Any) -> Any:

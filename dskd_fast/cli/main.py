@@ -92,9 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", "Score a run on its category's test images: AUROC, sPRO, decisions.")
     _add_run(evaluate)
-    evaluate.add_argument(
-        "--data-root", type=Path, metavar="D", help="where the data is now, if it is not where it was in training"
-    )
+    _add_moved_data(evaluate)
     evaluate.add_argument(
         "--save-maps",
         type=Path,
@@ -148,6 +146,17 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FILE", help="the file, replaced if it exists (default: RUN/model.pt2 or .onnx)"
     )
     _add_threshold(export)
+
+    report = command(
+        "report",
+        "Score runs on their test images and write the figures, curves and heat maps as one HTML page.",
+        "\n\nWrites DIR/index.html, which needs no network and no other file.",
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that train wrote, side by side")
+    report.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of the page")
+    _add_moved_data(report)
+    _add_threshold(report)
+    _add_device(report)
 
     info = command("info", "Show what a run folder holds.")
     _add_run(info)
@@ -313,6 +322,12 @@ def _add_data_root(parser: argparse._ActionsContainer) -> None:
         type=Path,
         metavar="D",
         help="folder of the data set (default: $DSKD_FAST_DATA, else ./mvtec_loco_anomaly_detection)",
+    )
+
+
+def _add_moved_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-root", type=Path, metavar="D", help="where the data is now, if it is not where it was in training"
     )
 
 

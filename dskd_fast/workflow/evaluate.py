@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,21 @@ from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.metrics.maps import ScoredMap, save_map, score_maps
-from dskd_fast.workflow.detector import VARIANTS, Detector, Maps
+from dskd_fast.workflow.detector import VARIANTS, Detector, Maps, Variant
+
+
+class ScoredImages(NamedTuple):
+    """A category's test images as a detector sees them.
+
+    Attributes:
+        images: the test images, in the category's order.
+        maps: their maps, (n, S, S) each.
+        scores: their image scores, (n,), by each variant of the maps that there is.
+    """
+
+    images: ImageStore
+    maps: Maps
+    scores: dict[Variant, NDArray[np.float64]]
 
 
 def evaluate(
@@ -46,23 +60,14 @@ def evaluate(
     Raises:
         UserError: no test images, or files that cannot be read or written.
     """
-    if not category.test:
-        raise UserError(f"{category.root} has no test images: `evaluate` needs a folder test, `predict` does not")
-    images = ImageStore(
-        [item.path for item in category.test],
-        detector.model.image_size,
-        progress=lambda done, total: progress("reading images", done, total),
-    )
-    maps = _all_maps(detector, images, batch_size, progress)
-    scores = {variant: detector.image_scores(maps.of(variant)) for variant in detector.variants}
+    test = score_images(detector, category, batch_size, progress)
+    scores = test.scores
 
-    def scored(variant: str) -> Iterator[ScoredMap]:
-        for i, item in enumerate(category.test):
-            anomaly_map = detector.localisation_map(maps.of(variant)[i], images.native_sizes[i])
+    def scored(variant: Variant) -> Iterator[ScoredMap]:
+        for image in scored_maps(detector, category, test, variant, progress):
             if variant == "combined" and save_maps is not None:
-                save_map(save_maps / category.name / f"{item.key}.tiff", anomaly_map)
-            yield ScoredMap(item.key, item.kind, anomaly_map, float(scores[variant][i]), category.defects(item))
-            progress(f"scoring {variant} maps", i + 1, len(category.test))
+                save_map(save_maps / category.name / f"{image.key}.tiff", image.anomaly_map)
+            yield image
 
     figures = {variant: score_maps(scored(variant)) for variant in detector.variants}
     kinds = np.array([item.kind for item in category.test])
@@ -81,6 +86,40 @@ def evaluate(
     if scores_file is not None:
         _write_scores(scores_file, category, scores, threshold)
     return result
+
+
+def score_images(
+    detector: Detector, category: Category, batch_size: int, progress: Callable[[str, int, int], None]
+) -> ScoredImages:
+    """Maps and scores of every test image, from which all figures are made.
+
+    Raises:
+        UserError: no test images, or files that cannot be read.
+    """
+    if not category.test:
+        raise UserError(f"{category.root} has no test images: figures need a folder test, `predict` does not")
+    images = ImageStore(
+        [item.path for item in category.test],
+        detector.model.image_size,
+        progress=lambda done, total: progress("reading images", done, total),
+    )
+    maps = _all_maps(detector, images, batch_size, progress)
+    scores = {variant: detector.image_scores(maps.of(variant)) for variant in detector.variants}
+    return ScoredImages(images, maps, scores)
+
+
+def scored_maps(
+    detector: Detector,
+    category: Category,
+    test: ScoredImages,
+    variant: Variant,
+    progress: Callable[[str, int, int], None],
+) -> Iterator[ScoredMap]:
+    """The maps of one variant at native size, one at a time, as `score_maps` takes them."""
+    for i, item in enumerate(category.test):
+        anomaly_map = detector.localisation_map(test.maps.of(variant)[i], test.images.native_sizes[i])
+        yield ScoredMap(item.key, item.kind, anomaly_map, float(test.scores[variant][i]), category.defects(item))
+        progress(f"scoring {variant} maps", i + 1, len(category.test))
 
 
 def count_kinds(category: Category) -> dict[str, int]:
@@ -134,6 +173,13 @@ def _write_scores(
                 )
 
     write_file(path, write)
+
+
+def threshold_of(detector: Detector, given: float | None) -> float | None:
+    """The threshold to decide with: the one that was given, else the run's, which it may not have."""
+    if given is not None:
+        return given
+    return None if detector.calibration.threshold is None else detector.calibration.threshold.value
 
 
 def decide(score: float, threshold: float | None) -> str | None:

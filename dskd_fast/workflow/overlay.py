@@ -9,6 +9,29 @@ _STOPS = np.array([0.0, 0.35, 0.7, 1.0])
 _COLOURS = np.array([[40, 0, 90], [200, 20, 60], [255, 160, 0], [255, 255, 190]], dtype=np.float64)
 _OPACITY = 0.75
 
+# Full colour where there is no threshold: standard deviations above the normal mean.
+_FULL_COLOUR = 20.0
+
+
+def full_colour(threshold: float | None) -> float:
+    """The map value that is drawn in full colour; 0, the normal mean, is drawn as nothing."""
+    # The threshold is where the colours are half way, so what is bright decided.
+    return 2 * threshold if threshold is not None and threshold > 0 else _FULL_COLOUR
+
+
+def colours(strength: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How a heat map is drawn.
+
+    Args:
+        strength: any shape, from 0, nothing, to 1, full colour.
+
+    Returns:
+        The colours, RGB from 0 to 255 along a new last axis, and their opacity from 0 to 1, of the same shape as
+        `strength`.
+    """
+    rgb = np.stack([np.interp(strength, _STOPS, _COLOURS[:, c]) for c in range(3)], axis=-1)
+    return rgb, _OPACITY * np.minimum(2.0 * strength, 1)
+
 
 def overlay(
     image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], caption: str, low: float, high: float
@@ -22,10 +45,9 @@ def overlay(
         low, high: map values drawn as nothing and as the full colour. Constants of the run, not of the image, so that
             a normal image stays dark.
     """
-    strength = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1)[..., None]
-    colours = np.stack([np.interp(strength[..., 0], _STOPS, _COLOURS[:, c]) for c in range(3)], axis=-1)
-    opacity = _OPACITY * np.minimum(2 * strength, 1)
-    heat = (image * (1 - opacity) + colours * opacity).round().astype(np.uint8)
+    rgb, opacity = colours(np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1))
+    opacity = opacity[..., None]
+    heat = (image * (1 - opacity) + rgb * opacity).round().astype(np.uint8)
 
     height, width = image.shape[:2]
     text_size = int(np.clip(height / 22, 11, 40))

@@ -13,10 +13,7 @@ from dskd_fast.files import write_file
 from dskd_fast.metrics.maps import save_map
 from dskd_fast.workflow.detector import Detector
 from dskd_fast.workflow.evaluate import decide
-from dskd_fast.workflow.overlay import overlay
-
-# Full colour of a heat map where there is no threshold: standard deviations above the normal mean.
-_FULL_COLOUR = 20.0
+from dskd_fast.workflow.overlay import full_colour, overlay
 
 
 @dataclass(frozen=True)
@@ -93,12 +90,10 @@ def _predict_batch(
             continue
         image, score, anomaly_map = images[path], detections[path].score, detections[path].map
         decision = decide(score, threshold)
-        # A score of 0 is the normal mean. The threshold is where the colours are half way, so what is bright decided.
-        high = 2 * threshold if threshold is not None and threshold > 0 else _FULL_COLOUR
         caption = f"score {score:.2f}"
         if threshold is not None:
             caption += f"   threshold {threshold:.2f}   {decision}"
-        picture = overlay(image, anomaly_map, caption, low=0.0, high=high)
+        picture = overlay(image, anomaly_map, caption, low=0.0, high=full_colour(threshold))
         written: dict[str, str] = {}
         try:
             overlay_name = f"overlays/{name}.png"

@@ -663,6 +663,9 @@ def test_a_wheel_has_the_sources_and_needs_no_compiler(project):
     assert sources
     assert {file for file in files if file.startswith("dskd_fast/csrc/")} == {*sources, "dskd_fast/csrc/__init__.py"}
     assert not [file for file in files if "/native/" in file]
+    # A page needs what it is made of.
+    page = {f"dskd_fast/workflow/report_page/{name}" for name in ("page.html", "style.css", "script.js")}
+    assert {file for file in files if "/report_page/" in file} == page
 
 
 def fake_toolkit(folder):

@@ -636,10 +636,49 @@ def test_inputs_without_images_are_named_and_nothing_is_written(cli_error, tiny_
     assert not (tmp_path / "results").exists()
 
 
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def test_report_writes_one_page_of_all_runs_and_nothing_else(cli, tiny_run, lite_run, tmp_path, below):
+    before = below(tiny_run)
+    code, out, err = cli("report", tiny_run, lite_run, "--out", tmp_path / "page", "--threshold", "3.5")
+    assert (code, err) == (0, "")
+    page = tmp_path / "page" / "index.html"
+    assert f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)" in out
+    assert below(tmp_path) == ["page", "page/index.html"]
+    assert below(tiny_run) == before
+    text = page.read_text(encoding="utf-8")
+    assert text.count('"threshold":3.5') == 2
+    for run in (tiny_run, lite_run):
+        assert str(run) in text
+
+
+def test_report_needs_a_place_and_a_run(cli, tiny_run):
+    for arguments in (["report", tiny_run], ["report", "--out", "page"]):
+        code, _, err = cli(*arguments)
+        assert code == 2
+        assert "required" in err
+
+
+def test_report_of_data_that_was_moved(cli, cli_error, own_run, own_data, tmp_path):
+    config = read_json(own_run / "config.json") | {"data_root": str(tmp_path / "gone")}
+    (own_run / "config.json").write_text(json.dumps(config))
+    message = cli_error("report", own_run, "--out", tmp_path / "page")
+    assert f"is not at {tmp_path / 'gone'} any more: say where it is with --data-root" in message
+    assert not (tmp_path / "page").exists()
+    assert cli("report", own_run, "--out", tmp_path / "page", "--data-root", own_data).code == 0
+
+
 # --------------------------------------------------------------------------------------------- damaged run folders
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict", "info"])
+def more_arguments(command, image, tmp_path):
+    """What a command needs besides the run."""
+    out = ["--out", tmp_path / "results"]
+    return {"predict": [image, *out], "report": out}.get(command, [])
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "report", "info"])
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -659,12 +698,12 @@ def test_a_damaged_run_is_told_by_every_command(
     else:
         (own_run / name).write_bytes(content)
     image = data_root / "screw_bag" / "test" / "good" / "000.png"
-    more = [image, "--out", tmp_path / "results"] if command == "predict" else []
+    more = more_arguments(command, image, tmp_path)
     assert message in cli_error(command, own_run, *more)
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict"])
+@pytest.mark.parametrize("command", ["evaluate", "predict", "report"])
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -682,7 +721,7 @@ def test_missing_or_damaged_weights_are_told(cli_error, own_run, data_root, tmp_
     elif content is not None:
         weights.write_bytes(content)
     image = data_root / "screw_bag" / "test" / "good" / "000.png"
-    more = [image, "--out", tmp_path / "results"] if command == "predict" else []
+    more = more_arguments(command, image, tmp_path)
     assert re.search(message, cli_error(command, own_run, *more))
 
 
@@ -700,11 +739,11 @@ def test_info_does_not_stumble_over_edited_files(cli_error, own_run, name, conte
     assert name in cli_error("info", own_run)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict", "info"])
+@pytest.mark.parametrize("command", ["evaluate", "predict", "report", "info"])
 def test_a_folder_that_is_no_run_is_told(cli_error, data_root, tmp_path, command):
     image = data_root / "screw_bag" / "test" / "good" / "000.png"
     for folder in (data_root, tmp_path / "nowhere", image):
-        assert "is not a run folder" in cli_error(command, folder, *([image] if command == "predict" else []))
+        assert "is not a run folder" in cli_error(command, folder, *more_arguments(command, image, tmp_path))
 
 
 def test_doctor(cli):

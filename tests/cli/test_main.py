@@ -14,7 +14,7 @@ from dskd_fast.errors import UserError
 SCRIPT = Path(sysconfig.get_path("scripts"), "dskd-fast")
 MODULE = (sys.executable, "-m", "dskd_fast")
 
-COMMANDS = ("train", "evaluate", "evaluate-maps", "predict", "info", "doctor", "demo")
+COMMANDS = ("train", "evaluate", "evaluate-maps", "predict", "report", "info", "doctor", "demo")
 
 
 def process(*arguments, program=(SCRIPT,), **options):

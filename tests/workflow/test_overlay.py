@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dskd_fast.workflow.overlay import overlay
+from dskd_fast.workflow.overlay import colours, full_colour, overlay
 
 
 @pytest.fixture
@@ -82,3 +82,16 @@ def test_inputs_are_not_modified(image):
     overlay(image, anomaly_map, "score 1.00", 0, 1)
     np.testing.assert_array_equal(image, before[0])
     np.testing.assert_array_equal(anomaly_map, before[1])
+
+
+@pytest.mark.parametrize(("threshold", "high"), [(9.5, 19.0), (None, 20.0), (0.0, 20.0), (-3.0, 20.0)])
+def test_full_colour_is_at_twice_the_threshold_if_that_is_a_scale(threshold, high):
+    assert full_colour(threshold) == high
+
+
+def test_colours_are_those_of_the_drawn_map():
+    strength = np.linspace(0, 1, 33, dtype=np.float32)
+    rgb, opacity = colours(strength)
+    assert (rgb.shape, opacity.shape) == ((33, 3), (33,))
+    _, drawn, _ = halves(np.full((40, 33, 3), 100, np.uint8), 10 * np.tile(strength, (40, 1)))
+    np.testing.assert_allclose(drawn[0], 100 * (1 - opacity[:, None]) + rgb * opacity[:, None], atol=0.51)

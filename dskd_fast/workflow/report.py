@@ -1,0 +1,319 @@
+"""Runs on their test images as one HTML page: figures, curves, and a gallery of photographs and heat maps.
+
+The page needs neither a network nor another file. What it shows is data in it, as JSON that the browser does not take
+for markup, and its script makes text of all names.
+"""
+
+import base64
+import hashlib
+import importlib.resources
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+import dskd_fast
+from dskd_fast.data.images import read_image
+from dskd_fast.data.layout import KINDS, Category, LabelledImage
+from dskd_fast.errors import UserError
+from dskd_fast.files import write_file
+from dskd_fast.metrics.auroc import roc_curve
+from dskd_fast.metrics.maps import score_maps
+from dskd_fast.metrics.spro import ANOMALY_KINDS, SPRO
+from dskd_fast.workflow.detector import Detector, Variant
+from dskd_fast.workflow.evaluate import (
+    ScoredImages,
+    absences,
+    count_kinds,
+    decide,
+    score_images,
+    scored_maps,
+    threshold_of,
+)
+from dskd_fast.workflow.overlay import colours, full_colour
+from dskd_fast.workflow.run import load_run, read_finished
+from dskd_fast.workflow.train import TrainingOptions
+from dskd_fast.workflow.training_run import find_category
+
+PAGE = "index.html"
+SPRO_LIMIT = 0.05
+
+# Longest side of a photograph in the page, in pixels, and its JPEG quality: about 20 KB.
+_PHOTO_SIDE, _PHOTO_QUALITY = 360, 80
+# Side of a map in the page. The finest features of an image of S pixels have S / 4 positions a side.
+_MAP_SIDE = 128
+_N_BINS = 32
+# Scores that spread over more than this ratio get a logarithmic axis.
+_LOGARITHMIC_FROM = 20
+# A drawn curve is off by at most this share of either axis.
+_CURVE_TOLERANCE = 1 / 400
+# The colours of the heat maps are linear between these strengths.
+_COLOUR_STOPS = np.linspace(0, 1, 21)
+
+
+class _Source(NamedTuple):
+    """A run that was asked for: what the page calls it, its folder, and its category."""
+
+    name: str
+    folder: Path
+    category: Category
+
+
+def write_report(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    threshold: float | None = None,
+    data_root: Path | None = None,
+    device: str = "auto",
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Path:
+    """Score the test images of runs and write the page.
+
+    Args:
+        folders: run folders, one or more; a folder that is named twice counts once.
+        out: folder of the page; the page of an earlier call is replaced.
+        threshold: of the decisions of all runs; None takes each run's own, if it has one.
+        data_root: where the data is now, if not where it was in training.
+        device: "auto", "cpu" or "cuda".
+        progress: called as progress(stage, done, total).
+
+    Returns:
+        The page, `out`/index.html.
+
+    Raises:
+        UserError: a folder is no run, data is missing or has no test images, files cannot be read or written. All but
+            damaged files is known before any scoring.
+    """
+    sources = _open(folders, data_root)
+    _require_writable(out)
+    runs: list[dict[str, Any]] = []
+    images: dict[Any, dict[str, Any]] = {}
+    many_categories = len({source.category.name for source in sources}) > 1
+    for number, source in enumerate(sources):
+        told = f"{source.name}: " if len(sources) > 1 else ""
+
+        def tell(stage: str, done: int, total: int, told: str = told) -> None:
+            progress(told + stage, done, total)
+
+        detector, options, config = load_run(source.folder, device)
+        decided = threshold_of(detector, threshold)
+        category = source.category
+        test = score_images(detector, category, options.batch_size, tell)
+        runs.append(_describe_run(source, detector, options, config, test, decided, tell))
+        for i, item in enumerate(category.test):
+            # Runs with the same images share their photographs.
+            key = item.path.resolve(), item.kind
+            if key not in images:
+                name = item.path.relative_to(category.root / "test").as_posix()
+                images[key] = {
+                    "name": f"{category.name}/{name}" if many_categories else name,
+                    "kind": item.kind,
+                    **_photograph(item),
+                    "runs": [None] * len(sources),
+                }
+            images[key]["runs"][number] = _describe_result(detector, test, i, decided)
+            tell("drawing", i + 1, len(category.test))
+    page = render(
+        {
+            "version": dskd_fast.__version__,
+            "created": datetime.now().astimezone().isoformat(timespec="minutes"),
+            "spro_limit": SPRO_LIMIT,
+            "map_side": _MAP_SIDE,
+            "colours": _colour_tables(),
+            "runs": runs,
+            "images": list(images.values()),
+        }
+    )
+    write_file(out / PAGE, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return out / PAGE
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page for what it shows; `data` may hold any strings, lone surrogates included.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    page, style, script = (_resource(name) for name in ("page.html", "style.css", "script.js"))
+    # With "<" escaped the text cannot end its element; ASCII alone can hold what is not valid Unicode.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    # The data comes last, so that nothing in it is taken for a place to fill.
+    for place, content in {
+        "{{style-hash}}": _csp_hash(style),
+        "{{script-hash}}": _csp_hash(script),
+        "{{style}}": style,
+        "{{script}}": script,
+        "{{data}}": text,
+    }.items():
+        page = page.replace(place, content, 1)
+    return page
+
+
+def _open(folders: Sequence[Path], data_root: Path | None) -> list[_Source]:
+    unique = list({folder.resolve(): Path(os.path.abspath(folder)) for folder in reversed(folders)}.values())[::-1]
+    sources = []
+    for name, folder in zip(_names(unique), unique, strict=True):
+        category = find_category(folder, read_finished(folder), data_root)
+        if not category.test:
+            raise UserError(
+                f"{category.root}, the data of the run {folder}, has no test images: a report needs a folder test"
+            )
+        sources.append(_Source(name, folder, category))
+    return sources
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The end of each path, as much of it as tells it from the others."""
+    names = []
+    for folder in folders:
+        length = 1
+        while sum(other.parts[-length:] == folder.parts[-length:] for other in folders) > 1:
+            length += 1
+        names.append("/".join(folder.parts[-length:]).replace("//", "/"))
+    return names
+
+
+def _require_writable(out: Path) -> None:
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
+    if not place.is_dir():
+        raise UserError(f"the report cannot be written into {out}, because {place} is not a folder: choose another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"the report cannot be written into {out}: choose a writable place")
+
+
+def _describe_run(
+    source: _Source,
+    detector: Detector,
+    options: TrainingOptions,
+    config: dict[str, Any],
+    test: ScoredImages,
+    threshold: float | None,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    kinds = np.array([item.kind for item in source.category.test])
+    decisions = None
+    if threshold is not None:
+        anomalous = test.scores["combined"] > threshold
+        decisions = {kind: int(anomalous[kinds == kind].sum()) for kind in KINDS}
+    size = detector.model.image_size
+    return {
+        "name": source.name,
+        "path": str(source.folder),
+        "category": source.category.name,
+        "recipe": f"{options.teacher}, {size} x {size}, epochs: {options.epochs}",
+        "trained": config.get("created"),
+        "threshold": threshold,
+        "full_colour": full_colour(threshold),
+        "n_images": count_kinds(source.category),
+        "decisions": decisions,
+        "absent": absences(source.category),
+        "variants": {
+            variant: _describe_variant(source.category, detector, test, variant, kinds, threshold, progress)
+            for variant in test.scores
+        },
+    }
+
+
+def _describe_variant(
+    category: Category,
+    detector: Detector,
+    test: ScoredImages,
+    variant: Variant,
+    kinds: NDArray[np.str_],
+    threshold: float | None,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    spro = SPRO()
+    figures = score_maps(scored_maps(detector, category, test, variant, progress), spro)
+    scores = {kind: test.scores[variant][kinds == kind] for kind in KINDS}
+    return {
+        "auroc": figures["auroc"],
+        "spro": figures["spro"],
+        "roc": {kind: _points(roc_curve(scores["good"], scores[kind]), 1.0) for kind in ANOMALY_KINDS},
+        "spro_curve": {kind: _points(spro.curve(kind, SPRO_LIMIT), SPRO_LIMIT) for kind in ANOMALY_KINDS},
+        # It is a threshold for the combined score alone.
+        "histogram": _histogram(scores, threshold if variant == "combined" else None),
+    }
+
+
+def _describe_result(detector: Detector, test: ScoredImages, index: int, threshold: float | None) -> dict[str, Any]:
+    """What a run says of one image."""
+    high = full_colour(threshold)
+    return {
+        "decision": decide(test.scores["combined"][index], threshold),
+        "scores": {variant: float(test.scores[variant][index]) for variant in test.scores},
+        "maps": {variant: _map_png(detector, test.maps.of(variant)[index], high) for variant in test.scores},
+    }
+
+
+def _histogram(scores: dict[str, NDArray[np.float64]], threshold: float | None) -> dict[str, Any]:
+    """Counts per bin and kind; the bins, all of one width on their axis, hold all scores and the threshold."""
+    values = np.concatenate([*scores.values(), [] if threshold is None else [threshold]])
+    low, high = values.min(), values.max()
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    logarithmic = bool(low > 0 and high / low > _LOGARITHMIC_FROM)
+    edges = np.geomspace(low, high, _N_BINS + 1) if logarithmic else np.linspace(low, high, _N_BINS + 1)
+    # What rounding did to the outer edges must not lose a score.
+    edges[0], edges[-1] = low, high
+    counts = {kind: np.histogram(of_kind, edges)[0].tolist() for kind, of_kind in scores.items()}
+    return {"edges": edges.tolist(), "counts": counts, "logarithmic": logarithmic}
+
+
+def _points(curve: tuple[NDArray, NDArray] | None, width: float) -> list[list[float]] | None:
+    """Corners of a rising curve, [[x, ...], [y, ...]], without those that would not be seen.
+
+    The plot is divided into cells of the tolerance's size; of the corners in a cell the first and the last stay, so
+    what is left out lies between two that are in the same cell.
+    """
+    if curve is None:
+        return None
+    x, y = curve
+    cells = np.floor(np.stack([x / width, y]) / _CURVE_TOLERANCE)
+    is_new = (np.diff(cells, axis=1) != 0).any(axis=0)
+    kept = np.append(True, is_new) | np.append(is_new, True)
+    return [[float(f"{value:.5g}") for value in values[kept]] for values in (x, y)]
+
+
+def _photograph(item: LabelledImage) -> dict[str, Any]:
+    image = Image.fromarray(read_image(item.path))
+    image.thumbnail((_PHOTO_SIDE, _PHOTO_SIDE))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=_PHOTO_QUALITY)
+    return {"width": image.width, "height": image.height, "photo": _base64(file.getvalue())}
+
+
+def _map_png(detector: Detector, anomaly_map: NDArray[np.float32], high: float) -> str:
+    """The map as it localises, in 8-bit grey: 0 the normal mean and below, 255 full colour."""
+    side = min(_MAP_SIDE, *anomaly_map.shape)
+    strength = np.clip(detector.localisation_map(anomaly_map, (side, side)) / high, 0, 1)
+    file = io.BytesIO()
+    Image.fromarray((255 * strength).round().astype(np.uint8)).save(file, "PNG", optimize=True)
+    return _base64(file.getvalue())
+
+
+def _colour_tables() -> dict[str, list[float]]:
+    """Red, green, blue and opacity from 0 to 1 at evenly spaced strengths."""
+    rgb, opacity = colours(_COLOUR_STOPS)
+    columns = {"red": rgb[:, 0] / 255, "green": rgb[:, 1] / 255, "blue": rgb[:, 2] / 255, "opacity": opacity}
+    return {name: values.round(4).tolist() for name, values in columns.items()}
+
+
+def _resource(name: str) -> str:
+    return (importlib.resources.files(__package__) / "report_page" / name).read_text(encoding="utf-8")
+
+
+def _csp_hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")

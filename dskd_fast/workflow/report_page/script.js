@@ -1,0 +1,526 @@
+"use strict";
+
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const SVG = "http://www.w3.org/2000/svg";
+  const KINDS = ["good", "structural", "logical"];
+  const ANOMALIES = ["structural", "logical"];
+  const VARIANTS = { combined: "Combined", local: "Local", global: "Global" };
+  const STUDENTS = { combined: "Combined", local: "Local student", global: "Global student" };
+  const MISTAKES = { all: "All", mistakes: "Mistakes", "false alarm": "False alarms", missed: "Missed" };
+  // Cards are made this many at a time, when what is made ends less than so many pixels below the window.
+  const PAGE = 60;
+  const AHEAD = 600;
+
+  const state = { variant: "combined", run: 0, order: "high", kinds: new Set(KINDS), mistakes: "all" };
+  const byId = (id) => document.getElementById(id);
+
+  // ------------------------------------------------------------------------------------------------ elements
+
+  function fill(node, attributes, children) {
+    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+    // A string becomes a text node: names are shown, never parsed.
+    node.append(...children.filter((child) => child !== null));
+    return node;
+  }
+  const html = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
+  const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
+
+  function button(text, onClick, attributes = {}) {
+    const node = html("button", { type: "button", ...attributes }, text);
+    node.addEventListener("click", onClick);
+    return node;
+  }
+
+  // ------------------------------------------------------------------------------------------------- numbers
+
+  const figure = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
+  const number = (value) => String(Number(value.toPrecision(4)));
+  // With its zeros, so that scores line up.
+  const scoreText = (value) => (Math.abs(value) >= 0.001 && Math.abs(value) < 10000 ? value.toPrecision(4) : number(value));
+  const total = (counts) => KINDS.reduce((sum, kind) => sum + counts[kind], 0);
+  const plural = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
+
+  /** "false alarm", "missed", or null where the decision is right or there is none. */
+  function mistake(image, result) {
+    if (result.decision === null || (result.decision === "anomalous") === (image.kind !== "good")) return null;
+    return image.kind === "good" ? "false alarm" : "missed";
+  }
+
+  // -------------------------------------------------------------------------------------------------- charts
+
+  const WIDTH = 380;
+  const HEIGHT = 240;
+  const MARGIN = { left: 48, right: 12, top: 10, bottom: 34 };
+
+  /** Round numbers in a range, about `n` of them. */
+  function ticks(low, high, n) {
+    const raw = (high - low) / n;
+    const power = 10 ** Math.floor(Math.log10(raw));
+    const step = [1, 2, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= raw);
+    const found = [];
+    for (let i = Math.ceil(low / step); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(12)));
+    return found;
+  }
+
+  /** 1, 2 and 5 times powers of ten in a range. */
+  function logarithmicTicks(low, high) {
+    const found = [];
+    for (let power = Math.floor(Math.log10(low)); 10 ** power <= high; power++) {
+      for (const factor of [1, 2, 5]) {
+        const tick = Number((factor * 10 ** power).toPrecision(12));
+        if (tick >= low && tick <= high) found.push(tick);
+      }
+    }
+    const decades = found.filter((tick) => Number.isInteger(Math.log10(tick)));
+    return found.length > 8 && decades.length > 1 ? decades : found;
+  }
+
+  function scale(low, high, from, to, logarithmic = false) {
+    const map = logarithmic ? Math.log : (value) => value;
+    return (value) => from + ((map(value) - map(low)) / (map(high) - map(low))) * (to - from);
+  }
+
+  function line(className, x1, y1, x2, y2) {
+    return svg("line", { class: className, x1, y1, x2, y2 });
+  }
+
+  function label(text, x, y, anchor, className = "") {
+    return svg("text", { x, y, "text-anchor": anchor, class: className }, text);
+  }
+
+  function horizontalAxis(x, values, title, left = MARGIN.left) {
+    const bottom = HEIGHT - MARGIN.bottom;
+    return [
+      line("axis", left, bottom, WIDTH - MARGIN.right, bottom),
+      ...values.flatMap((value) => [line("axis", x(value), bottom, x(value), bottom + 4), label(number(value), x(value), bottom + 15, "middle")]),
+      label(title, (left + WIDTH - MARGIN.right) / 2, HEIGHT - 4, "middle"),
+    ];
+  }
+
+  function chart(title, description, legend, ...content) {
+    const caption = html("figcaption", {}, html("span", { class: "chart-title" }, title), ...legend);
+    const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${title}: ${description}` }, ...content);
+    return html("figure", { class: "chart" }, caption, drawing);
+  }
+
+  function noChart(title, reason) {
+    const caption = html("figcaption", {}, html("span", { class: "chart-title" }, title));
+    return html("figure", { class: "chart" }, caption, html("p", { class: "none" }, reason));
+  }
+
+  function histogramChart(run, variant) {
+    const { edges, counts, logarithmic } = run.variants[variant].histogram;
+    const [low, high] = [edges[0], edges[edges.length - 1]];
+    const left = 76;
+    const x = scale(low, high, left, WIDTH - MARGIN.right, logarithmic);
+    const shares = KINDS.map((kind) => counts[kind].map((count) => count / Math.max(run.n_images[kind], 1)));
+    const highest = Math.max(...shares.flat());
+    const row = (HEIGHT - MARGIN.top - MARGIN.bottom) / KINDS.length;
+    const content = [];
+    KINDS.forEach((kind, i) => {
+      const base = MARGIN.top + (i + 1) * row;
+      content.push(line("grid", left, base, WIDTH - MARGIN.right, base));
+      shares[i].forEach((share, bin) => {
+        if (share === 0) return;
+        const height = (share / highest) * (row - 8);
+        const bounds = `${number(edges[bin])} to ${number(edges[bin + 1])}: ${counts[kind][bin]} of ${run.n_images[kind]} ${kind}`;
+        const width = Math.max(x(edges[bin + 1]) - x(edges[bin]) - 1, 1);
+        const shape = { class: `bar ${kind}`, x: x(edges[bin]), y: base - height, width, height };
+        content.push(svg("rect", shape, svg("title", {}, bounds)));
+      });
+      content.push(label(kind, left - 8, base - row / 2, "end", `kind ${kind}`));
+      content.push(label(plural(run.n_images[kind], "image"), left - 8, base - row / 2 + 14, "end"));
+    });
+    let description = `${plural(total(run.n_images), "image")} from ${number(low)} to ${number(high)}`;
+    const legend = [];
+    if (variant === "combined" && run.threshold !== null) {
+      const at = x(run.threshold);
+      content.push(line("threshold", at, MARGIN.top, at, HEIGHT - MARGIN.bottom));
+      description += `, threshold ${number(run.threshold)}`;
+      legend.push(html("span", {}, `threshold ${number(run.threshold)} (dashed)`));
+    } else if (run.threshold !== null) {
+      legend.push(html("span", { class: "muted" }, "the threshold is one for the combined score"));
+    }
+    const values = logarithmic ? logarithmicTicks(low, high) : ticks(low, high, 6);
+    const title = `image score${logarithmic ? ", logarithmic" : ""} (bars: share of the type's images)`;
+    return chart("Scores by type", description, legend, ...content, ...horizontalAxis(x, values, title, left));
+  }
+
+  function curveChart(title, run, curves, areas, xLimit, axes, isChanceDrawn) {
+    const drawn = ANOMALIES.filter((kind) => curves[kind] !== null);
+    if (drawn.length === 0) return noChart(title, "It cannot be computed; why is said below.");
+    const x = scale(0, xLimit, MARGIN.left, WIDTH - MARGIN.right);
+    const y = scale(0, 1, HEIGHT - MARGIN.bottom, MARGIN.top);
+    const content = [0, 0.25, 0.5, 0.75, 1].flatMap((value) => [
+      line("grid", MARGIN.left, y(value), WIDTH - MARGIN.right, y(value)),
+      label(String(value), MARGIN.left - 6, y(value) + 4, "end"),
+    ]);
+    if (isChanceDrawn) content.push(line("chance", x(0), y(0), x(1), y(1)));
+    for (const kind of drawn) {
+      const [xs, ys] = curves[kind];
+      const points = xs.map((value, i) => `${x(value).toFixed(2)},${y(ys[i]).toFixed(2)}`).join(" ");
+      content.push(svg("polyline", { class: `curve ${kind}`, points }));
+    }
+    const middle = (HEIGHT - MARGIN.bottom + MARGIN.top) / 2;
+    content.push(svg("text", { "text-anchor": "middle", transform: `translate(10 ${middle}) rotate(-90)` }, axes[1]));
+    const legend = ANOMALIES.map((kind) => html("span", { class: `key ${kind} key-${kind}` }, `${kind} ${figure(areas[kind])}`));
+    const description = ANOMALIES.map((kind) => `${kind} ${curves[kind] === null ? "absent" : figure(areas[kind])}`).join(", ");
+    return chart(title, description, legend, ...content, ...horizontalAxis(x, ticks(0, xLimit, 5), axes[0]));
+  }
+
+  // ------------------------------------------------------------------------------------------------- figures
+
+  function tile(title, value, ...details) {
+    const lines = details.map((text) => html("div", { class: "detail" }, text));
+    return html("div", { class: "tile" }, html("dt", {}, title), html("dd", {}, value, ...lines));
+  }
+
+  const byKind = (values) => ANOMALIES.map((kind) => `${kind} ${figure(values[kind])}`);
+
+  function decisionTiles(run) {
+    if (run.decisions === null) return [tile("Threshold", "–", "the run has none: it had no validation images")];
+    const anomalous = ANOMALIES.map((kind) => [kind, run.n_images[kind], run.n_images[kind] - run.decisions[kind]]);
+    const [n, missed] = [1, 2].map((i) => anomalous.reduce((sum, entry) => sum + entry[i], 0));
+    return [
+      tile("Threshold", number(run.threshold), "of the combined score"),
+      tile("False alarms", String(run.decisions.good), `of ${plural(run.n_images.good, "good image")}`),
+      tile("Missed", String(missed), `of ${plural(n, "anomalous image")}`, ...anomalous.map(([kind, of, m]) => `${kind} ${m} of ${of}`)),
+    ];
+  }
+
+  function studentsTable(run) {
+    const variants = Object.keys(run.variants);
+    const mark = (variant) => (variant === state.variant ? { class: "current" } : {});
+    const measures = [["auroc", "AUROC"], ["spro", `sPRO@${data.spro_limit}`]];
+    const rows = measures.flatMap(([key, name]) => ANOMALIES.map((kind) => html(
+      "tr", {}, html("th", { scope: "row" }, `${name} ${kind}`),
+      ...variants.map((variant) => html("td", mark(variant), figure(run.variants[variant][key][kind]))),
+    )));
+    const head = variants.map((variant) => html("th", { scope: "col", ...mark(variant) }, VARIANTS[variant]));
+    const table = html("table", {}, html("thead", {}, html("tr", {}, html("td"), ...head)), html("tbody", {}, ...rows));
+    return html("div", { class: "students scroll", tabindex: "0", role: "region", "aria-label": `Figures of ${run.name}` }, table);
+  }
+
+  function runCard(run) {
+    const trained = run.trained ? `, trained ${String(run.trained).slice(0, 10)}` : "";
+    const head = html(
+      "div", { class: "run-head" },
+      html("h3", {}, run.name),
+      html("p", { class: "muted" }, `${run.category}: ${run.recipe}${trained}`),
+      html("p", { class: "muted" }, run.path),
+    );
+    const children = [head];
+    const figures = run.variants[state.variant];
+    const images = tile("Test images", String(total(run.n_images)), ...KINDS.map((kind) => `${run.n_images[kind]} ${kind}`));
+    if (figures === undefined) {
+      children.push(html("dl", { class: "tiles" }, images, ...decisionTiles(run)));
+      children.push(html("p", { class: "none muted" }, `This run has no ${STUDENTS[state.variant].toLowerCase()}.`), studentsTable(run));
+    } else {
+      const measures = [
+        tile("AUROC, mean", figure(figures.auroc.mean), ...byKind(figures.auroc)),
+        tile(`sPRO@${data.spro_limit}, mean`, figure(figures.spro.mean), ...byKind(figures.spro)),
+      ];
+      children.push(html("dl", { class: "tiles" }, ...measures, ...decisionTiles(run), images));
+      children.push(html(
+        "div", { class: "charts" },
+        histogramChart(run, state.variant),
+        curveChart("ROC, area", run, figures.roc, figures.auroc, 1, ["false positive rate", "true positive rate"], true),
+        curveChart(`sPRO to FPR ${data.spro_limit}, area`, run, figures.spro_curve, figures.spro, data.spro_limit, ["false positive rate (pixels)", "sPRO"], false),
+        studentsTable(run),
+      ));
+    }
+    if (run.absent.length > 0) {
+      children.push(html("ul", { class: "absent", "aria-label": "Absent figures" }, ...run.absent.map((reason) => html("li", {}, reason))));
+    }
+    return html("article", { class: "run", "aria-label": run.name }, html("div", { class: "run-body" }, ...children));
+  }
+
+  function comparisonTable() {
+    const columns = ["auroc", "spro"].flatMap((key) => [...ANOMALIES, "mean"].map((kind) => [key, kind]));
+    const names = { auroc: "AUROC", spro: `sPRO@${data.spro_limit}` };
+    const values = data.runs.map((run) => columns.map(([key, kind]) => run.variants[state.variant]?.[key][kind] ?? null));
+    const sameImages = new Set(data.runs.map((run) => run.category)).size === 1;
+    const best = columns.map((_, i) => Math.max(...values.map((row) => row[i] ?? -1)));
+    const rows = data.runs.map((run, r) => html(
+      "tr", {}, html("th", { scope: "row" }, run.name),
+      ...values[r].map((value, i) => html("td", sameImages && value !== null && value === best[i] ? { class: "best" } : {}, figure(value))),
+      html("td", {}, run.decisions === null ? "–" : `${run.decisions.good} of ${run.n_images.good}`),
+      html("td", {}, run.decisions === null ? "–" : `${ANOMALIES.reduce((sum, kind) => sum + run.n_images[kind] - run.decisions[kind], 0)} of ${ANOMALIES.reduce((sum, kind) => sum + run.n_images[kind], 0)}`),
+    ));
+    const head = html(
+      "tr", {}, html("th", { scope: "col" }, "Run"),
+      ...columns.map(([key, kind]) => html("th", { scope: "col" }, names[key], html("br"), kind)),
+      html("th", { scope: "col" }, "False", html("br"), "alarms"), html("th", { scope: "col" }, "Missed"),
+    );
+    const note = sameImages ? "; the best of each column is underlined" : "";
+    const caption = html("caption", {}, `${VARIANTS[state.variant]} scores and maps; false alarms and missed images by the combined score${note}`);
+    return html("table", {}, caption, html("thead", {}, head), html("tbody", {}, ...rows));
+  }
+
+  function drawFigures() {
+    byId("comparison").hidden = data.runs.length < 2;
+    if (data.runs.length > 1) byId("comparison").replaceChildren(comparisonTable());
+    byId("runs").replaceChildren(...data.runs.map(runCard));
+  }
+
+  // ------------------------------------------------------------------------------------------------- gallery
+
+  function frame(image, result) {
+    const node = html("span", { class: "frame" }, html("img", { class: "photo", alt: "", src: `data:image/jpeg;base64,${image.photo}` }));
+    node.style.setProperty("--ratio", image.width / image.height);
+    const map = result.maps[state.variant];
+    if (map === undefined) node.append(html("span", { class: "no-map" }, `no ${STUDENTS[state.variant].toLowerCase()}`));
+    else node.append(html("img", { class: "heat", alt: "", src: `data:image/png;base64,${map}` }));
+    return node;
+  }
+
+  function caption(image, run, result) {
+    const score = result.scores[state.variant];
+    const wrong = mistake(image, result);
+    return html(
+      "span", { class: "caption" },
+      data.runs.length > 1 ? html("span", { class: "run-name" }, run.name) : null,
+      html("span", { class: "score" }, score === undefined ? "–" : scoreText(score)),
+      wrong === null ? html("span", { class: "decision" }, result.decision ?? "") : html("span", { class: "mistake" }, wrong),
+    );
+  }
+
+  /** An image as each run that has it sees it: make(panel, run, result) for each. */
+  function panels(image, make) {
+    return image.runs.flatMap((result, i) => {
+      if (result === null) return [];
+      const run = data.runs[i];
+      return [make(html("span", { class: "panel" }, frame(image, result), caption(image, run, result)), run, result)];
+    });
+  }
+
+  /** What a screen reader says of a card. */
+  function summary(image) {
+    const parts = image.runs.flatMap((result, i) => {
+      if (result === null) return [];
+      const score = result.scores[state.variant];
+      const said = [
+        data.runs.length > 1 ? data.runs[i].name : null,
+        score === undefined ? "no score" : `score ${scoreText(score)}`,
+        mistake(image, result) ?? result.decision,
+      ];
+      return [said.filter((part) => part !== null).join(", ")];
+    });
+    return `${image.name}, ${image.kind}; ${parts.join("; ")}; enlarge`;
+  }
+
+  function card(image, position) {
+    const open = button("", () => show(position), { class: "open", "aria-label": summary(image) });
+    open.replaceChildren(html("span", { class: "panels" }, ...panels(image, (panel) => panel)));
+    const about = html("p", { class: "about" }, html("span", { class: `kind ${image.kind}` }, image.kind), html("span", { class: "name" }, image.name));
+    return html("li", { class: "card" }, open, about);
+  }
+
+  let chosen = [];
+  let nShown = 0;
+
+  function choose() {
+    const score = (image) => image.runs[state.run].scores[state.variant];
+    const isWanted = (image) => {
+      const result = image.runs[state.run];
+      if (result === null || !state.kinds.has(image.kind)) return false;
+      if (state.mistakes === "all") return true;
+      const wrong = mistake(image, result);
+      return state.mistakes === "mistakes" ? wrong !== null : wrong === state.mistakes;
+    };
+    chosen = data.images.filter(isWanted);
+    // The data is in the order of names, and sorting is stable.
+    if (state.order === "high") chosen.sort((a, b) => score(b) - score(a));
+    if (state.order === "low") chosen.sort((a, b) => score(a) - score(b));
+  }
+
+  function showMore() {
+    const next = chosen.slice(nShown, nShown + PAGE).map((image, i) => card(image, nShown + i));
+    byId("cards").append(...next);
+    nShown += next.length;
+    byId("more").hidden = nShown === chosen.length;
+  }
+
+  function drawGallery() {
+    choose();
+    nShown = 0;
+    byId("cards").replaceChildren();
+    showMore();
+    requestAnimationFrame(fillWindow);
+    const all = data.images.filter((image) => image.runs[state.run] !== null).length;
+    byId("count").textContent = chosen.length === 0 ? `No image of ${all} matches: choose other types or decisions.` : `${chosen.length} of ${plural(all, "image")}`;
+    const run = data.runs[state.run];
+    const half = run.threshold !== null && run.threshold > 0 ? ` … ${number(run.threshold)} (threshold)` : "";
+    byId("scale-text").textContent = `0 (normal mean)${half} … ${number(run.full_colour)} standard deviations`;
+  }
+
+  /** Make cards until they reach well below the window. */
+  function fillWindow() {
+    const more = byId("more");
+    if (more.hidden || more.getBoundingClientRect().top > innerHeight + AHEAD) return;
+    showMore();
+    requestAnimationFrame(fillWindow);
+  }
+  new IntersectionObserver(fillWindow, { rootMargin: `${AHEAD}px` }).observe(byId("more"));
+
+  // -------------------------------------------------------------------------------------------------- viewer
+
+  let shown = 0;
+
+  function scoresTable(run, result) {
+    const rows = Object.keys(run.variants).map((variant) => html(
+      "tr", variant === state.variant ? { class: "current" } : {},
+      html("th", { scope: "row" }, STUDENTS[variant]), html("td", {}, scoreText(result.scores[variant])),
+    ));
+    return html("table", {}, html("tbody", {}, ...rows));
+  }
+
+  function show(position) {
+    shown = position;
+    const image = chosen[position];
+    byId("viewer-title").textContent = image.name;
+    byId("viewer-about").textContent = `${image.kind}, ${VARIANTS[state.variant].toLowerCase()} map, ${position + 1} of ${chosen.length}`;
+    byId("viewer-panels").replaceChildren(...panels(image, (panel, run, result) => html("div", {}, panel, scoresTable(run, result))));
+    byId("viewer-previous").disabled = position === 0;
+    byId("viewer-next").disabled = position === chosen.length - 1;
+    if (!byId("viewer").open) byId("viewer").showModal();
+  }
+
+  function step(by) {
+    if (shown + by >= 0 && shown + by < chosen.length) show(shown + by);
+  }
+
+  byId("viewer-close").addEventListener("click", () => byId("viewer").close());
+  byId("viewer-previous").addEventListener("click", () => step(-1));
+  byId("viewer-next").addEventListener("click", () => step(1));
+  byId("viewer").addEventListener("keydown", (event) => {
+    if (event.target === byId("viewer-mix") || event.altKey || event.ctrlKey || event.metaKey) return;
+    if (event.key === "ArrowLeft") step(-1);
+    if (event.key === "ArrowRight") step(1);
+  });
+  byId("viewer").addEventListener("click", (event) => {
+    if (event.target === byId("viewer")) byId("viewer").close();
+  });
+
+  // ------------------------------------------------------------------------------------------------ controls
+
+  function mix(value) {
+    // From the photograph alone over both to the heat map alone.
+    document.documentElement.style.setProperty("--heat", Math.min(1, value / 50));
+    document.documentElement.style.setProperty("--photo", Math.min(1, (100 - value) / 50));
+    const text = value === 0 ? "photo alone" : value === 100 ? "heat map alone" : `${value} %`;
+    for (const input of document.querySelectorAll(".mix-input")) {
+      input.value = value;
+      input.setAttribute("aria-valuetext", text);
+    }
+  }
+  for (const input of document.querySelectorAll(".mix-input")) input.addEventListener("input", () => mix(Number(input.value)));
+
+  /** Buttons of which `isPressed` says which are on; they stay the same elements, so that focus stays. */
+  function switches(container, labels, isPressed, press) {
+    function refresh() {
+      for (const node of container.children) node.setAttribute("aria-pressed", String(isPressed(node.dataset.value)));
+    }
+    const buttons = Object.entries(labels).map(([value, text]) => button(text, () => {
+      press(value);
+      refresh();
+    }, { "data-value": value }));
+    container.replaceChildren(...buttons);
+    refresh();
+    return refresh;
+  }
+
+  const offered = Object.keys(VARIANTS).filter((variant) => data.runs.some((run) => variant in run.variants));
+  const refreshVariants = switches(
+    byId("variants"),
+    Object.fromEntries(offered.map((variant) => [variant, VARIANTS[variant]])),
+    (variant) => state.variant === variant,
+    (variant) => {
+      state.variant = variant;
+      drawFigures();
+      drawGallery();
+    },
+  );
+
+  const kindLabels = (run) => Object.fromEntries(KINDS.map((kind) => [kind, `${kind} (${run.n_images[kind]})`]));
+
+  function mistakeLabels(run) {
+    const missed = ANOMALIES.reduce((sum, kind) => sum + run.n_images[kind] - run.decisions[kind], 0);
+    const counts = { all: total(run.n_images), mistakes: run.decisions.good + missed, "false alarm": run.decisions.good, missed };
+    return Object.fromEntries(Object.entries(MISTAKES).map(([value, text]) => [value, `${text} (${counts[value]})`]));
+  }
+
+  /** All that depends on the run by which the gallery is sorted and filtered. */
+  function chooseRun(index) {
+    state.run = index;
+    const run = data.runs[index];
+    if (!(state.variant in run.variants)) {
+      state.variant = "combined";
+      drawFigures();
+    }
+    for (const node of byId("variants").children) node.disabled = !(node.dataset.value in run.variants);
+    refreshVariants();
+    switches(byId("kinds"), kindLabels(run), (kind) => state.kinds.has(kind), (kind) => {
+      if (!state.kinds.delete(kind)) state.kinds.add(kind);
+      drawGallery();
+    });
+    const isDecided = run.decisions !== null;
+    if (!isDecided) state.mistakes = "all";
+    byId("mistakes").hidden = !isDecided;
+    byId("mistakes-absent").hidden = isDecided;
+    byId("mistakes-absent").textContent = "There is no threshold to find mistakes with: the run had no validation images. Make the report with --threshold.";
+    if (isDecided) {
+      switches(byId("mistakes"), mistakeLabels(run), (value) => state.mistakes === value, (value) => {
+        state.mistakes = value;
+        drawGallery();
+      });
+    }
+    drawGallery();
+  }
+
+  // --------------------------------------------------------------------------------------------------- start
+
+  /** The colours of the heat maps as a filter on grey images, and the strip that explains them. */
+  function defineColours() {
+    const { red, green, blue, opacity } = data.colours;
+    const table = (tag, values) => svg(tag, { type: "table", tableValues: values.join(" ") });
+    const filter = svg(
+      "filter", { id: "heat", x: 0, y: 0, width: 1, height: 1, "color-interpolation-filters": "sRGB" },
+      svg("feComponentTransfer", { in: "SourceGraphic", result: "colour" }, table("feFuncR", red), table("feFuncG", green), table("feFuncB", blue)),
+      svg("feColorMatrix", { in: "SourceGraphic", values: "0 0 0 0 0  0 0 0 0 0  0 0 0 0 0  1 0 0 0 0" }),
+      svg("feComponentTransfer", { result: "opacity" }, table("feFuncA", opacity)),
+      svg("feComposite", { in: "colour", in2: "opacity", operator: "in" }),
+    );
+    const stops = red.map((_, i) => svg("stop", {
+      offset: i / (red.length - 1),
+      "stop-color": `rgb(${[red, green, blue].map((values) => Math.round(values[i] * 255)).join(",")})`,
+      "stop-opacity": opacity[i],
+    }));
+    byId("scale").append(
+      svg(
+        "svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" },
+        svg("defs", {}, filter, svg("linearGradient", { id: "strip" }, ...stops)),
+        svg("rect", { width: 100, height: 10, fill: "url(#strip)" }),
+      ),
+      html("span", { id: "scale-text" }),
+    );
+  }
+
+  const names = data.runs.map((run) => run.name).join(", ");
+  document.title = `${names} – dskd-fast report`;
+  byId("subtitle").textContent = `${plural(data.runs.length, "run")}, ${plural(data.images.length, "test image")}; dskd-fast ${data.version}, ${data.created.replace("T", " ")}`;
+  byId("run-field").hidden = data.runs.length < 2;
+  byId("run").append(...data.runs.map((run, i) => html("option", { value: i }, run.name)));
+  byId("run").addEventListener("change", () => chooseRun(Number(byId("run").value)));
+  byId("order").addEventListener("change", () => {
+    state.order = byId("order").value;
+    drawGallery();
+  });
+  const perCard = Math.max(...data.images.map((image) => image.runs.filter((result) => result !== null).length));
+  if (perCard > 1) byId("cards").style.setProperty("--card-width", `${9 * Math.min(perCard, 4)}rem`);
+  defineColours();
+  mix(50);
+  drawFigures();
+  chooseRun(0);
+})();
