@@ -202,6 +202,15 @@ def test_photographs_are_jpegs_of_limited_size_with_their_own_aspect(page, categ
     assert image_in(shrunk["photo"]).size == (shrunk["width"], shrunk["height"]) == (360, 180)
 
 
+def test_noise_takes_no_more_room_than_is_told(category, tiny_detector, tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (800, 800, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
+    noise = report_module._photograph(dataclasses.replace(category.test[0], path=tmp_path / "noise.png"))
+    assert 20_000 < len(noise["photo"]) <= 32_000
+    grey = report_module._map_png(tiny_detector, rng.random((128, 128), np.float32), 1.0)
+    assert 20_000 < len(grey) <= 23_000
+
+
 def test_maps_are_grey_from_the_normal_mean_to_full_colour(page, tiny_detector, category):
     images = ImageStore([item.path for item in category.test], 64)
     maps = tiny_detector.maps(images.batch(range(len(images))))

@@ -336,6 +336,9 @@ def test_a_large_gallery_is_made_as_the_reader_comes_to_it(driver, paths, tmp_pa
 
     WebDriverWait(driver, 60, poll_frequency=0.05).until(has_scrolled_to_the_end)
     assert len(set(page.names())) == 1000
+    before = page.js("scrollY")
+    page.press("variants", "local")
+    assert page.js("scrollY") == pytest.approx(before, abs=1000)
     Select(page.one("#order")).select_by_value("name")
     assert page.names()[:3] == ["0000.png", "0001.png", "0002.png"]
 

@@ -140,7 +140,7 @@
       description += `, threshold ${number(run.threshold)}`;
       legend.push(html("span", {}, `threshold ${number(run.threshold)} (dashed)`));
     } else if (run.threshold !== null) {
-      legend.push(html("span", { class: "muted" }, "the threshold is one for the combined score"));
+      legend.push(html("span", { class: "muted" }, "the threshold is for combined scores only"));
     }
     const values = logarithmic ? logarithmicTicks(low, high) : ticks(low, high, 6);
     const title = `image score${logarithmic ? ", logarithmic" : ""} (bars: share of the type's images)`;
@@ -344,9 +344,12 @@
 
   function drawGallery() {
     choose();
+    // As many as there were: the reader should not lose the place when a switch is pressed.
+    const wanted = Math.min(nShown, chosen.length);
     nShown = 0;
     byId("cards").replaceChildren();
-    showMore();
+    do showMore();
+    while (nShown < wanted);
     requestAnimationFrame(fillWindow);
     const all = data.images.filter((image) => image.runs[state.run] !== null).length;
     byId("count").textContent = chosen.length === 0 ? `No image of ${all} matches: choose other types or decisions.` : `${chosen.length} of ${plural(all, "image")}`;
