@@ -129,7 +129,6 @@ def write_report(
             "version": dskd_fast.__version__,
             "created": datetime.now().astimezone().isoformat(timespec="minutes"),
             "spro_limit": SPRO_LIMIT,
-            "map_side": _MAP_SIDE,
             "colours": _colour_tables(),
             "runs": runs,
             "images": list(images.values()),

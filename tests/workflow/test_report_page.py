@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -204,6 +205,23 @@ def test_the_histogram_draws_each_bin_at_its_scores_and_the_threshold_between(sh
         right = left + float(bar.get_attribute("width"))
         assert (right < line + 1) or high > run["threshold"] * 0.999
         assert (left > line - 1) or low < run["threshold"] * 1.001
+
+
+def test_the_curves_are_drawn_through_their_points(shown):
+    page = shown()
+    part = page.data["runs"][0]["variants"]["combined"]
+    curves = [(part[name][kind], limit) for name, limit in (("roc", 1), ("spro_curve", 0.05)) for kind in KINDS[1:]]
+    drawn = [
+        np.array([point.split(",") for point in curve.get_attribute("points").split()], float)
+        for curve in page.all(".curve")
+    ]
+    # The ROC curves go from corner to corner of the plot, which has the same size for all.
+    (left, bottom), (right, top) = drawn[0][0], drawn[0][-1]
+    assert left < right
+    assert top < bottom
+    for ((x, y), limit), points in zip(curves, drawn, strict=True):
+        np.testing.assert_allclose(points[:, 0], left + np.array(x) / limit * (right - left), atol=0.02)
+        np.testing.assert_allclose(points[:, 1], bottom + np.array(y) * (top - bottom), atol=0.02)
 
 
 def test_the_switch_changes_scores_curves_and_maps_but_no_decision(shown):

@@ -355,7 +355,8 @@
     byId("count").textContent = chosen.length === 0 ? `No image of ${all} matches: choose other types or decisions.` : `${chosen.length} of ${plural(all, "image")}`;
     const run = data.runs[state.run];
     const half = run.threshold !== null && run.threshold > 0 ? ` … ${number(run.threshold)} (threshold)` : "";
-    byId("scale-text").textContent = `0 (normal mean)${half} … ${number(run.full_colour)} standard deviations`;
+    const whose = data.runs.length > 1 ? `${run.name}: ` : "";
+    byId("scale-text").textContent = `${whose}0 (normal mean)${half} … ${number(run.full_colour)} standard deviations`;
   }
 
   /** Make cards until they reach well below the window. */
