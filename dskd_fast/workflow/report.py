@@ -206,11 +206,12 @@ def _describe_run(
         anomalous = test.scores["combined"] > threshold
         decisions = {kind: int(anomalous[kinds == kind].sum()) for kind in KINDS}
     size = detector.model.image_size
+    alone = "" if options.students == "both" else f", the {options.students} student alone"
     return {
         "name": source.name,
         "path": str(source.folder),
         "category": source.category.name,
-        "recipe": f"{options.teacher}, {size} x {size}, epochs: {options.epochs}",
+        "recipe": f"{options.teacher}, {size} x {size}, epochs: {options.epochs}{alone}",
         "trained": config.get("created"),
         "threshold": threshold,
         "full_colour": full_colour(threshold),

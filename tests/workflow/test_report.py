@@ -15,11 +15,12 @@ from PIL import Image
 from scipy.integrate import trapezoid
 
 import dskd_fast.workflow.report as report_module
+from dskd_fast.cli import main
 from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
-from dskd_fast.workflow.evaluate import ScoredImages, evaluate
+from dskd_fast.workflow.evaluate import evaluate
 from dskd_fast.workflow.overlay import colours
 from dskd_fast.workflow.report import render, write_report
 
@@ -378,20 +379,18 @@ def test_what_cannot_be_computed_is_absent_with_a_reason(tiny_run, own_data, tmp
     assert ["structural" in reason or "logical" in reason for reason in run["absent"]] == [True, True]
 
 
-def test_a_run_with_one_student_has_what_there_is(page, tiny_detector, category, tiny_run, monkeypatch, tmp_path):
-    def score_local(detector, category, batch_size, progress):
-        test = score_images(detector, category, batch_size, progress)
-        maps = test.maps._replace(combined=test.maps.local, global_=None)
-        scores = {"combined": test.scores["local"], "local": test.scores["local"]}
-        return ScoredImages(test.images, maps, scores)
-
-    score_images = report_module.score_images
-    monkeypatch.setattr(report_module, "score_images", score_local)
-    found = Page(write_report([tiny_run], tmp_path, device="cpu")).data
-    assert list(found["runs"][0]["variants"]) == ["combined", "local"]
-    assert found["runs"][0]["variants"]["local"] == page.data["runs"][0]["variants"]["local"]
+def test_a_run_with_one_student_has_what_there_is(data_root, tiny_arguments, tmp_path):
+    arguments = ["--data-root", str(data_root / "screw_bag"), *tiny_arguments, "--students", "local"]
+    assert main(["train", *arguments, "--out", str(tmp_path / "run")]) == 0
+    found = Page(write_report([tmp_path / "run"], tmp_path / "out", device="cpu")).data
+    (run,) = found["runs"]
+    assert run["recipe"].endswith("epochs: 1, the local student alone")
+    assert list(run["variants"]) == ["combined", "local"]
     for image in found["images"]:
-        assert list(image["runs"][0]["scores"]) == list(image["runs"][0]["maps"]) == ["combined", "local"]
+        (result,) = image["runs"]
+        assert list(result["scores"]) == list(result["maps"]) == ["combined", "local"]
+        assert result["scores"]["combined"] == result["scores"]["local"]
+        assert result["maps"]["combined"] == result["maps"]["local"]
 
 
 # ----------------------------------------------------------------------------------------------- what goes wrong
