@@ -182,7 +182,7 @@ def export(arguments: argparse.Namespace) -> int:
         arguments.out or arguments.run / f"model{SUFFIXES[arguments.format]}",
         arguments.format,
         category=config["category"],
-        threshold=_threshold(detector, arguments.threshold),
+        threshold=threshold_of(detector, arguments.threshold),
     )
     if exported.metadata["threshold"] is None:
         console.print(

@@ -24,7 +24,7 @@ from dskd_fast.data.images import MIN_SIDE
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.ops.portable import DECOMPOSITIONS
-from dskd_fast.workflow.detector import BRANCHES, Detector, to_float
+from dskd_fast.workflow.detector import Detector, to_float
 from dskd_fast.workflow.device import numerics
 
 Format = Literal["torch", "onnx"]
@@ -124,10 +124,16 @@ class Inspection(nn.Module):
         """uint8 RGB (B, 3, H, W) -> "score" (B,), "map" (B, H, W), float32, and with a threshold "anomalous" (B,)."""
         size, align_corners = self.model.image_size, self.scoring.align_corners
         resized = to_float(resize_square(images, size), images.device)
-        raw_maps = self.model.anomaly_maps(resized, self.scoring.temperature, align_corners=align_corners)
+        raw_maps = self.model.anomaly_maps(
+            resized,
+            self.scoring.temperature,
+            local_map=self.scoring.local_map,
+            global_map=self.scoring.global_map,
+            align_corners=align_corners,
+        )
         normalised = [
             (raw.double() - self.statistics[name].mean) / self.statistics[name].std
-            for name, raw in zip(BRANCHES, raw_maps, strict=True)
+            for name, raw in zip(("local", "global"), raw_maps, strict=True)
             if raw is not None
         ]
         combined = torch.stack(normalised).sum(0).float()

@@ -157,7 +157,7 @@ class SmallNetworks(nn.Module):
         self.teacher.register_buffer("mean", torch.zeros(1))
 
     @torch.no_grad()
-    def anomaly_maps(self, images, temperature, *, align_corners):
+    def anomaly_maps(self, images, temperature, *, align_corners, **kinds):
         teacher, local, global_ = (convolution(images).relu() for convolution in self.convolutions)
         maps = functional.cosine_distance(local, teacher), functional.contextual_affinity(global_, teacher, temperature)
         return tuple(
@@ -283,9 +283,9 @@ def test_weights_beyond_one_onnx_file_are_refused(tmp_path, monkeypatch, below):
 def test_what_onnx_cannot_express_is_a_user_error(tmp_path, below):
     class Unusual(SmallNetworks):
         @torch.no_grad()
-        def anomaly_maps(self, images, temperature, *, align_corners):
+        def anomaly_maps(self, images, temperature, *, align_corners, **kinds):
             return tuple(
-                torch.special.bessel_j0(m) for m in super().anomaly_maps(images, temperature, align_corners=False)
+                torch.special.bessel_j0(m) for m in super().anomaly_maps(images, temperature, align_corners=False, **kinds)
             )
 
     detector = small_detector()
