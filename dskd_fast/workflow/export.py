@@ -267,6 +267,14 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dic
             f"the teacher {metadata['teacher']} holds what ONNX or PyTorch's exporter cannot express "
             f"({str(reason).splitlines()[0][:200]}): use --format torch"
         ) from error
+    # The exporter's names for what is left open are symbols such as s34.
+    graph = onnx_program.model.graph
+    symbols = [str(graph.inputs[0].shape[i]) for i in (0, 2, 3)]
+    names = dict(zip(symbols, ("batch", "height", "width"), strict=True))
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        for i, symbol in enumerate(value.shape or ()):
+            if str(symbol) in names:
+                value.shape[i] = names[str(symbol)]
     onnx_program.model.metadata_props.update(
         {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
     )

@@ -148,7 +148,7 @@ class SmallNetworks(nn.Module):
 
     def __init__(self, branches=("local", "global")):
         super().__init__()
-        self.branches = branches
+        self.branches = self.students = branches
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.convolutions = nn.ModuleList(nn.Conv2d(3, 12, 4, stride=4) for _ in range(3))
@@ -285,7 +285,8 @@ def test_what_onnx_cannot_express_is_a_user_error(tmp_path, below):
         @torch.no_grad()
         def anomaly_maps(self, images, temperature, *, align_corners, **kinds):
             return tuple(
-                torch.special.bessel_j0(m) for m in super().anomaly_maps(images, temperature, align_corners=False, **kinds)
+                torch.special.bessel_j0(m)
+                for m in super().anomaly_maps(images, temperature, align_corners=False, **kinds)
             )
 
     detector = small_detector()
