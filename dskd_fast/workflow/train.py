@@ -31,7 +31,7 @@ from dskd_fast.workflow.device import (
     numerics,
     resolve_device,
 )
-from dskd_fast.workflow.distributed import ALONE, Group, synchronise_batch_norm
+from dskd_fast.workflow.distributed import ALONE, Group, connected, synchronise_batch_norm
 
 _CHOICES = {
     "stage4_init": ("imagenet", "random"),
@@ -339,7 +339,7 @@ def _fit(
                 for parameters in trainer.optimizer.param_groups:
                     parameters["lr"] = options.lr * (1 + math.cos(math.pi * done)) / 2
             chosen = at.order[at.seen : at.seen + options.batch_size]
-            with _enough_memory(options.batch_size):
+            with _clear_errors(options, group):
                 # Random numbers are drawn for the whole batch, so that an image gets the same ones in any group.
                 batch = augment(to_float(images.batch(indices[i] for i in chosen), device), random)
                 part = batch[group.share(len(batch))]
@@ -416,16 +416,22 @@ def _check_batches(model: DSKD, n: int, options: TrainingOptions, group: Group) 
 
 
 @contextlib.contextmanager
-def _enough_memory(batch_size: int) -> Iterator[None]:
+def _clear_errors(options: TrainingOptions, group: Group) -> Iterator[None]:
+    """Say in the user's words why a training step failed, where PyTorch says it in its own."""
     try:
-        yield
+        with contextlib.nullcontext() if group.size == 1 else connected():
+            yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        reason = " ".join(str(error).split())[:200]
+        if is_out_of_memory(error):
+            size = options.batch_size
+            smaller = f"--batch-size {size // 2}" if size > 1 else "a smaller --image-size"
+            told = f"the memory is too small for a training step with batches of {size}: try {smaller}"
+        elif options.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            told = f"torch.compile cannot compile the training here ({reason}): leave --compile out"
+        else:
             raise
-        smaller = f"--batch-size {batch_size // 2}" if batch_size > 1 else "a smaller --image-size"
-        raise UserError(
-            f"the memory is too small for a training step with batches of {batch_size}: try {smaller}"
-        ) from None
+        raise UserError(told) from None
 
 
 class _Batches:

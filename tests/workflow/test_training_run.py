@@ -400,6 +400,36 @@ def test_too_little_memory_names_the_batch_size_to_try(start, monkeypatch, error
         start(batch_size=1)
 
 
+def test_compiled_it_trains_to_nearly_the_same(start, tmp_path, monkeypatch):
+    """Through all of torch.compile but the C++ compiler, which takes minutes."""
+    compiled = []
+
+    def without_compiler(model):
+        compiled.append(model)
+        return original(model, backend="aot_eager", fullgraph=True)
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", without_compiler)
+    start("compiled", compile=True, batch_size=7, epochs=2)
+    assert len(compiled) == 1
+    start("eager", batch_size=7, epochs=2)
+    histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("compiled", "eager")]
+    for one, other in zip(*histories, strict=True):
+        assert one["local_loss"] == pytest.approx(other["local_loss"], rel=0.02)
+        assert one["global_loss"] == pytest.approx(other["global_loss"], rel=0.05)
+
+
+def test_a_compiler_that_is_missing_is_told(start, monkeypatch):
+    original = torch.compile
+
+    def failing(*_):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend=failing))
+    with pytest.raises(UserError, match=r"torch\.compile cannot compile the training here \(.*no compiler.*leave --co"):
+        start(compile=True)
+
+
 def test_another_error_is_not_taken_for_too_little_memory(start, monkeypatch):
     def step(*_):
         raise RuntimeError("shapes do not fit")
