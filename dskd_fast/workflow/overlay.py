@@ -12,6 +12,9 @@ _OPACITY = 0.75
 # Full colour where there is no threshold: standard deviations above the normal mean.
 _FULL_COLOUR = 20.0
 
+BACKGROUND = (24, 24, 24)
+FOREGROUND = (235, 235, 235)
+
 
 def full_colour(threshold: float | None) -> float:
     """The map value that is drawn in full colour; 0, the normal mean, is drawn as nothing."""
@@ -33,6 +36,13 @@ def colours(strength: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArra
     return rgb, _OPACITY * np.minimum(2.0 * strength, 1)
 
 
+def heat(image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
+    """The photograph (H, W, 3) under its map (H, W); see `overlay`."""
+    rgb, opacity = colours(np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1))
+    opacity = opacity[..., None]
+    return (image * (1 - opacity) + rgb * opacity).round().astype(np.uint8)
+
+
 def overlay(
     image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], caption: str, low: float, high: float
 ) -> Image.Image:
@@ -45,18 +55,14 @@ def overlay(
         low, high: map values drawn as nothing and as the full colour. Constants of the run, not of the image, so that
             a normal image stays dark.
     """
-    rgb, opacity = colours(np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1))
-    opacity = opacity[..., None]
-    heat = (image * (1 - opacity) + rgb * opacity).round().astype(np.uint8)
-
     height, width = image.shape[:2]
     text_size = int(np.clip(height / 22, 11, 40))
     font = ImageFont.load_default(text_size)
     strip = 2 * text_size
     gap = max(2, width // 100)
-    canvas = Image.new("RGB", (2 * width + gap, height + strip), (24, 24, 24))
+    canvas = Image.new("RGB", (2 * width + gap, height + strip), BACKGROUND)
     canvas.paste(Image.fromarray(image), (0, 0))
-    canvas.paste(Image.fromarray(heat), (width + gap, 0))
+    canvas.paste(Image.fromarray(heat(image, anomaly_map, low, high)), (width + gap, 0))
     draw = ImageDraw.Draw(canvas)
-    draw.text((text_size // 2, height + text_size // 2), caption, font=font, fill=(235, 235, 235))
+    draw.text((text_size // 2, height + text_size // 2), caption, font=font, fill=FOREGROUND)
     return canvas

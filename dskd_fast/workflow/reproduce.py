@@ -1,0 +1,386 @@
+"""The paper's tables with our figures beside them: train and evaluate what is not there yet, then write them.
+
+OUT/recipe.json                                         the options that all trainings have in common
+OUT/runs/CATEGORY/dskd/seed-K                           a run of the whole method, shared by all tables
+OUT/runs/CATEGORY/STUDENT-WHAT/seed-K                   a run of one student alone with one option changed
+OUT/pairs/CATEGORY/LOCAL+GLOBAL/seed-K                  figures of two students from different runs
+OUT/table-EXPERIMENT.{txt,md,csv,json}                  the tables
+OUT/examples-EXPERIMENT.png, OUT/examples/CATEGORY.png  heat maps of the whole method
+OUT/figure-EXPERIMENT.{png,svg}                         figures over the temperature
+
+The two students share no parameters and no statistics, so neither depends on the other's loss. That is why a student
+that several rows of a table have is trained once.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dskd_fast.data.augment import for_category
+from dskd_fast.data.images import ImageError, read_image, resize_square
+from dskd_fast.data.layout import KINDS, Category
+from dskd_fast.errors import UserError
+from dskd_fast.files import write_file
+from dskd_fast.models import DSKD
+from dskd_fast.models.teacher import WeightsUnavailable
+from dskd_fast.workflow import run as runs
+from dskd_fast.workflow.comparison import FIGURES, MEASURES, Results, notes_on, tables_of
+from dskd_fast.workflow.detector import Calibration, Detector
+from dskd_fast.workflow.device import resolve_device
+from dskd_fast.workflow.evaluate import evaluate
+from dskd_fast.workflow.experiments import HOLDOUT, TEMPERATURES, Pair, Part, Plan, Student, make_plan
+from dskd_fast.workflow.figures import draw_examples, plot_temperatures, stack
+from dskd_fast.workflow.overlay import full_colour
+from dskd_fast.workflow.tables import Table, to_csv, to_json, to_markdown, to_text
+from dskd_fast.workflow.train import TrainingOptions
+from dskd_fast.workflow.training_run import Report, Status, ensure_run
+
+_TEXT_WIDTH = 80
+
+# Contexts in which a training or an evaluation with a title shows how far it is.
+TrainingDisplay = Callable[[str], AbstractContextManager[tuple[Report, Status]]]
+EvaluationDisplay = Callable[[str], AbstractContextManager[Callable[[str, int, int], None]]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an experiment gave and where it was written; `failures` is empty if all went well."""
+
+    tables: list[Table]
+    notes: list[str]
+    failures: list[str]
+    files: list[Path]
+
+
+def reproduce(
+    experiment: str,
+    data_root: Path,
+    out: Path,
+    recipe: TrainingOptions,
+    *,
+    categories: Sequence[str] | None = None,
+    seeds: int = 3,
+    training: TrainingDisplay = lambda _: contextlib.nullcontext((lambda _: None, lambda _: None)),
+    evaluation: EvaluationDisplay = lambda _: contextlib.nullcontext(lambda *_: None),
+    tell: Callable[[str], None] = lambda _: None,
+) -> Outcome:
+    """Train and evaluate what an experiment needs and is not there yet, then write its tables and figures.
+
+    Args:
+        experiment: one of `dskd_fast.workflow.paper.EXPERIMENTS`.
+        data_root: folder with the categories.
+        out: folder of runs, tables and figures. Experiments with the same recipe may share it, and then share runs.
+        recipe: of all trainings; seed and augmentation are set for each.
+        categories: names; None takes all of the data root.
+        seeds: how often each is trained, with the seeds 0, 1, ...
+        training, evaluation: called with a title; see above.
+        tell: called with a sentence when something is done or has failed.
+
+    Raises:
+        UserError: before anything is trained: data, options or an `out` that do not fit, weights that cannot be had.
+            What fails later is in the outcome's `failures` and does not stop the rest.
+        TrainingStopped: by a signal; the same call goes on from there.
+    """
+    if experiment == "ablation-temperature" and importlib.util.find_spec("matplotlib") is None:
+        raise UserError('the plot needs matplotlib, which is not installed: run pip install "dskd-fast[plots]"')
+    plan = make_plan(experiment, data_root, categories, recipe, seeds)
+    _check_recipe(out / "recipe.json", recipe)
+    work = _Work(plan, out, training, evaluation, tell)
+    work.check_networks()
+    for seed in range(seeds):
+        for part in plan.parts:
+            work.do(part, seed)
+    results = Results(plan, work.metrics)
+    figures = []
+    if experiment in ("loco", "mvtec-ad"):
+        figures = work.draw_examples()
+    elif experiment == "ablation-temperature":
+        figures = _plot(out / f"figure-{experiment}", results)
+    tables, notes = tables_of(results), notes_on(results, work.failures)
+    files = _write(out / f"table-{experiment}", results, tables, notes, work.failures)
+    return Outcome(tables, notes, work.failures, files + figures)
+
+
+def _check_recipe(path: Path, recipe: TrainingOptions) -> None:
+    """Raise UserError if the folder was begun with another recipe, before its tables are replaced by empty ones."""
+    ours = dataclasses.asdict(recipe)
+    for name in ("seed", "augmentation", "device"):
+        del ours[name]
+    if not path.exists():
+        runs.write_json(path, ours)
+    there = runs.read_json(path)
+    if not isinstance(there, dict):
+        raise UserError(f"{path} was not written by this program: choose another --out")
+    for name, value in ours.items():
+        if there.get(name) != value:
+            raise UserError(
+                f"{path.parent} was begun with {name} {there.get(name)!r}, not {value!r}: choose another --out, or "
+                "give the same options"
+            )
+
+
+class _Work:
+    """Trains and evaluates what a plan needs.
+
+    Attributes:
+        metrics: by (seed, category, pair), as `evaluate` gives them; what failed is absent.
+        failures: why, a sentence each.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        training: TrainingDisplay,
+        evaluation: EvaluationDisplay,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.plan = plan
+        self.out = out
+        self.metrics: dict[tuple[int, str, Pair], dict[str, Any]] = {}
+        self.failures: list[str] = []
+        self._training = training
+        self._evaluation = evaluation
+        self._tell = tell
+        self._trained: set[Path] = set()
+
+    def check_networks(self) -> None:
+        """Raise UserError for a device, a teacher, a size or weights that no training can use, unless all are done."""
+        folders = {
+            self._run(part, student, seed)
+            for seed in range(self.plan.seeds)
+            for part in self.plan.parts
+            for pair in self.plan.pairs
+            for student in pair
+        }
+        if all(runs.is_finished(folder) for folder in folders):
+            return
+        recipe = self.plan.recipe
+        resolve_device(recipe.device)
+        DSKD(recipe.teacher, image_size=recipe.image_size, gccb=recipe.gccb, teacher_weights=recipe.teacher_weights)
+
+    def do(self, part: Part, seed: int) -> None:
+        """Everything on one category with one seed."""
+        if part.category is None:
+            self._fail(f"{part.name}: {part.problem}")
+            return
+        augmentation = for_category(part.name).to_text()
+        recipe = dataclasses.replace(self.plan.recipe, seed=seed, augmentation=augmentation)
+        failed: set[Student] = set()
+        for pair in self.plan.pairs:
+            for student in pair:
+                if student not in failed and not self._succeeds(self._train, part, student, recipe):
+                    failed.add(student)
+            if failed.isdisjoint(pair):
+                self._succeeds(self._evaluate, part, pair, recipe)
+
+    def _succeeds(self, step: Callable, part: Part, what: Student | Pair, recipe: TrainingOptions) -> bool:
+        title = f"{part.name}, {what.run}, seed {recipe.seed}"
+        try:
+            step(title, part, what, recipe)
+        except WeightsUnavailable:
+            raise
+        except ImageError as error:
+            # The same images fail in whatever is trained on them.
+            self._fail(f"{part.name}: {error}")
+            return False
+        except UserError as error:
+            self._fail(f"{title}: {error}")
+            return False
+        return True
+
+    def _fail(self, sentence: str) -> None:
+        if sentence not in self.failures:
+            self.failures.append(sentence)
+            self._tell(f"failed: {sentence}")
+
+    def _run(self, part: Part, student: Student, seed: int) -> Path:
+        return self.out / "runs" / part.name / student.run / f"seed-{seed}"
+
+    def _place(self, part: Part, pair: Pair, seed: int) -> Path:
+        """Where a pair's figures are: in the run, if both students are of one, as if by `dskd-fast evaluate`."""
+        if pair.local.run == pair.global_.run:
+            return self._run(part, pair.local, seed)
+        return self.out / "pairs" / part.name / pair.run / f"seed-{seed}"
+
+    def _train(self, title: str, part: Part, student: Student, recipe: TrainingOptions) -> None:
+        folder = self._run(part, student, recipe.seed)
+        if folder in self._trained:
+            return
+        with self._training(title) as (report, status):
+            is_new = ensure_run(
+                folder, part.category, student.options(recipe), holdout=HOLDOUT, report=report, status=status
+            )
+        self._trained.add(folder)
+        self._tell(f"{title}: {'trained' if is_new else 'was trained before'}")
+
+    def _evaluate(self, title: str, part: Part, pair: Pair, recipe: TrainingOptions) -> None:
+        place = self._place(part, pair, recipe.seed)
+        folders = [self._run(part, student, recipe.seed) for student in pair]
+        fingerprint = _fingerprint(part.category, folders)
+        with contextlib.suppress(UserError):
+            found = runs.read_json(place / runs.METRICS)
+            if isinstance(found, dict) and found.get("evaluated") == fingerprint and (place / "scores.csv").is_file():
+                self.metrics[recipe.seed, part.name, pair] = found
+                return
+        detector = runs.load_run(folders[0], recipe.device)[0]
+        if folders[1] != folders[0]:
+            detector = join(detector, runs.load_run(folders[1], recipe.device)[0])
+        with self._evaluation(title) as progress:
+            metrics = evaluate(
+                detector,
+                part.category,
+                threshold=_threshold(detector),
+                batch_size=recipe.batch_size,
+                scores_file=place / "scores.csv",
+                progress=progress,
+            )
+        metrics["evaluated"] = fingerprint
+        runs.write_json(place / runs.METRICS, metrics)
+        self.metrics[recipe.seed, part.name, pair] = metrics
+        self._tell(f"{title}: evaluated")
+
+    def draw_examples(self) -> list[Path]:
+        """Of each category the test image with the median score of each kind, with the maps of the first seed."""
+        files, sheets = [], []
+        for part in self.plan.parts:
+            if (0, part.name, Pair()) not in self.metrics:
+                continue
+            place = self._place(part, Pair(), 0)
+            try:
+                sheets.append(_examples(runs.load_run(place, self.plan.recipe.device)[0], part, place / "scores.csv"))
+            except UserError as error:
+                self._fail(f"{part.name}, examples: {error}")
+                continue
+            files.append(self.out / "examples" / f"{part.name}.png")
+            write_file(files[-1], sheets[-1].save)
+        if sheets:
+            files.insert(0, self.out / f"examples-{self.plan.experiment}.png")
+            write_file(files[0], stack(sheets).save)
+        return files
+
+
+def join(local: Detector, global_: Detector) -> Detector:
+    """A detector with the local student of one training and the global student of another, with the same teacher.
+
+    It takes over the networks of both. It has no threshold.
+    """
+    model = local.model
+    model.global_bottleneck = global_.model.global_bottleneck
+    model.global_student = global_.model.global_student
+    model.students = ("local", "global")
+    # At most the global student's temperature differs from the recipe's.
+    scoring = dataclasses.replace(global_.scoring, local_map=local.scoring.local_map)
+    statistics = {
+        name: detector.calibration.statistics[name] for name, detector in (("local", local), ("global", global_))
+    }
+    return Detector(model, scoring, Calibration(statistics, local.calibration.source, local.calibration.n_images))
+
+
+def _threshold(detector: Detector) -> float | None:
+    return None if detector.calibration.threshold is None else detector.calibration.threshold.value
+
+
+def _fingerprint(category: Category, folders: Sequence[Path]) -> str:
+    """A hash of what figures are of: names and sizes of test images and masks, and what the trainings ended with."""
+    digest = hashlib.sha256()
+    for item in category.test:
+        for path in (item.path, *item.masks):
+            digest.update(os.fsencode(path.relative_to(category.root)) + b"\0%d\0" % path.stat().st_size)
+    digest.update(repr(category.defect_types).encode())
+    for folder in folders:
+        # Statistics of millions of pixels: other weights have others.
+        digest.update((folder / runs.CALIBRATION).read_bytes())
+    return digest.hexdigest()
+
+
+def _examples(detector: Detector, part: Part, scores_file: Path) -> Image.Image:
+    rows = []
+    for index, score in _medians(part.category, scores_file):
+        item = part.category.test[index]
+        image = read_image(item.path)
+        resized = torch.from_numpy(resize_square(image, detector.model.image_size)).permute(2, 0, 1)
+        maps = detector.maps(resized[None])
+        drawn = [detector.localisation_map(maps.of(v)[0], image.shape[:2]) for v in ("local", "global", "combined")]
+        rows.append((f"{item.kind}: {item.path.relative_to(part.category.root)}, score {score:.2f}", [image, *drawn]))
+    high = full_colour(_threshold(detector))
+    title = (
+        f"{part.label}: of each kind the test image with the median score. Maps of seed 0, in full colour from "
+        f"{high:.3g} standard deviations above the normal mean."
+    )
+    return draw_examples(title, rows, high)
+
+
+def _medians(category: Category, scores_file: Path) -> Iterator[tuple[int, float]]:
+    """Index and score of the test image with the median score of each kind, the lower one of two."""
+    with scores_file.open(newline="", encoding="utf-8") as file:
+        scores = [float(row["score"]) for row in csv.DictReader(file)]
+    for kind in KINDS:
+        ranked = sorted((scores[i], i) for i, item in enumerate(category.test) if item.kind == kind)
+        if ranked:
+            score, index = ranked[(len(ranked) - 1) // 2]
+            yield index, score
+
+
+def _plot(path: Path, results: Results) -> list[Path]:
+    contestants = results.plan.contestants
+    figures = {
+        told: {kind: [results.mean(contestant, measure, kind) for contestant in contestants] for kind in FIGURES}
+        for measure, told in reversed(MEASURES.items())
+    }
+    return plot_temperatures(path, TEMPERATURES, figures, ", ".join(part.label for part in results.plan.parts))
+
+
+def _write(
+    base: Path, results: Results, tables: Sequence[Table], notes: Sequence[str], failures: Sequence[str]
+) -> list[Path]:
+    plan = results.plan
+    texts = {
+        ".txt": to_text(tables, notes, _TEXT_WIDTH),
+        ".md": to_markdown(tables, notes),
+        ".csv": to_csv(tables),
+    }
+    for suffix, text in texts.items():
+        write_file(
+            base.with_suffix(suffix),
+            lambda temporary, text=text: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"),
+        )
+    content = {
+        "experiment": plan.experiment,
+        "data_root": str(plan.data_root.absolute()),
+        "categories": [
+            {
+                "name": part.name,
+                "is_synthetic": part.is_synthetic,
+                "is_papers": part.is_papers,
+                "n_images": None if part.category is None else part.category.n_images,
+            }
+            for part in plan.parts
+        ],
+        "recipe": dataclasses.asdict(plan.recipe),
+        "seeds": list(range(plan.seeds)),
+        "tables": to_json(tables),
+        "figures": [
+            {"row": contestant.label, "category": part.name, "seed": seed}
+            | {measure: found[measure] for measure in ("auroc", "spro", "spro_at")}
+            for contestant in plan.contestants
+            for part in plan.parts
+            for seed in range(plan.seeds)
+            if (found := results.of_seed(seed, part, contestant)) is not None
+        ],
+        "notes": list(notes),
+        "failures": list(failures),
+    }
+    runs.write_json(base.with_suffix(".json"), content)
+    return [base.with_suffix(suffix) for suffix in (*texts, ".json")]
