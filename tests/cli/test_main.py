@@ -14,7 +14,18 @@ from dskd_fast.errors import UserError
 SCRIPT = Path(sysconfig.get_path("scripts"), "dskd-fast")
 MODULE = (sys.executable, "-m", "dskd_fast")
 
-COMMANDS = ("train", "evaluate", "evaluate-maps", "predict", "report", "info", "doctor", "demo")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "evaluate-maps",
+    "predict",
+    "report",
+    "export",
+    "info",
+    "reproduce",
+    "doctor",
+    "demo",
+)
 
 
 def process(*arguments, program=(SCRIPT,), **options):

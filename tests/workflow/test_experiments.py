@@ -1,0 +1,137 @@
+import pytest
+
+from dskd_fast.data.layout import MVTEC_AD_CATEGORIES
+from dskd_fast.errors import UserError
+from dskd_fast.workflow.experiments import TEMPERATURES, Pair, Student, contestants_of, make_plan, papers_categories
+from dskd_fast.workflow.paper import EXPERIMENTS, read_paper
+from dskd_fast.workflow.train import TrainingOptions
+
+PAPER = read_paper()
+RECIPE = TrainingOptions("wide_resnet50_2")
+LOSSES = {"Pi": "cosine", "CA": "contextual-affinity", "flat Pi": "flattened-cosine"}
+
+
+def by_label(experiment, recipe=RECIPE):
+    return {contestant.label: contestant for contestant in contestants_of(experiment, recipe, PAPER)}
+
+
+def losses_of(contestant):
+    """What its students are trained with; None for one whose figures do not count."""
+    local, global_ = (student.options(RECIPE) for student in contestant.pair)
+    return (
+        None if contestant.of == "global" else local.local_loss,
+        None if contestant.of == "local" else global_.global_loss,
+    )
+
+
+@pytest.mark.parametrize("experiment", ["loco", "mvtec-ad"])
+def test_a_data_set_needs_the_papers_method_alone(experiment):
+    (contestant,) = contestants_of(experiment, RECIPE, PAPER)
+    assert contestant.pair == Pair()
+    assert [student.options(RECIPE) for student in contestant.pair] == [RECIPE, RECIPE]
+
+
+def test_the_students_are_those_that_the_paper_prints():
+    rows = contestants_of("ablation-students", RECIPE, PAPER)
+    assert [losses_of(row) for row in rows] == [(record["local"], record["global"]) for record in PAPER["students"]]
+    assert [row.printed for row in rows] == PAPER["students"]
+    assert rows[0].label == "local Pi"
+    assert rows[3].label == "global CA"
+    assert rows[6].label == "local Pi + global CA"
+    # The whole method, and one student with the other's loss for each.
+    assert {student.run for row in rows for student in row.pair} == {
+        "dskd",
+        "local-contextual-affinity",
+        "global-cosine",
+    }
+
+
+def test_the_losses_are_each_alone_and_in_pairs():
+    rows = by_label("ablation-losses")
+    expected = {f"local {a}": (LOSSES[a], None) for a in LOSSES} | {f"global {a}": (None, LOSSES[a]) for a in LOSSES}
+    expected |= {f"local {a} + global {b}": (LOSSES[a], LOSSES[b]) for a in LOSSES for b in LOSSES}
+    assert {label: losses_of(row) for label, row in rows.items()} == expected
+    assert len(rows) == 6 + 9
+    assert sum(row.printed is not None for row in rows.values()) == 7
+    assert len({student.run for row in rows.values() for student in row.pair}) == 5
+    # A student alone is evaluated with a pair that is there anyway.
+    assert {row.pair for row in rows.values()} == {row.pair for row in rows.values() if row.of == "combined"}
+
+
+def test_the_papers_condensing_blocks():
+    rows = by_label("ablation-gccb")
+    assert list(rows) == ["w/o GCCB", "g = 512", "g = 768", "g = 1024", "g = 1280", "g = 2048"]
+    gs = [row.pair.global_.options(RECIPE).gccb for row in rows.values()]
+    assert gs == [0, 512, 768, None, 1280, 2048]
+    assert {row.pair.local for row in rows.values()} == {Student("local")}
+    assert [row.printed["g"] for row in rows.values()] == [0, 512, 768, 1024, 1280, 2048]
+
+
+def test_condensing_blocks_are_in_proportion_for_another_teacher():
+    recipe = TrainingOptions("lite")
+    rows = by_label("ablation-gccb", recipe)
+    # Its embedding has 2 x 672 channels.
+    assert list(rows) == ["w/o GCCB", *(f"g = {g} (here {g * 1344 // 2048})" for g in (512, 768, 1024, 1280, 2048))]
+    assert [row.pair.global_.options(recipe).gccb for row in rows.values()] == [0, 336, 504, None, 840, 1344]
+
+
+def test_temperatures_change_the_global_student_alone():
+    rows = by_label("ablation-temperature")
+    assert [row.pair.global_.options(RECIPE).temperature for row in rows.values()] == list(TEMPERATURES)
+    assert rows["T = 1"].pair == Pair()
+    assert {row.pair.local for row in rows.values()} == {Student("local")}
+    assert [label for label, row in rows.items() if row.printed] == ["T = 1"]
+    assert min(TEMPERATURES) < 1 < max(TEMPERATURES)
+
+
+def test_no_two_trainings_have_the_same_folder():
+    students = {student for name in EXPERIMENTS for row in contestants_of(name, RECIPE, PAPER) for student in row.pair}
+    trainings = {student.options(RECIPE): student.run for student in students}
+    assert len(set(trainings.values())) == len(trainings) == 1 + 4 + 5 + len(TEMPERATURES) - 1
+    for options, name in trainings.items():
+        assert options.students == ("both" if name == "dskd" else name.split("-")[0])
+        assert "/" not in name
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_categories_are_those_of_the_data_in_the_papers_order(experiment, tmp_path, write_images):
+    names = ["zebra", "cable", "juice_bottle", "breakfast_box", "bottle"]
+    for name in names:
+        write_images(tmp_path / name / "train" / "good", 1)
+        write_images(tmp_path / name / "test" / "good", 1)
+    plan = make_plan(experiment, tmp_path, None, RECIPE, 1)
+    first = ["bottle", "cable"] if experiment == "mvtec-ad" else ["breakfast_box", "juice_bottle"]
+    assert [part.name for part in plan.parts][:2] == first
+    assert sorted(part.name for part in plan.parts) == sorted(names)
+    assert [part.name for part in plan.parts if part.is_papers] == first
+    assert not any(part.is_synthetic for part in plan.parts)
+    chosen = make_plan(experiment, tmp_path, ["zebra", first[1], "zebra"], RECIPE, 1)
+    assert [part.name for part in chosen.parts] == [first[1], "zebra"]
+
+
+def test_all_of_a_data_sets_categories_are_the_papers():
+    assert papers_categories("mvtec-ad", PAPER) == MVTEC_AD_CATEGORIES
+    for experiment in EXPERIMENTS:
+        assert len(papers_categories(experiment, PAPER)) == (15 if experiment == "mvtec-ad" else 5)
+
+
+def test_the_synthetic_category_is_not_the_papers(data_root):
+    (part,) = make_plan("loco", data_root, None, RECIPE, 1).parts
+    assert part.name in PAPER["loco"]["categories"]
+    assert (part.is_synthetic, part.is_papers) == (True, False)
+    assert part.label == "screw_bag (synthetic)"
+
+
+def test_a_category_that_is_not_there_is_named(data_root):
+    with pytest.raises(UserError, match=r"no category pushpins in .*; choose among: screw_bag"):
+        make_plan("loco", data_root, ["screw_bag", "pushpins"], RECIPE, 1)
+
+
+@pytest.mark.parametrize("missing", ["test", "train"])
+def test_a_category_that_cannot_be_trained_or_tested_is_known_at_once(tmp_path, write_images, missing):
+    for split in {"train", "test"} - {missing}:
+        write_images(tmp_path / "part" / split / "good", 1)
+    (part,) = make_plan("loco", tmp_path, None, RECIPE, 1).parts
+    assert part.category is None
+    assert missing in part.problem
+    assert str(tmp_path / "part") in part.problem

@@ -1,0 +1,62 @@
+import pytest
+
+from dskd_fast.workflow.paper import read_paper
+
+PAPER = read_paper()
+ROUNDING = 0.0005 + 1e-9
+HALVED = [
+    *(("loco", record, "auroc") for record in PAPER["loco"]["methods"]),
+    *(("mvtec-ad", record, measure) for record in PAPER["mvtec-ad"]["methods"] for measure in ("auroc", "spro")),
+    *(("students", record, "spro") for record in PAPER["students"]),
+]
+
+
+def test_there_are_six_tables_of_the_right_size():
+    assert len(PAPER["loco"]["methods"]) == len(PAPER["mvtec-ad"]["methods"]) == 11
+    assert len(PAPER["loco"]["categories"]) == 5
+    assert len(PAPER["students"]) == 4 + 3
+    assert len(PAPER["gccb"]) == 6
+    names = [record["method"] for record in PAPER["loco"]["methods"]]
+    assert names == [record["method"] for record in PAPER["mvtec-ad"]["methods"]]
+    assert len(set(names)) == 11
+
+
+@pytest.mark.parametrize("record", PAPER["loco"]["methods"], ids=lambda record: record["method"])
+def test_the_mean_is_over_the_five_categories(record):
+    *categories, mean = record["spro"].items()
+    assert [name for name, _ in categories] == PAPER["loco"]["categories"]
+    assert sum(value for _, value in categories) / 5 == pytest.approx(mean[1], abs=ROUNDING)
+
+
+def test_means_are_of_both_halves_but_for_the_one_that_is_marked():
+    wrong = []
+    for table, record, measure in HALVED:
+        figures = record[measure]
+        half = (figures["structural"] + figures["logical"]) / 2
+        if half != pytest.approx(figures["mean"], abs=ROUNDING):
+            wrong.append((table, record, half))
+    assert len(HALVED) == 11 + 22 + 7
+    ((table, record, half),) = wrong
+    assert (table, record["local"], record["global"]) == ("students", "contextual-affinity", "contextual-affinity")
+    misprint = record["misprint"]
+    assert (misprint["measure"], misprint["figure"]) == ("spro", "mean")
+    assert misprint["expected"] == pytest.approx(half)
+    assert record["spro"]["mean"] == 0.708
+    assert [r for _, r, _ in HALVED if "misprint" in r] == [record]
+
+
+def test_the_method_has_the_same_figures_in_every_table():
+    ours = PAPER["loco"]["methods"][-1]
+    students = {(record["local"], record["global"]): record["spro"] for record in PAPER["students"]}
+    gccb = {record["g"]: record["spro"] for record in PAPER["gccb"]}
+    assert ours["method"] == "DSKD"
+    assert ours["spro"]["mean"] == students["cosine", "contextual-affinity"]["mean"] == gccb[1024]["mean"] == 0.73
+    assert ours["auroc"]["mean"] == 0.84
+
+
+def test_every_figure_is_a_share_of_three_digits():
+    for _, record, _ in HALVED:
+        for measure in ("auroc", "spro"):
+            for value in record.get(measure, {}).values():
+                assert 0 < value < 1
+                assert round(value, 3) == value
