@@ -95,9 +95,11 @@ def reproduce(
     if experiment == "ablation-temperature" and importlib.util.find_spec("matplotlib") is None:
         raise UserError('the plot needs matplotlib, which is not installed: run pip install "dskd-fast[plots]"')
     plan = make_plan(experiment, data_root, categories, recipe, seeds)
-    _check_recipe(out / "recipe.json", recipe)
+    recipe_file, record = out / "recipe.json", _record_of(recipe)
+    _check_recipe(recipe_file, record)
     work = _Work(plan, out, training, evaluation, tell)
     work.check_networks()
+    runs.write_json(recipe_file, record)
     for seed in range(seeds):
         for part in plan.parts:
             work.do(part, seed)
@@ -112,17 +114,23 @@ def reproduce(
     return Outcome(tables, notes, work.failures, files + figures)
 
 
-def _check_recipe(path: Path, recipe: TrainingOptions) -> None:
+def _record_of(recipe: TrainingOptions) -> dict[str, Any]:
+    """What all trainings have in common."""
+    return {
+        name: value
+        for name, value in dataclasses.asdict(recipe).items()
+        if name not in ("seed", "augmentation", "device")
+    }
+
+
+def _check_recipe(path: Path, record: dict[str, Any]) -> None:
     """Raise UserError if the folder was begun with another recipe, before its tables are replaced by empty ones."""
-    ours = dataclasses.asdict(recipe)
-    for name in ("seed", "augmentation", "device"):
-        del ours[name]
     if not path.exists():
-        runs.write_json(path, ours)
+        return
     there = runs.read_json(path)
     if not isinstance(there, dict):
         raise UserError(f"{path} was not written by this program: choose another --out")
-    for name, value in ours.items():
+    for name, value in record.items():
         if there.get(name) != value:
             raise UserError(
                 f"{path.parent} was begun with {name} {there.get(name)!r}, not {value!r}: choose another --out, or "
