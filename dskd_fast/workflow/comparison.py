@@ -215,7 +215,7 @@ def _recipe(recipe: TrainingOptions) -> str:
         return ", ".join(f"{name.replace('_', ' ')} {getattr(options, name)}" for name in names)
 
     if not others:
-        return f"Recipe: the paper's ({told(papers, _RECIPE)})."
+        return f"Recipe: the paper's ({told(papers, _RECIPE)}); what it leaves open, as augmentation, is ours."
     return f"Recipe here: {told(recipe, others)}. That is NOT the paper's, which has {told(papers, others)}."
 
 

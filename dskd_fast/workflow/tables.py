@@ -74,11 +74,11 @@ def to_text(tables: Sequence[Table], notes: Sequence[str], width: int) -> str:
     file = io.StringIO()
     console = Console(file=file, width=max(width, *map(_least_width, tables)), markup=False, emoji=False)
     for table in tables:
+        console.print(table.title, highlight=False)
         console.print(_drawn(table, console.width))
         for remark in table.remarks:
             console.print(remark, highlight=False)
-        if table.remarks:
-            console.print()
+        console.print()
     for note in notes:
         console.print(note, highlight=False)
     return "".join(line.rstrip() + "\n" for line in file.getvalue().splitlines())
@@ -112,8 +112,7 @@ def _drawn(table: Table, width: int) -> RichTable:
     if sum(widths) + max(longest, _LABEL_WIDTH) > for_labels:
         widths = _narrow(table)
     # One space of padding and one of the box make the gap.
-    style = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 0, 0, 1), "title_style": ""}
-    drawn = RichTable(title=table.title, title_justify="left", **style)
+    drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
     drawn.add_column("", overflow="fold", width=max(min(longest, for_labels - sum(widths)), _LABEL_WIDTH))
     for (head, _), column_width in zip(_heads_and_texts(table), widths, strict=True):
         drawn.add_column(head, justify="right", overflow="fold", width=column_width)
