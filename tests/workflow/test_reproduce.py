@@ -119,9 +119,13 @@ def test_the_figures_are_those_of_evaluate_and_their_mean_over_the_seeds(run_tin
     assert float(rows["DSKD here, by category", "mean", "AUROC logical"]["value"]) == cell.value
 
 
-def test_the_tables_share_their_trainings(run_tiny, tmp_path, below):
+def test_the_tables_share_their_trainings(run_tiny, tmp_path):
     run_tiny("loco")
     before = state(tmp_path / "out")
+    outcome, told = run_tiny("mvtec-ad")
+    assert told == ["screw_bag, dskd, seed 0: was trained before"]
+    assert tmp_path / "out" / "examples-mvtec-ad.png" in outcome.files
+    assert any("MVTec AD was NOT run" in note for note in outcome.notes)
     outcome, told = run_tiny("ablation-students")
     assert outcome.failures == []
     trained = [sentence for sentence in told if sentence.endswith(": trained")]
