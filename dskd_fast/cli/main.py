@@ -279,7 +279,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_precision(running)
     running.add_argument(
         "--compile",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="train through torch.compile, which needs a C++ compiler and takes a minute or more before the first step",
     )
     where = running.add_mutually_exclusive_group()

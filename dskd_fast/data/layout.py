@@ -162,6 +162,16 @@ class Category:
         counts = {"train": len(self.train), "validation": len(self.validation)}
         return counts | {f"test/{kind}": sum(item.kind == kind for item in self.test) for kind in KINDS}
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the names and sizes of the images that a training sees, to notice when they are others."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation):
+            for path in split:
+                digest.update(os.fsencode(path.name) + b"\0%d\0" % path.stat().st_size)
+            digest.update(b"\0")
+        return digest.hexdigest()
+
     def localisation_obstacle(self, kind: Kind) -> str | None:
         """Why the localisation of "structural" or "logical" anomalies cannot be scored; None if it can.
 

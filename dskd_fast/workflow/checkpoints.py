@@ -67,6 +67,7 @@ class Checkpoints:
 
     Args:
         path: of the file; None keeps nothing.
+        owner: what tells this training from others with the same networks.
 
     Attributes:
         found: what the file held at the start; None if there was none.
@@ -75,14 +76,19 @@ class Checkpoints:
         UserError: the file is damaged.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, owner: str = "") -> None:
         self.path = path
+        self.owner = owner
         self.found: tuple[dict[str, torch.Tensor], Any] | None = None
         self._saved = time.monotonic()
         self._cost = 0.0
         if path is not None:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 self.found = load_tensors(path)
+            except FileNotFoundError:
+                pass
+            except UserError as error:
+                raise UserError(f"{error}: restore it, or train again into another folder") from None
 
     @property
     def run(self) -> str:
@@ -94,7 +100,7 @@ class Checkpoints:
     def save(self, trainer: Resumable, at: Position, random: torch.Generator) -> None:
         started = time.monotonic()
         tensors = trainer.state() | {"random": random.get_state()}
-        save_tensors(self.path, tensors, dataclasses.asdict(at))
+        save_tensors(self.path, tensors, {"owner": self.owner, "at": dataclasses.asdict(at)})
         self._saved = time.monotonic()
         self._cost = self._saved - started
 
@@ -103,9 +109,12 @@ class Checkpoints:
         tensors, state = self.found
         self.found = None  # as large as the model and its optimiser
         try:
+            if state["owner"] != self.owner:
+                raise ValueError("its images or its seed are others")
             random.set_state(tensors.pop("random"))
             trainer.load_state(tensors)
-            return Position(**state | {"history": [Epoch(**epoch) for epoch in state["history"]]})
+            at = state["at"]
+            return Position(**at | {"history": [Epoch(**epoch) for epoch in at["history"]]})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{self.path} belongs to another training ({' '.join(str(error).split())[:200]}): restore the one of "

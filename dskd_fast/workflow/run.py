@@ -11,7 +11,6 @@ scores.csv              scores of each test image, written by `evaluate`
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -47,7 +46,7 @@ CALIBRATION = "calibration.json"
 HISTORY = "history.json"
 METRICS = "metrics.json"
 CHECKPOINT = "checkpoint.safetensors"
-_LOCK = ".lock"
+_LOCK = ".dskd_fast.lock"
 
 # What a process that was killed leaves behind: names of `write_file` and of the safetensors library.
 _HALF_WRITTEN = re.compile(r"\.\d+\.\w+|\.tmp\w{6}")
@@ -87,16 +86,16 @@ def claimed(folder: Path, *, is_new: bool) -> Iterator[None]:
         raise unwritable(folder, error if isinstance(error, OSError) else OSError(str(error))) from error
     is_ours = False
     try:
-        for entry in folder.iterdir():
-            if _HALF_WRITTEN.fullmatch(entry.name):
-                entry.unlink()
+        half_written = [entry for entry in folder.iterdir() if _HALF_WRITTEN.fullmatch(entry.name)]
         # Another process may have come, trained and gone in between.
-        if is_new and any(entry.name != _LOCK for entry in folder.iterdir()):
+        if is_new and {entry.name for entry in folder.iterdir()} - {_LOCK, *(entry.name for entry in half_written)}:
             raise UserError(_in_the_way(folder))
+        for entry in half_written:
+            entry.unlink()
         is_ours = True
         yield
     except BaseException:
-        if is_new and is_ours and not (folder / CHECKPOINT).exists():
+        if is_new and is_ours and not (folder / CHECKPOINT).exists() and not is_finished(folder):
             with contextlib.suppress(OSError):
                 for entry in folder.iterdir():
                     entry.unlink()
@@ -109,7 +108,8 @@ def claimed(folder: Path, *, is_new: bool) -> Iterator[None]:
 
 
 def _in_the_way(folder: Path) -> str:
-    go_on = f", or go on with it by --resume {folder}" if (folder / CONFIG).exists() else ""
+    is_unfinished = (folder / CONFIG).exists() and not is_finished(folder)
+    go_on = f", or go on with it by --resume {shlex.quote(str(folder))}" if is_unfinished else ""
     return f"{folder} already exists: choose another name, or move it away{go_on}"
 
 
@@ -144,7 +144,7 @@ def describe(options: TrainingOptions, category: Category, holdout: float) -> di
         "layout": category.layout,
         "data_root": str(category.root.absolute()),
         "n_images": category.n_images,
-        "images": fingerprint(category),
+        "images": category.fingerprint,
         "validation_source": category.validation_source,
         "holdout": holdout,
         "held_out": [path.name for path in category.validation] if category.validation_source == "holdout" else [],
@@ -163,16 +163,6 @@ def describe(options: TrainingOptions, category: Category, holdout: float) -> di
         "commit": _commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def fingerprint(category: Category) -> str:
-    """A hash of the names and sizes of the images that a training sees, to notice when they are others."""
-    digest = hashlib.sha256()
-    for split in (category.train, category.validation):
-        for path in split:
-            digest.update(os.fsencode(path.name) + b"\0%d\0" % path.stat().st_size)
-        digest.update(b"\0")
-    return digest.hexdigest()
 
 
 def is_finished(folder: Path) -> bool:
@@ -194,8 +184,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG} has format {found}, but this version reads format {_FORMAT}: use the version of "
             "dskd-fast that wrote it"
         )
-    for name in ("category", "data_root"):
-        if not isinstance(config.get(name), str):
+    n_images = config.get("n_images")
+    valid = {name: isinstance(config.get(name), str) for name in ("category", "data_root")}
+    valid["n_images"] = isinstance(n_images, dict) and {"train", "validation"} <= n_images.keys()
+    for name, is_valid in valid.items():
+        if not is_valid:
             raise UserError(f"{folder / CONFIG} has no {name}: train again, or restore the file")
     return config
 

@@ -31,6 +31,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Any = None) -
     metadata = {_STATE: text, _CHECKSUM: _checksum(content, text)}
 
     def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             safetensors.torch.save_file(content, temporary, metadata)
         except safetensors.SafetensorError as error:
@@ -38,6 +40,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Any = None) -
             code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else errno.EIO
             raise OSError(number, os.strerror(number)) from error
+        temporary.chmod(mode)  # the library's own files are for their owner alone
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # after a power cut a renamed file could otherwise be empty
 

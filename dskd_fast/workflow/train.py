@@ -26,6 +26,7 @@ from dskd_fast.workflow.device import (
     DEVICES,
     PRECISIONS,
     deterministic_convolutions,
+    has_fast_bf16,
     is_out_of_memory,
     keep_freed_memory,
     numerics,
@@ -177,9 +178,11 @@ def train(
     device = resolve_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
+    if options.precision == "bf16" and not has_fast_bf16(device):
+        status("this processor has no bf16 multiplication: in fp32 the training would be faster")
 
     def prepare() -> tuple[DSKD, ImageStore, Checkpoints]:
-        checkpoints = Checkpoints(checkpoint)
+        checkpoints = Checkpoints(checkpoint, f"{category.fingerprint}, seed {options.seed}")
         status(f"building the networks with the teacher {options.teacher}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
@@ -317,6 +320,8 @@ def _fit(
     at = Position([0.0] * len(model.students))
     if checkpoints.found is not None:
         at = checkpoints.restore(trainer, random)
+        # The rest of an epoch in batches of another size leaves another last one.
+        _check_batches(model, len(indices) - at.seen or len(indices), options, group)
 
     def means(values: list[float]) -> dict[str, float | None]:
         by_name = dict(zip(model.students, values, strict=True))

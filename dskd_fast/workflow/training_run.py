@@ -81,7 +81,7 @@ def resume_run(
                 stack.enter_context(runs.claimed(folder, is_new=False))
             options, holdout = read_options(folder, config)
             category = find_category(folder, config, data_root, holdout=holdout, seed=options.seed)
-            if runs.fingerprint(category) != config.get("images"):
+            if category.fingerprint != config.get("images"):
                 raise UserError(
                     f"the training and validation images in {category.root} are not those with which {folder} began "
                     f"({_count(config['n_images'])} then, {_count(category.n_images)} now): restore them, or train "
@@ -95,12 +95,10 @@ def resume_run(
                     f"{changed[fixed[0]]!r} in the middle of a training: only {', '.join(CHANGEABLE)} can"
                 )
             options = dataclasses.replace(options, **changed)
-            if changed and group.is_first:
-                record = {
-                    "options": dataclasses.asdict(options),
-                    "changes": [*config.get("changes", []), changed],
-                    "data_root": str(category.root.absolute()),
-                }
+            record = {"data_root": str(category.root.absolute()), "options": dataclasses.asdict(options)}
+            if changed:
+                record["changes"] = [*config.get("changes", []), changed]
+            if group.is_first and config | record != config:
                 runs.write_json(folder / runs.CONFIG, config | record)
             return category, options
 
@@ -138,7 +136,7 @@ def ensure_run(
             f"{folder} holds a run with {others[0]} {getattr(there, others[0])!r}, not "
             f"{getattr(options, others[0])!r}: choose another folder, or move it away"
         )
-    if runs.fingerprint(category) != config.get("images"):
+    if category.fingerprint != config.get("images"):
         raise UserError(f"{folder} was trained on other images than {category.root} has: move it away to train again")
     if runs.is_finished(folder):
         return False

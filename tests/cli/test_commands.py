@@ -354,7 +354,7 @@ def test_what_stops_a_training_leaves_nothing(cli, data_root, tiny_arguments, tm
         def step(self, *arguments, **settings):
             steps.append(1)
             if len(steps) == 2:
-                assert below(tmp_path / "run") == [".lock", "config.json"]
+                assert below(tmp_path / "run") == [".dskd_fast.lock", "config.json"]
                 raise error
             return super().step(*arguments, **settings)
 

@@ -99,7 +99,7 @@ def test_an_interrupted_group_saves_and_goes_on(train, tmp_path, cli):
     assert process.returncode != 0
     assert err.count("go on with `dskd-fast train --resume") == 1
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.safetensors", "config.json"]
-    done = len(load_tensors(tmp_path / "run" / "checkpoint.safetensors")[1]["history"])
+    done = len(load_tensors(tmp_path / "run" / "checkpoint.safetensors")[1]["at"]["history"])
     # One process goes on where two stopped.
     assert cli("train", "--resume", tmp_path / "run", "--epochs", done + 1).code == 0
     assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == done + 1

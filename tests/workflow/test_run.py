@@ -37,7 +37,7 @@ def fail(code):
 def test_a_folder_is_made_and_locked_while_a_training_has_it(tmp_path, below):
     with claimed(tmp_path / "deep" / "run", is_new=True):
         (tmp_path / "deep" / "run" / "config.json").write_text("a")
-        assert below(tmp_path / "deep" / "run") == [".lock", "config.json"]
+        assert below(tmp_path / "deep" / "run") == [".dskd_fast.lock", "config.json"]
     assert below(tmp_path) == ["deep", "deep/run", "deep/run/config.json"]
 
 
@@ -85,10 +85,35 @@ def test_a_folder_with_content_a_file_and_a_dead_link_are_not_replaced(tmp_path,
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 
+def test_somebodys_hidden_files_are_left_alone(tmp_path, below):
+    (tmp_path / "mine").mkdir()
+    for name in (".7.csv", ".lock", "notes.txt"):
+        (tmp_path / "mine" / name).touch()
+    before = below(tmp_path)
+    with pytest.raises(UserError, match="already exists"), claimed(tmp_path / "mine", is_new=True):
+        pytest.fail("too late")
+    assert below(tmp_path) == before
+
+
+def test_an_interrupt_after_the_last_file_leaves_the_finished_run(tmp_path, below):
+    def interrupted():
+        with claimed(tmp_path / "run", is_new=True):
+            (tmp_path / "run" / "config.json").touch()
+            (tmp_path / "run" / "calibration.json").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert below(tmp_path / "run") == ["calibration.json", "config.json"]
+
+
 def test_a_run_in_the_way_may_be_gone_on_with(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").touch()
     with pytest.raises(UserError, match=r"or go on with it by --resume .*run"), claimed(tmp_path / "run", is_new=True):
+        pytest.fail("too late")
+    (tmp_path / "run" / "calibration.json").touch()
+    with pytest.raises(UserError, match=r"or move it away$"), claimed(tmp_path / "run", is_new=True):
         pytest.fail("too late")
 
 
@@ -124,10 +149,10 @@ with claimed(Path({str(tmp_path / "run")!r}), is_new=True):
 """
     killed = subprocess.run([sys.executable, "-c", code])
     assert killed.returncode == -signal.SIGKILL
-    assert below(tmp_path / "run") == [".123.safetensors", ".lock", "config.json"]
+    assert below(tmp_path / "run") == [".123.safetensors", ".dskd_fast.lock", "config.json"]
     with claimed(tmp_path / "run", is_new=False):
         # What was half written is swept up.
-        assert below(tmp_path / "run") == [".lock", "config.json"]
+        assert below(tmp_path / "run") == [".dskd_fast.lock", "config.json"]
 
 
 def test_an_empty_folder_may_be_filled_through_a_link_too(tmp_path, below):

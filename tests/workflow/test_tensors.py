@@ -83,3 +83,8 @@ def test_an_unwritable_place_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*a\.safetensors"):
         save_tensors(tmp_path / "file" / "a.safetensors", {"a": torch.zeros(2)})
+
+
+def test_others_may_read_the_file_as_any_other(path, tmp_path):
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -106,7 +106,7 @@ def test_killed_at_any_instant_a_training_ends_with_the_same_bits(tmp_path, tiny
     assert finished
     for run in finished:
         same_result(run, tmp_path / "reference")
-        assert set(files(run)) - {".lock", "checkpoint.safetensors"} == set(RUN_FILES)
+        assert set(files(run)) - {".dskd_fast.lock", "checkpoint.safetensors"} == set(RUN_FILES)
 
 
 @pytest.mark.parametrize("step", range(1, 6))
@@ -327,15 +327,16 @@ def test_a_damaged_checkpoint_is_named(stopped):
         assert path.read_bytes() == content
 
 
-def test_another_runs_checkpoint_is_refused(stopped, start, tmp_path):
+@pytest.mark.parametrize("different", [{"gccb": 16}, {"seed": 1}])
+def test_another_runs_checkpoint_is_refused(stopped, start, tmp_path, different):
     with pytest.raises(Killed):
-        start("other", report=killed_after(4), gccb=16)
+        start("other", report=killed_after(4), **different)
     shutil.copy(tmp_path / "other" / "checkpoint.safetensors", stopped)
     with pytest.raises(UserError, match=r"checkpoint\.safetensors belongs to another training"):
         resume_run(stopped)
 
 
-@pytest.mark.parametrize("state", [None, [], {}, {"totals": [], "history": 3}])
+@pytest.mark.parametrize("state", [None, [], {}, {"owner": "somebody", "at": {}}, {"totals": [], "history": 3}])
 def test_a_checkpoint_with_another_state_is_refused(stopped, state):
     tensors, _ = load_tensors(stopped / "checkpoint.safetensors")
     save_tensors(stopped / "checkpoint.safetensors", tensors, state)
@@ -363,7 +364,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(start, tmp_path, al
         start()
     monkeypatch.undo()
     tensors, state = load_tensors(tmp_path / "run" / "checkpoint.safetensors")
-    assert len(state["history"]) == 1
+    assert len(state["at"]["history"]) == 1
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values() if tensor.is_floating_point())
     resume_run(tmp_path / "run", {"lr": 0.0001})
     assert files(tmp_path / "run") == RUN_FILES
