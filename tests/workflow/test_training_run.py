@@ -88,7 +88,7 @@ def killed_after(n):
 
 
 def test_killed_at_any_instant_a_training_ends_with_the_same_bits(tmp_path, tiny_arguments, data_root, below):
-    recipe = [*tiny_arguments, "--epochs", "3", "--schedule", "cosine"]
+    recipe = [*tiny_arguments, "--epochs", "2", "--schedule", "cosine"]
     arguments = ["--data-root", str(data_root / "screw_bag"), *recipe]
     result = subprocess.run(
         [sys.executable, KILLED_TRAININGS, tmp_path, str(N_KILLS), *arguments],
@@ -257,7 +257,7 @@ def test_from_the_command_line(cli, cli_error, data_root, tiny_arguments, tmp_pa
     assert "--category belongs to a new training" in cli_error("train", "--resume", run, "--category", "screw_bag")
     assert "has not finished" in cli_error("evaluate", run)
     assert "has not finished" in cli_error("info", run)
-    assert f"or go on with it by --resume {run}" in cli_error(*arguments, "--out", run)
+    assert f"or go on with it by --resume '{run}'" in cli_error(*arguments, "--out", run)
 
     code, out, err = cli("train", "--resume", run)
     assert (code, err) == (0, "")
