@@ -1,6 +1,8 @@
 """The report compiles for minutes: it is begun when the tests begin, on the cores that they leave idle."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,13 +21,14 @@ def environment():
 def begin_report():
     """(process, its output, its JSON) of the one report of this session."""
     if not _RUNNING:
-        folder = tempfile.TemporaryDirectory()
-        output, rows = (Path(folder.name) / name for name in ("output.txt", "rows.json"))
-        with output.open("w", encoding="utf-8") as stream:
-            command = [sys.executable, "-m", "dskd_fast.kernels.report", "--json", str(rows)]
-            process = subprocess.Popen(command, env=environment(), stdout=stream, stderr=subprocess.STDOUT)
-        _RUNNING.update(process=process, output=output, rows=rows, folder=folder)
-    return _RUNNING["process"], _RUNNING["output"], _RUNNING["rows"]
+        # Tests may run in several processes, which share one report.
+        session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+        folder = Path(tempfile.gettempdir(), f"kernels-report-{session}")
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, str(Path(__file__).with_name("report_once.py")), str(folder)]
+        _RUNNING.update(process=subprocess.Popen(command, env=environment(), start_new_session=True), folder=folder)
+    folder = _RUNNING["folder"]
+    return _RUNNING["process"], folder / "output.txt", folder / "rows.json"
 
 
 @pytest.fixture
@@ -46,6 +49,9 @@ def pytest_collection_finish(session):
 
 def pytest_sessionfinish():
     if _RUNNING:
-        _RUNNING["process"].kill()
-        _RUNNING["process"].wait()
-        _RUNNING["folder"].cleanup()
+        process = _RUNNING["process"]
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            shutil.rmtree(_RUNNING["folder"])
