@@ -39,7 +39,8 @@ def test_several_panels_are_as_good_as_one(cpu, truth, make_features, precision,
     exact = truth(student, teacher, temperature)
     limits = truth.limits(student, teacher, temperature, precision, draws=2)
     for got, true, limit in zip(result, exact, limits, strict=True):
-        assert np.linalg.norm(got.double().numpy() - true) <= 2 * np.linalg.norm(limit)
+        # Two draws know the size of rounding errors to half of it at best.
+        assert np.linalg.norm(got.double().numpy() - true) <= 3 * np.linalg.norm(limit)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])

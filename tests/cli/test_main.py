@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -63,13 +64,19 @@ def test_an_interrupt_from_outside_leaves_nothing_half_written(tmp_path, data_ro
             if line.startswith("building the networks"):
                 break
         assert (tmp_path / "run" / "config.json").is_file()
-        training.send_signal(signal.SIGINT)
-        _, err = training.communicate(timeout=60)
+        err = None
+        while err is None:
+            # Once more if it came while a destructor ran, where Python drops it.
+            training.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _, err = training.communicate(timeout=30)
     finally:
         training.kill()
     assert training.returncode == 130
-    assert err == "dskd-fast: interrupted; no file was left half written\n"
-    assert list(tmp_path.iterdir()) == []
+    if (tmp_path / "run").exists():  # it had come to the training by then
+        assert "and saved: go on with `dskd-fast train --resume run`" in err
+    else:
+        assert err == "dskd-fast: interrupted; no file was left half written\n"
 
 
 def test_a_reader_that_goes_away_is_no_error_message(tiny_run):
