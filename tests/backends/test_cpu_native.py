@@ -39,8 +39,8 @@ def test_several_panels_are_as_good_as_one(cpu, truth, make_features, precision,
     exact = truth(student, teacher, temperature)
     limits = truth.limits(student, teacher, temperature, precision, draws=2)
     for got, true, limit in zip(result, exact, limits, strict=True):
-        # Two draws know the size of rounding errors to half of it at best.
-        assert np.linalg.norm(got.double().numpy() - true) <= 3 * np.linalg.norm(limit)
+        # Twice, as in truth.check, but for what was seen with AVX2 alone: 2.02 (ieee, T = 0.1, the gradient).
+        assert np.linalg.norm(got.double().numpy() - true) <= 2.1 * np.linalg.norm(limit)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])

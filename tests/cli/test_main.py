@@ -77,6 +77,7 @@ def test_an_interrupt_from_outside_leaves_nothing_half_written(tmp_path, data_ro
         assert "and saved: go on with `dskd-fast train --resume run`" in err
     else:
         assert err == "dskd-fast: interrupted; no file was left half written\n"
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_reader_that_goes_away_is_no_error_message(tiny_run):
