@@ -1,6 +1,7 @@
 """Files that appear under their name only when they are complete."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def is_half_written(path: Path) -> bool:
+    """Whether a file has a name under which `write_file`, or the safetensors library in it, writes.
+
+    Where no process writes any more, one that was killed has left it.
+    """
+    return re.fullmatch(r"\.\d+\.\w+|\.tmp\w{6}", path.name) is not None
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

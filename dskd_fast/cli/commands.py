@@ -160,9 +160,7 @@ def predict(arguments: argparse.Namespace) -> int:
     detector, _, _ = runs.load_run(arguments.run, arguments.device)
     threshold = threshold_of(detector, arguments.threshold)
     if threshold is None:
-        console.print(
-            "no decisions: the run had no validation images to set a threshold with; pass --threshold", style="yellow"
-        )
+        _print_no_decisions()
     with counter("predicting") as progress:
         predictions = predict_images(
             detector,
@@ -193,9 +191,7 @@ def export(arguments: argparse.Namespace) -> int:
         threshold=threshold_of(detector, arguments.threshold),
     )
     if exported.metadata["threshold"] is None:
-        console.print(
-            "no decisions: the run had no validation images to set a threshold with; pass --threshold", style="yellow"
-        )
+        _print_no_decisions()
     for name, value in exported.metadata.items():
         if isinstance(value, dict):
             for entry, meaning in value.items():
@@ -318,6 +314,12 @@ def _print_trained(folder: Path, detector: Detector) -> None:
         )
     n_images = runs.read_config(folder)["n_images"]["train"]
     console.print(f"trained on {n_images} images, run in {folder}\n{told}")
+
+
+def _print_no_decisions() -> None:
+    console.print(
+        "no decisions: the run had no validation images to set a threshold with; pass --threshold", style="yellow"
+    )
 
 
 def _evaluate_run(

@@ -21,6 +21,11 @@ _MAX_CONDENSING_PARAMETERS = 1e9
 STUDENTS = ("both", "local", "global")
 
 
+def branches_of(students: str) -> tuple[str, ...]:
+    """The branches that one of `STUDENTS` names."""
+    return ("local", "global") if students == "both" else (students,)
+
+
 class Features(NamedTuple):
     """Feature maps of one batch, three per network, finest first; None for a student that there is not."""
 
@@ -94,7 +99,7 @@ class DSKD(nn.Module):
         if students not in STUDENTS:
             raise ValueError(f"students={students!r} is not known: use one of {', '.join(map(repr, STUDENTS))}")
         self.image_size = image_size
-        self.students = ("local", "global") if students == "both" else (students,)
+        self.students = branches_of(students)
         if "local" in self.students:
             self.local_bottleneck = LocalBottleneck(levels)
             self.local_student = Student(levels, self.teacher.rectified)

@@ -35,8 +35,6 @@ class Epoch:
 class Resumable(Protocol):
     """What can be saved: a `Trainer`."""
 
-    model: torch.nn.Module
-
     def state(self) -> dict[str, torch.Tensor]: ...
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None: ...

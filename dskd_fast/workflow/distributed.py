@@ -133,15 +133,15 @@ def use_gpu(device: torch.device) -> None:
         torch.cuda.set_device(local_rank)
 
 
-def synchronise_batch_norm(model: nn.Module) -> nn.Module:
+def synchronise_batch_norm(model: nn.Module) -> None:
     """Have batch norm take its statistics over the batches of all processes: as one process with the whole batch."""
     if any(p.is_cuda for p in model.parameters()):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
     for module in model.modules():
         # PyTorch's own works on GPUs alone. The state dict stays the same.
         if type(module) is nn.BatchNorm2d:
             module.__class__ = _SyncedBatchNorm2d
-    return model
 
 
 class _SyncedBatchNorm2d(nn.BatchNorm2d):

@@ -70,7 +70,6 @@ def evaluate(
             yield image
 
     figures = {variant: score_maps(scored(variant)) for variant in detector.variants}
-    kinds = np.array([item.kind for item in category.test])
     result = {
         "category": category.name,
         **figures["combined"],
@@ -78,9 +77,7 @@ def evaluate(
         "global": figures.get("global"),
         "n_images": count_kinds(category),
         "threshold": threshold,
-        "decisions": None
-        if threshold is None
-        else {kind: int((scores["combined"][kinds == kind] > threshold).sum()) for kind in KINDS},
+        "decisions": count_decisions(category, scores["combined"], threshold),
         "absent": absences(category),
     }
     if scores_file is not None:
@@ -125,6 +122,14 @@ def scored_maps(
 def count_kinds(category: Category) -> dict[str, int]:
     """Number of test images of each kind."""
     return {kind: category.n_images[f"test/{kind}"] for kind in KINDS}
+
+
+def count_decisions(category: Category, scores: NDArray[np.float64], threshold: float | None) -> dict[str, int] | None:
+    """How many test images of each kind are called anomalous; None without a threshold."""
+    if threshold is None:
+        return None
+    kinds = np.array([item.kind for item in category.test])
+    return {kind: int((scores[kinds == kind] > threshold).sum()) for kind in KINDS}
 
 
 def absences(category: Category) -> list[str]:

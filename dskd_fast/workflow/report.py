@@ -34,6 +34,7 @@ from dskd_fast.workflow.detector import Detector, Variant
 from dskd_fast.workflow.evaluate import (
     ScoredImages,
     absences,
+    count_decisions,
     count_kinds,
     decide,
     score_images,
@@ -201,10 +202,6 @@ def _describe_run(
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     kinds = np.array([item.kind for item in source.category.test])
-    decisions = None
-    if threshold is not None:
-        anomalous = test.scores["combined"] > threshold
-        decisions = {kind: int(anomalous[kinds == kind].sum()) for kind in KINDS}
     size = detector.model.image_size
     alone = "" if options.students == "both" else f", the {options.students} student alone"
     return {
@@ -216,7 +213,7 @@ def _describe_run(
         "threshold": threshold,
         "full_colour": full_colour(threshold),
         "n_images": count_kinds(source.category),
-        "decisions": decisions,
+        "decisions": count_decisions(source.category, test.scores["combined"], threshold),
         "absent": absences(source.category),
         "variants": {
             variant: _describe_variant(source.category, detector, test, variant, kinds, threshold, progress)

@@ -24,21 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from dskd_fast.data.augment import for_category
-from dskd_fast.data.images import ImageError, read_image, resize_square
+from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.data.layout import KINDS, Category
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
-from dskd_fast.models import DSKD
 from dskd_fast.models.teacher import WeightsUnavailable
 from dskd_fast.workflow import run as runs
 from dskd_fast.workflow.comparison import FIGURES, MEASURES, Results, notes_on, tables_of
 from dskd_fast.workflow.detector import Calibration, Detector
 from dskd_fast.workflow.device import resolve_device
-from dskd_fast.workflow.evaluate import evaluate
+from dskd_fast.workflow.evaluate import evaluate, threshold_of
 from dskd_fast.workflow.experiments import HOLDOUT, TEMPERATURES, Pair, Part, Plan, Student, make_plan
 from dskd_fast.workflow.figures import draw_examples, plot_temperatures, stack
 from dskd_fast.workflow.overlay import full_colour
@@ -174,9 +172,8 @@ class _Work:
         }
         if all(runs.is_finished(folder) for folder in folders):
             return
-        recipe = self.plan.recipe
-        resolve_device(recipe.device)
-        DSKD(recipe.teacher, image_size=recipe.image_size, gccb=recipe.gccb, teacher_weights=recipe.teacher_weights)
+        resolve_device(self.plan.recipe.device)
+        self.plan.recipe.networks(pretrained=True)
 
     def do(self, part: Part, seed: int) -> None:
         """Everything on one category with one seed."""
@@ -249,7 +246,7 @@ class _Work:
             metrics = evaluate(
                 detector,
                 part.category,
-                threshold=_threshold(detector),
+                threshold=threshold_of(detector, None),
                 batch_size=recipe.batch_size,
                 scores_file=place / "scores.csv",
                 progress=progress,
@@ -296,10 +293,6 @@ def join(local: Detector, global_: Detector) -> Detector:
     return Detector(model, scoring, Calibration(statistics, local.calibration.source, local.calibration.n_images))
 
 
-def _threshold(detector: Detector) -> float | None:
-    return None if detector.calibration.threshold is None else detector.calibration.threshold.value
-
-
 def _fingerprint(category: Category, folders: Sequence[Path]) -> str:
     """A hash of what figures are of: names and sizes of test images and masks, and what the trainings ended with."""
     digest = hashlib.sha256()
@@ -318,11 +311,10 @@ def _examples(detector: Detector, part: Part, scores_file: Path) -> Image.Image:
     for index, score in _medians(part.category, scores_file):
         item = part.category.test[index]
         image = read_image(item.path)
-        resized = torch.from_numpy(resize_square(image, detector.model.image_size)).permute(2, 0, 1)
-        maps = detector.maps(resized[None])
-        drawn = [detector.localisation_map(maps.of(v)[0], image.shape[:2]) for v in ("local", "global", "combined")]
-        rows.append((f"{item.kind}: {item.path.relative_to(part.category.root)}, score {score:.2f}", [image, *drawn]))
-    high = full_colour(_threshold(detector))
+        [found] = detector.predict(image)
+        caption = f"{item.kind}: {item.path.relative_to(part.category.root)}, score {score:.2f}"
+        rows.append((caption, [image, found.local_map, found.global_map, found.map]))
+    high = full_colour(threshold_of(detector, None))
     title = (
         f"{part.label}: of each kind the test image with the median score. Maps of seed 0, in full colour from "
         f"{high:.3g} standard deviations above the normal mean."

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -32,8 +31,8 @@ from filelock import FileLock, Timeout
 import dskd_fast
 from dskd_fast.data.layout import Category
 from dskd_fast.errors import UserError
-from dskd_fast.files import unwritable, write_file
-from dskd_fast.models import DSKD
+from dskd_fast.files import is_half_written, unwritable, write_file
+from dskd_fast.models.dskd import branches_of
 from dskd_fast.workflow.checkpoints import Epoch
 from dskd_fast.workflow.detector import Calibration, Detector, Statistics, Threshold
 from dskd_fast.workflow.device import resolve_device
@@ -47,9 +46,6 @@ HISTORY = "history.json"
 METRICS = "metrics.json"
 CHECKPOINT = "checkpoint.safetensors"
 _LOCK = ".dskd_fast.lock"
-
-# What a process that was killed leaves behind: names of `write_file` and of the safetensors library.
-_HALF_WRITTEN = re.compile(r"\.\d+\.\w+|\.tmp\w{6}")
 
 _FORMAT = 1
 
@@ -86,7 +82,7 @@ def claimed(folder: Path, *, is_new: bool) -> Iterator[None]:
         raise unwritable(folder, error if isinstance(error, OSError) else OSError(str(error))) from error
     is_ours = False
     try:
-        half_written = [entry for entry in folder.iterdir() if _HALF_WRITTEN.fullmatch(entry.name)]
+        half_written = [entry for entry in folder.iterdir() if is_half_written(entry)]
         # Another process may have come, trained and gone in between.
         if is_new and {entry.name for entry in folder.iterdir()} - {_LOCK, *(entry.name for entry in half_written)}:
             raise UserError(_in_the_way(folder))
@@ -217,7 +213,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
     config = read_finished(folder)
     try:
         options = TrainingOptions(**config["options"])
-        students = ("local", "global") if options.students == "both" else (options.students,)
+        students = branches_of(options.students)
         content = read_json(folder / CALIBRATION)
         threshold = content.pop("threshold")
         calibration = Calibration(
@@ -229,14 +225,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
             f"the run {folder} has a {CONFIG} or {CALIBRATION} that was not written by this program ({error}): train "
             "again, or restore the files"
         ) from None
-    model = DSKD(
-        options.teacher,
-        image_size=options.image_size,
-        gccb=options.gccb,
-        stage4_init=options.stage4_init,
-        students=options.students,
-        pretrained=False,
-    )
+    model = options.networks(pretrained=False)
     weights = folder / WEIGHTS
     try:
         model.load_state_dict(load_tensors(weights)[0])

@@ -117,6 +117,18 @@ class TrainingOptions:
         check("sigma", self.sigma is None or 0 < self.sigma <= self.image_size, "a number above 0, up to image_size")
         Augmentation.parse(self.augmentation)
 
+    def networks(self, *, pretrained: bool) -> DSKD:
+        """The networks that are trained; not `pretrained`, the teacher is random, too, for a state to be loaded."""
+        return DSKD(
+            self.teacher,
+            image_size=self.image_size,
+            gccb=self.gccb,
+            stage4_init=self.stage4_init,
+            students=self.students,
+            pretrained=pretrained,
+            teacher_weights=self.teacher_weights if pretrained else None,
+        )
+
     @property
     def scoring(self) -> Scoring:
         sigma = 4 * self.image_size / 256 if self.sigma is None else self.sigma
@@ -186,15 +198,8 @@ def train(
         status(f"building the networks with the teacher {options.teacher}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            model = DSKD(
-                options.teacher,
-                image_size=options.image_size,
-                gccb=options.gccb,
-                stage4_init=options.stage4_init,
-                students=options.students,
-                pretrained=checkpoints.found is None,
-                teacher_weights=options.teacher_weights if checkpoints.found is None else None,
-            ).to(device, memory_format=torch.channels_last)
+            model = options.networks(pretrained=checkpoints.found is None)
+        model = model.to(device, memory_format=torch.channels_last)
         _check_batches(model, len(category.train), options, group)
         checkpoints.check_room(model)
         status(f"reading the images: {len(category.train)} to train on, {len(category.validation)} to validate with")
@@ -323,8 +328,8 @@ def _fit(
         # The rest of an epoch in batches of another size leaves another last one.
         _check_batches(model, len(indices) - at.seen or len(indices), options, group)
 
-    def means(values: list[float]) -> dict[str, float | None]:
-        by_name = dict(zip(model.students, values, strict=True))
+    def mean_losses() -> dict[str, float | None]:
+        by_name = {name: total / at.seen for name, total in zip(model.students, at.totals, strict=True)}
         return {"local_loss": by_name.get("local"), "global_loss": by_name.get("global")}
 
     def diverged(what: str) -> UserError:
@@ -363,7 +368,7 @@ def _fit(
                     steps_done,
                     options.epochs * steps_per_epoch,
                     len(at.history) + 1,
-                    **means([total / at.seen for total in at.totals]),
+                    **mean_losses(),
                     images_per_second=at.seen / at.seconds,
                 )
             )
@@ -379,7 +384,7 @@ def _fit(
                     f"{len(at.history) + 1}, and saved: go on with `dskd-fast train --resume {checkpoints.run}`",
                     signal_number() or signal.SIGTERM,
                 )
-        epoch = Epoch(**means([total / at.seen for total in at.totals]), images_per_second=at.seen / at.seconds)
+        epoch = Epoch(**mean_losses(), images_per_second=at.seen / at.seconds)
         for name in ("local_loss", "global_loss"):
             first = getattr(at.history[0] if at.history else epoch, name)
             if first is not None and getattr(epoch, name) > _EXPLODED * first:
