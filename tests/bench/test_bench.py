@@ -257,8 +257,8 @@ def test_torch_compile_compiles_for_more_shapes_than_it_does_by_default(bench):
         return graph
 
     compile_ = torch.compile
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    # The configuration's own patch: pytest's would delete the entry when it undoes itself.
+    with torch._dynamo.config.patch(recompile_limit=8), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=backend, **options))
 
         def double(x):
