@@ -1,6 +1,7 @@
 """A tiny data set, runs trained on it once through the command line, and the command line itself."""
 
 import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ from dskd_fast.workflow.train import TrainingOptions
 
 # Two threads that wait for each other on busy cores are many times slower than one.
 torch.set_num_threads(1)
+
+# In the background of a script Ctrl-C is ignored, by the processes that tests start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The smallest ResNet that timm has.
 TINY_TEACHER = "test_resnet"

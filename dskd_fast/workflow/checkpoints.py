@@ -156,7 +156,9 @@ def stopping_signal(is_wanted: bool) -> Iterator[Callable[[], int]]:
         if len(received) == 1 and not is_launched():
             os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without saving)\n")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A signal that was ignored at the start, as a script's background job ignores Ctrl-C, stays ignored.
+    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield lambda: received[0] if received else 0
     finally:

@@ -220,6 +220,15 @@ def test_ctrl_c_twice_stops_at_once(start, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_signal_that_is_ignored_stays_so(start):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        start(report=lambda state: os.kill(os.getpid(), signal.SIGINT))
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_in_another_thread_signals_are_left_alone(start):
     failures = []
 
