@@ -32,6 +32,17 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         raise unwritable(path, error) from error
 
 
+def require_writable(path: Path) -> None:
+    """Raise UserError if a file cannot be written: before the work that goes into it, not after."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}, because it is a folder: choose the name of a file")
+    place = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not place.is_dir():
+        raise UserError(f"cannot write {path}, because {place} is not a folder: choose another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: choose a writable place")
+
+
 def is_half_written(path: Path) -> bool:
     """Whether a file has a name under which `write_file`, or the safetensors library in it, writes.
 

@@ -37,7 +37,6 @@ from dskd_fast.workflow.training_run import (
     CHANGEABLE,
     ensure_run,
     find_category,
-    read_options,
     resume_run,
     start_run,
 )
@@ -91,7 +90,7 @@ def _resume(given: dict[str, Any], options: dict[str, Any]) -> int:
             f"--{others[0].replace('_', '-')} belongs to a new training: with --resume only "
             f"{', '.join('--' + name.replace('_', '-') for name in ('data_root', *CHANGEABLE))} can be given"
         )
-    device = options.get("device") or read_options(folder, runs.read_config(folder))[0].device
+    device = options.get("device") or runs.read_options(folder, runs.read_config(folder))[0].device
     with group(resolve_device(device)) as processes, training_progress() as (report, status):
         console.quiet = not processes.is_first
         detector = resume_run(

@@ -6,6 +6,7 @@ the networks, applies the statistics, filters, enlarges the map and decides.
 
 import copy
 import importlib.util
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch.nn import functional as nnf
 import dskd_fast
 from dskd_fast.data.images import MIN_SIDE
 from dskd_fast.errors import UserError
-from dskd_fast.files import write_file
+from dskd_fast.files import require_writable, write_file
 from dskd_fast.ops.portable import DECOMPOSITIONS
 from dskd_fast.workflow.detector import Detector, to_float
 from dskd_fast.workflow.device import numerics
@@ -83,6 +84,7 @@ def export(detector: Detector, path: Path, file_format: Format, *, category: str
     suffix = SUFFIXES[file_format]
     if path.suffix != suffix:
         raise UserError(f"{path} does not end in {suffix}, as files of the format {file_format} do: choose such a name")
+    require_writable(path)
     if file_format == "onnx":
         _check_onnx(detector)
     metadata = _metadata(detector, file_format, category, threshold)
@@ -226,7 +228,10 @@ def _metadata(detector: Detector, file_format: Format, category: str, threshold:
 
 
 def _write_torch(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
-    torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata, indent=2)})
+    # Through memory: PyTorch's own writer ends the process where the disk is full.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={METADATA: json.dumps(metadata, indent=2)})
+    path.write_bytes(content.getbuffer())
 
 
 def _load_torch(path: Path) -> Callable[[NDArray[np.uint8]], Outputs]:

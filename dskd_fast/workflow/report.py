@@ -26,7 +26,7 @@ import dskd_fast
 from dskd_fast.data.images import read_image
 from dskd_fast.data.layout import KINDS, Category, LabelledImage
 from dskd_fast.errors import UserError
-from dskd_fast.files import write_file
+from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.auroc import roc_curve
 from dskd_fast.metrics.maps import score_maps
 from dskd_fast.metrics.spro import ANOMALY_KINDS, SPRO
@@ -97,7 +97,7 @@ def write_report(
             damaged files is known before any scoring.
     """
     sources = _open(folders, data_root)
-    _require_writable(out)
+    require_writable(out / PAGE)
     runs: list[dict[str, Any]] = []
     images: dict[Any, dict[str, Any]] = {}
     many_categories = len({source.category.name for source in sources}) > 1
@@ -182,14 +182,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
             length += 1
         names.append("/".join(folder.parts[-length:]).replace("//", "/"))
     return names
-
-
-def _require_writable(out: Path) -> None:
-    place = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
-    if not place.is_dir():
-        raise UserError(f"the report cannot be written into {out}, because {place} is not a folder: choose another")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"the report cannot be written into {out}: choose a writable place")
 
 
 def _describe_run(

@@ -204,6 +204,25 @@ def read_finished(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_options(folder: Path, config: dict[str, Any]) -> tuple[TrainingOptions, float]:
+    """The options and the holdout of a run's config.json.
+
+    Raises:
+        UserError: they have been edited.
+    """
+    try:
+        # One that is missing is not its default: a later version may have another.
+        options = {**config["options"]}
+        missing = [field.name for field in dataclasses.fields(TrainingOptions) if field.name not in options]
+        if missing:
+            raise UserError(f"no {', '.join(missing)} among the options")
+        return TrainingOptions(**options), float(config["holdout"])
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{folder / CONFIG} was not written by this program ({error}): train again, or restore the file"
+        ) from None
+
+
 def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOptions, dict[str, Any]]:
     """Read a run folder: the detector on `device`, its options, and its config.
 
@@ -211,9 +230,9 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
         UserError: the folder is not a complete run.
     """
     config = read_finished(folder)
+    options, _ = read_options(folder, config)
+    students = branches_of(options.students)
     try:
-        options = TrainingOptions(**config["options"])
-        students = branches_of(options.students)
         content = read_json(folder / CALIBRATION)
         threshold = content.pop("threshold")
         calibration = Calibration(
@@ -222,10 +241,12 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
         )
     except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
-            f"the run {folder} has a {CONFIG} or {CALIBRATION} that was not written by this program ({error}): train "
-            "again, or restore the files"
+            f"{folder / CALIBRATION} was not written by this program ({error}): train again, or restore the file"
         ) from None
-    model = options.networks(pretrained=False)
+    try:
+        model = options.networks(pretrained=False)
+    except UserError as error:
+        raise UserError(f"the networks of {folder / CONFIG} cannot be built: {error}") from None
     weights = folder / WEIGHTS
     try:
         model.load_state_dict(load_tensors(weights)[0])

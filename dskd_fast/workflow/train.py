@@ -105,7 +105,8 @@ class TrainingOptions:
         for name, hint in get_type_hints(TrainingOptions).items():
             value = getattr(self, name)
             whole_for_real = type(value) is int and isinstance(1.0, hint)
-            check(name, isinstance(value, hint) or whole_for_real, f"a value of type {getattr(hint, '__name__', hint)}")
+            is_of_type = isinstance(value, hint) and (type(value) is not bool or hint is bool)
+            check(name, is_of_type or whole_for_real, f"a value of type {getattr(hint, '__name__', hint)}")
         for name, choices in _CHOICES.items():
             check(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
         for name in ("image_size", "epochs", "batch_size"):

@@ -79,7 +79,7 @@ def resume_run(
                 raise UserError(f"the training of {folder} has finished already: `evaluate` and `predict` take it")
             if group.is_first:
                 stack.enter_context(runs.claimed(folder, is_new=False))
-            options, holdout = read_options(folder, config)
+            options, holdout = runs.read_options(folder, config)
             category = find_category(folder, config, data_root, holdout=holdout, seed=options.seed)
             if category.fingerprint != config.get("images"):
                 raise UserError(
@@ -124,7 +124,7 @@ def ensure_run(
         start_run(folder, category, options, holdout=holdout, report=report, status=status)
         return True
     config = runs.read_config(folder)
-    there, _ = read_options(folder, config)
+    there, _ = runs.read_options(folder, config)
     # Where it runs is no part of what it is.
     others = [
         field.name
@@ -173,20 +173,6 @@ def _train_and_save(
     if group.is_first:
         runs.save_run(folder, detector, options, history)
     return detector
-
-
-def read_options(folder: Path, config: dict[str, Any]) -> tuple[TrainingOptions, float]:
-    """The options and the holdout of a run's config.json.
-
-    Raises:
-        UserError: they have been edited.
-    """
-    try:
-        return TrainingOptions(**config["options"]), float(config["holdout"])
-    except (KeyError, TypeError, ValueError, UserError) as error:
-        raise UserError(
-            f"{folder / runs.CONFIG} was not written by this program ({error}): train again, or restore the file"
-        ) from None
 
 
 def _count(n_images: dict[str, int]) -> str:

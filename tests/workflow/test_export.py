@@ -1,6 +1,8 @@
 """Exported files do what `predict` does, whatever the batch and the size of the images, and without this package."""
 
 import json
+import resource
+import signal
 import subprocess
 import sys
 
@@ -301,7 +303,26 @@ def test_a_name_with_another_suffix_is_refused(tmp_path):
         export(small_detector(), tmp_path / "model.pt", "torch", category="c", threshold=None)
 
 
-def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.delattr(export_module, "_program")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot write"):
-        export(small_detector(), tmp_path / "file" / "model.pt2", "torch", category="c", threshold=None)
+    (tmp_path / "folder.pt2").mkdir()
+    for path in ("file/model.pt2", "folder.pt2"):
+        with pytest.raises(UserError, match=r"cannot write .*folder: choose"):
+            export(small_detector(), tmp_path / path, "torch", category="c", threshold=None)
+
+
+def test_where_the_disk_is_full_an_older_file_is_kept(tmp_path, below):
+    """PyTorch's own writer would end the process."""
+    path = tmp_path / "model.pt2"
+    path.write_text("older")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write"):
+            export(small_detector(), path, "torch", category="c", threshold=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [(name, path.read_text()) for name in below(tmp_path)] == [(path.name, "older")]
