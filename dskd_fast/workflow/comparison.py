@@ -225,7 +225,8 @@ def _notes_on_experiment(plan: Plan) -> list[str]:
     if plan.experiment == "mvtec-ad":
         return [
             "37 of MVTec AD's test images count as logical, as in the paper; means of logical figures are over the "
-            "categories that have some. The paper prints no figures by category."
+            "categories that have some, and the mean of both kinds is that of the two means. The paper prints no "
+            "figures by category."
         ]
     together = (
         "The students share no parameters: each is trained once for a seed, and pairs are put together from these "

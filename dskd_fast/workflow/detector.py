@@ -50,6 +50,10 @@ class Scoring:
     global_map: str = "contextual-affinity"
 
 
+# No map and no score comes near; larger ones would not be finite in float32.
+_BEYOND_MAPS = 1e30
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Mean and standard deviation over all pixels of all normal images (paper eq. 8)."""
@@ -58,7 +62,7 @@ class Statistics:
     std: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+        if not (abs(self.mean) < _BEYOND_MAPS and 1 / _BEYOND_MAPS < self.std < _BEYOND_MAPS):
             raise UserError(f"mean {self.mean} and standard deviation {self.std} cannot normalise a map")
 
 
@@ -72,7 +76,7 @@ class Threshold:
     expected_false_alarm_rate: float
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.value):
+        if not abs(self.value) < _BEYOND_MAPS:
             raise UserError(f"the threshold {self.value} is not a finite number")
 
 

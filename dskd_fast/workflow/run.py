@@ -177,7 +177,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         found = config.get("format") if isinstance(config, dict) else None
         raise UserError(
-            f"{folder / CONFIG} has format {found}, but this version reads format {_FORMAT}: use the version of "
+            f"{folder / CONFIG} has format {found!r}, but this version reads format {_FORMAT}: use the version of "
             "dskd-fast that wrote it"
         )
     n_images = config.get("n_images")

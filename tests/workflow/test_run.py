@@ -370,7 +370,7 @@ def test_weights_that_are_not_numbers_give_no_scores(run, data_root):
 @pytest.mark.parametrize("found", [0, 2, "1", None])
 def test_another_format_names_both(run, found):
     edit(run / "config.json", lambda c: c.update(format=found))
-    with pytest.raises(UserError, match=f"format {found}, but this version reads format 1"):
+    with pytest.raises(UserError, match=f"format {found!r}, but this version reads format 1"):
         load_run(run, "cpu")
 
 
@@ -401,6 +401,9 @@ def test_another_format_names_both(run, found):
         ("calibration.json", lambda c: c["statistics"]["local"].update(std=-1)),
         ("calibration.json", lambda c: c["statistics"]["local"].update(mean="a")),
         ("calibration.json", lambda c: c["statistics"]["local"].update(mean=float("nan"))),
+        ("calibration.json", lambda c: c["statistics"]["local"].update(mean=10**400)),
+        ("calibration.json", lambda c: c["statistics"]["local"].update(std=1e-320)),
+        ("calibration.json", lambda c: c["threshold"].update(value=10**400)),
         ("calibration.json", lambda c: c["threshold"].update(value="a")),
         ("calibration.json", lambda c: c["threshold"].update(value=float("inf"))),
         ("calibration.json", lambda c: c.update(threshold=1.5)),
