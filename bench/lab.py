@@ -17,6 +17,7 @@ import torch
 from bench import accuracy, memory
 from bench.contestants import AFFINITY, COSINE, Contestant
 from bench.work import UNITS, Work, features, run, synchronise
+from dskd_fast.workflow.device import has_fast_bf16
 
 # A contestant is run until this many seconds have passed, but at least and at most so many times.
 _SECONDS = {False: 0.5, True: 1.0}
@@ -28,6 +29,7 @@ _LONGEST = 60.0
 # A first small call that takes this long is work, not overhead, and tells how long larger ones would take.
 _TELLING = 0.25
 _NOT_QUICK = "not in the quick run: --bench-full"
+_SLOW_BF16 = "this processor has no bf16 multiplication, and the quick run no time for it: --bench-full"
 _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -165,8 +167,11 @@ class Lab:
 
     def leave_out_of_quick(self, case) -> None:
         """End the test of a case that --bench-full alone times."""
+        info = case.row()
         if case in self._not_quick:
-            self.leave_out(case.row(), case.group, _NOT_QUICK)
+            self.leave_out(info, case.group, _NOT_QUICK)
+        if not self.is_full and info["precision"] == "bf16" and not has_fast_bf16(self.device):
+            self.leave_out(info, case.group, _SLOW_BF16)
 
     def note_time(self, key: tuple, cost: float, seconds: float, label: str) -> None:
         """Keep what a call of `cost` took; the largest cost of a key is what others are predicted from."""

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dskd_fast.workflow.device import has_fast_bf16
+
 PROJECT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
@@ -112,10 +114,13 @@ def test_a_run_ends_in_a_report(tmp_path):
     assert max(timed["affinity", "torch"]["errors"]["1 %"]) < 1e-5
     reasons = {(e["contestant"], e["precision"]): e["reason"] for e in content["not_timed"] if e["kind"] == "affinity"}
     assert "interpreter" in reasons["triton", "bf16"]
-    assert "it is wrong" in reasons["eager", "bf16"]
     assert reasons["torch", "fp16"] == "not in the quick run: --bench-full"
-    [wrong] = [e for e in content["not_timed"] if (e["kind"], e["precision"]) == ("affinity", "bf16") and not e["ours"]]
-    assert wrong["errors"]["100 %"][0] > 0.05
+    told = "it is wrong" if has_fast_bf16(CPU) else "no bf16 multiplication"
+    assert told in reasons["eager", "bf16"]
+    if has_fast_bf16(CPU):
+        rejected = [e for e in content["not_timed"] if e["kind"] == "affinity" and e["contestant"] == "eager"]
+        assert [e["precision"] for e in rejected] == ["bf16"]
+        assert rejected[0]["errors"]["100 %"][0] > 0.05
     assert ("growth", "N = 65,536") in {(e["kind"], e["work"]) for e in content["only_full"]}
     errors = {(p["contestant"], p["precision"], p["noise"]): p["error"] for p in content["convergence"]}
     assert errors["eager", "float32", 0.001] > 1
@@ -124,7 +129,7 @@ def test_a_run_ends_in_a_report(tmp_path):
     written = subprocess.run(report, cwd=PROJECT, capture_output=True, text=True)
     assert written.returncode == 0, written.stderr
     text = (tmp_path / "report" / "benchmarks.md").read_text()
-    assert "not timed: it is wrong" in text
+    assert f"not timed: {reasons['eager', 'bf16']}" in text
     assert "N = 65,536, 1 x 256 x 256 x 256 (forward+backward)" in text.split("## Not in the quick run")[1]
     assert (tmp_path / "report" / "convergence.svg").exists()
 
@@ -142,8 +147,9 @@ class NoBenchmark:
 
 
 @pytest.mark.parametrize("module", ["affinity", "cold", "dskd", "spro"])
-def test_the_quick_run_accounts_for_all_of_the_full_one(bench, module):
+def test_the_quick_run_accounts_for_all_of_the_full_one(bench, module, monkeypatch):
     """Each case is timed, or a row with the reason, or in a group that is named."""
+    monkeypatch.setattr(bench["lab"], "has_fast_bf16", lambda device: True)
     quick, full = bench[module].cases(False), bench[module].cases(True)
     lab = bench["lab"].Lab(CPU, is_full=False)
     chosen = lab.choose(quick, full)
@@ -165,7 +171,24 @@ def test_the_quick_run_accounts_for_all_of_the_full_one(bench, module):
     assert {e["reason"] for e in lab.not_timed} <= {"not in the quick run: --bench-full"}
 
 
-def test_the_full_run_leaves_nothing_out(bench):
+@pytest.mark.parametrize("module", ["affinity", "cold", "dskd"])
+def test_without_bf16_multiplication_the_quick_run_does_without_bf16(bench, module, monkeypatch):
+    monkeypatch.setattr(bench["lab"], "has_fast_bf16", lambda device: False)
+    quick, full = bench[module].cases(False), bench[module].cases(True)
+    lab = bench["lab"].Lab(CPU, is_full=False)
+    lab.choose(quick, full)
+    for case in quick:
+        if case.row()["precision"] == "bf16":
+            with pytest.raises(pytest.skip.Exception, match="no bf16 multiplication"):
+                lab.leave_out_of_quick(case)
+        else:
+            lab.leave_out_of_quick(case)
+    assert len(lab.not_timed) == sum(case.row()["precision"] == "bf16" for case in quick)
+    assert lab.not_timed or module == "cold"
+
+
+def test_the_full_run_leaves_nothing_out(bench, monkeypatch):
+    monkeypatch.setattr(bench["lab"], "has_fast_bf16", lambda device: False)
     quick, full = bench["affinity"].cases(False), bench["affinity"].cases(True)
     lab = bench["lab"].Lab(CPU, is_full=True)
     assert lab.choose(quick, full) == full
