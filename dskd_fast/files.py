@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ def is_half_written(path: Path) -> bool:
     Where no process writes any more, one that was killed has left it.
     """
     return re.fullmatch(r"\.\d+\.\w+|\.tmp\w{6}", path.name) is not None
+
+
+def in_shell(path: Path) -> str:
+    """A path as it is typed into a shell, as an argument that is no option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -14,8 +13,16 @@ from typing import Any
 from dskd_fast.cli.display import backends_table, console, counter, results_table, training_progress
 from dskd_fast.data.augment import Augmentation, for_category
 from dskd_fast.data.images import image_size
-from dskd_fast.data.layout import HOLDOUT, Category, default_data_root, list_categories, open_category
+from dskd_fast.data.layout import (
+    HOLDOUT,
+    MIN_IMAGES_TO_HOLD_OUT,
+    Category,
+    default_data_root,
+    list_categories,
+    open_category,
+)
 from dskd_fast.errors import TrainingStopped, UserError
+from dskd_fast.files import in_shell
 from dskd_fast.metrics.maps import read_maps, score_maps
 from dskd_fast.models.teacher import DEFAULT
 from dskd_fast.workflow import doctor as diagnosis
@@ -23,7 +30,7 @@ from dskd_fast.workflow import run as runs
 from dskd_fast.workflow.demo import make_data, options_for_demo
 from dskd_fast.workflow.detector import Detector
 from dskd_fast.workflow.device import resolve_device
-from dskd_fast.workflow.distributed import ALONE, Group, group, is_launched, launched_as, use_gpu
+from dskd_fast.workflow.distributed import ALONE, Group, group, launched_as, use_gpu
 from dskd_fast.workflow.evaluate import absences, count_kinds, threshold_of
 from dskd_fast.workflow.evaluate import evaluate as evaluate_detector
 from dskd_fast.workflow.export import SUFFIXES
@@ -131,7 +138,7 @@ def _train_all(
 
 
 def _print_next(folder: Path, category: Category) -> None:
-    run = shlex.quote(str(folder))
+    run = in_shell(folder)
     evaluation = f"dskd-fast evaluate {run}   or   " if category.test else ""
     console.print(f"\nnext: {evaluation}dskd-fast predict {run} IMAGES")
 
@@ -256,8 +263,6 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
-    if is_launched():
-        raise UserError("reproduce is one process: call it without torchrun, once for each share of --categories")
     given = vars(arguments)
     recipe = TrainingOptions(**{"teacher": DEFAULT} | _options_in(given))
     try:
@@ -305,7 +310,10 @@ def _train_into(
 def _print_trained(folder: Path, detector: Detector) -> None:
     calibration = detector.calibration
     if calibration.threshold is None:
-        told = "no threshold: there are no validation images (training images score too low to set one)"
+        told = (
+            "no threshold: there are no validation images, and training images score too low to set one (put good ones "
+            f"into validation/good; of {MIN_IMAGES_TO_HOLD_OUT} training images or more some can be held out)"
+        )
     else:
         told = (
             f"threshold {calibration.threshold.value:.4g} from {calibration.threshold.n_images} normal validation "

@@ -38,7 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # Imported late: timm, scipy and scikit-learn would slow down --help.
         from dskd_fast.cli import commands
+        from dskd_fast.workflow.distributed import is_launched, launched_as
 
+        if is_launched() and arguments.command != "train":
+            if launched_as()[0] > 0:
+                raise PeerFailed
+            raise UserError(f"{arguments.command} is one process: call it without torchrun")
         return getattr(commands, arguments.command.replace("-", "_"))(arguments)
     except TrainingStopped as error:
         print(f"dskd-fast: {error}", file=sys.stderr)
@@ -96,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_moved_data(evaluate)
     evaluate.add_argument(
         "--save-maps",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="write float32 TIFFs at native size as DIR/CATEGORY/test/TYPE/NNN.tiff, the layout of MVTec's evaluator",
     )
@@ -109,10 +114,10 @@ def _parser() -> argparse.ArgumentParser:
         "\n\nThe image score is the maximum of the map, as in MVTec's evaluator. (`evaluate` filters the map "
         "first,\nso its AUROC differs; sPRO is the same.)",
     )
-    maps.add_argument("maps", type=Path, metavar="MAPS", help="folder with CATEGORY/test/TYPE/NNN.tiff")
+    maps.add_argument("maps", type=_path, metavar="MAPS", help="folder with CATEGORY/test/TYPE/NNN.tiff")
     _add_data_root(maps)
     maps.add_argument("--category", required=True, metavar="C", help="the category to score")
-    maps.add_argument("--out", type=Path, metavar="F.json", help="also write the figures there")
+    maps.add_argument("--out", type=_path, metavar="F.json", help="also write the figures there")
 
     predict = command(
         "predict",
@@ -121,9 +126,9 @@ def _parser() -> argparse.ArgumentParser:
         "read\n(the others are still done).",
     )
     _add_run(predict)
-    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="image files or folders")
+    predict.add_argument("images", type=_path, nargs="+", metavar="IMAGE_OR_FOLDER", help="image files or folders")
     predict.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("predictions"), help="results folder (default: predictions)"
+        "--out", type=_path, metavar="DIR", default=Path("predictions"), help="results folder (default: predictions)"
     )
     predict.add_argument("--save-maps", action="store_true", help="also write each map as DIR/maps/NAME.tiff, float32")
     _add_threshold(predict)
@@ -144,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         help="torch: a .pt2 for torch.export.load; onnx: an .onnx for ONNX Runtime and others",
     )
     export.add_argument(
-        "--out", type=Path, metavar="FILE", help="the file, replaced if it exists (default: RUN/model.pt2 or .onnx)"
+        "--out", type=_path, metavar="FILE", help="the file, replaced if it exists (default: RUN/model.pt2 or .onnx)"
     )
     _add_threshold(export)
 
@@ -153,8 +158,10 @@ def _parser() -> argparse.ArgumentParser:
         "Score runs on their test images and write the figures, curves and heat maps as one HTML page.",
         "\n\nWrites DIR/index.html, which needs no network and no other file.",
     )
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that train wrote, side by side")
-    report.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of the page")
+    report.add_argument("runs", type=_path, nargs="+", metavar="RUN", help="run folders that train wrote, side by side")
+    report.add_argument(
+        "--out", type=_path, metavar="DIR", required=True, help="folder of the page, index.html, replaced if it exists"
+    )
     _add_moved_data(report)
     _add_threshold(report)
     _add_device(report)
@@ -188,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         'needs\npip install "dskd-fast[lite]"), evaluates, and writes heat maps. Takes a few minutes on two cores.',
     )
     demo.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("dskd-fast-demo"), help="folder (default: dskd-fast-demo)"
+        "--out", type=_path, metavar="DIR", default=Path("dskd-fast-demo"), help="folder (default: dskd-fast-demo)"
     )
     demo.add_argument(
         "--seed", type=_natural, default=0, metavar="K", help="of the images and the training (default: 0)"
@@ -285,13 +292,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     where = running.add_mutually_exclusive_group()
     where.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         metavar="RUN",
         help="run folder, must not exist yet (default: runs/CATEGORY-DATE-TIME, with --all-categories runs/DATA-ROOT)",
     )
     where.add_argument(
         "--resume",
-        type=Path,
+        type=_path,
         metavar="RUN",
         help="go on with a training that was killed, stopped or failed. --epochs, --batch-size, --lr, --precision, "
         "--compile and --device may be others than before",
@@ -307,7 +314,7 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="folder of runs, tables and figures, for all tables of one recipe (default: reproduction)",
     )
@@ -338,7 +345,7 @@ def _add_teacher(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--teacher-weights",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help=".pth or .safetensors with torchvision's or timm's key names, instead of the download",
     )
@@ -365,13 +372,13 @@ def _add_precision(parser: argparse._ActionsContainer) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder that train wrote")
+    parser.add_argument("run", type=_path, metavar="RUN", help="run folder that train wrote")
 
 
 def _add_data_root(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--data-root",
-        type=Path,
+        type=_path,
         metavar="D",
         help="folder of the data set (default: $DSKD_FAST_DATA, else ./mvtec_loco_anomaly_detection)",
     )
@@ -379,7 +386,7 @@ def _add_data_root(parser: argparse._ActionsContainer) -> None:
 
 def _add_moved_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data-root", type=Path, metavar="D", help="where the data is now, if it is not where it was in training"
+        "--data-root", type=_path, metavar="D", help="where the data is now, if it is not where it was in training"
     )
 
 
@@ -411,12 +418,18 @@ def _number(text: str, kind: type, accept: str, *, low: float = -math.inf, high:
     return value
 
 
+def _path(text: str) -> Path:
+    if not text:  # as from a shell's variable that is not set; to Path it is the current folder
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 def _natural(text: str) -> int:
-    return _number(text, int, "a whole number from 0 up", low=0, high=2**63 - 1)
+    return _number(text, int, "a whole number from 0 up to 2^63 - 1", low=0, high=2**63 - 1)
 
 
 def _positive(text: str) -> int:
-    return _number(text, int, "a whole number from 1 up", low=1, high=2**31 - 1)
+    return _number(text, int, "a whole number from 1 up to 2^31 - 1", low=1, high=2**31 - 1)
 
 
 def _positive_number(text: str) -> float:

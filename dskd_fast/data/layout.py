@@ -64,7 +64,7 @@ _MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 # The share of training images held out for validation where there is no validation folder.
 HOLDOUT = 0.1
 
-_MIN_IMAGES_TO_HOLD_OUT = 10
+MIN_IMAGES_TO_HOLD_OUT = 10
 
 # Each region becomes a mask of its own: noise taken for a mask would fill the memory.
 _MAX_COMPONENTS = 1000
@@ -402,7 +402,7 @@ def _training_images(root: Path) -> list[Path]:
 
 
 def _hold_out(train: list[Path], share: float, seed: int) -> tuple[list[Path], list[Path]]:
-    if share == 0 or len(train) < _MIN_IMAGES_TO_HOLD_OUT:
+    if share == 0 or len(train) < MIN_IMAGES_TO_HOLD_OUT:
         return train, []
     n_held_out = min(max(2, round(share * len(train))), len(train) - 1)
 

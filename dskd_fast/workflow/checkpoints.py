@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import shlex
 import shutil
 import signal
 import threading
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from dskd_fast.errors import UserError
+from dskd_fast.files import in_shell
 from dskd_fast.workflow.distributed import is_launched
 from dskd_fast.workflow.tensors import load_tensors, save_tensors
 
@@ -90,7 +90,7 @@ class Checkpoints:
 
     @property
     def run(self) -> str:
-        return shlex.quote(str(self.path.parent))
+        return in_shell(self.path.parent)
 
     def is_due(self) -> bool:
         return self.path is not None and time.monotonic() - self._saved >= max(CHECKPOINT_SECONDS, 20 * self._cost)

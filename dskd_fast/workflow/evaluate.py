@@ -58,8 +58,13 @@ def evaluate(
         None.
 
     Raises:
-        UserError: no test images, or files that cannot be read or written.
+        UserError: no test images, files that cannot be read or written, or maps that would lie in the data set.
     """
+    if save_maps is not None and (save_maps / category.name).resolve().is_relative_to(category.root.resolve()):
+        raise UserError(
+            f"maps in {save_maps / category.name} would lie among the data set's own images: choose another folder "
+            "for --save-maps"
+        )
     test = score_images(detector, category, batch_size, progress)
     scores = test.scores
 

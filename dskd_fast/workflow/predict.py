@@ -9,11 +9,13 @@ from pathlib import Path
 
 from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, list_images, read_image
 from dskd_fast.errors import UserError
-from dskd_fast.files import write_file
+from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.maps import save_map
 from dskd_fast.workflow.detector import Detector
 from dskd_fast.workflow.evaluate import decide
 from dskd_fast.workflow.overlay import full_colour, overlay
+
+PREDICTIONS = "predictions.csv"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def predict(
     Args:
         detector: calibrated.
         inputs: image files, and folders that are searched with their subfolders.
-        out: folder of the results; files of an earlier call are replaced.
+        out: folder of the results; those of an earlier call are replaced.
         threshold: of the decisions; None makes none.
         save_maps: also write maps/NAME.tiff, float32 at the image's size.
         batch_size: images per pass.
@@ -58,6 +60,13 @@ def predict(
         UserError: an input does not exist or holds no images, or the results cannot be written.
     """
     named = _with_names(inputs, out)
+    require_writable(out / PREDICTIONS)
+    for folder in (out / "overlays", out / "maps"):
+        if folder.exists() and not (out / PREDICTIONS).exists():
+            raise UserError(
+                f"{folder} is there, and is not from an earlier prediction, of which there would be a {PREDICTIONS} "
+                "beside it: choose another --out"
+            )
     predictions: list[Prediction] = []
     try:
         for start in range(0, len(named), batch_size):
@@ -173,5 +182,5 @@ def _write_results(out: Path, predictions: Iterable[Prediction]) -> None:
         lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
-    write_file(out / "predictions.csv", write_csv)
+    write_file(out / PREDICTIONS, write_csv)
     write_file(out / "predictions.jsonl", write_jsonl)

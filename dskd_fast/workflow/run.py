@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import platform
-import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from filelock import FileLock, Timeout
 import dskd_fast
 from dskd_fast.data.layout import Category
 from dskd_fast.errors import UserError
-from dskd_fast.files import is_half_written, unwritable, write_file
+from dskd_fast.files import in_shell, is_half_written, unwritable, write_file
 from dskd_fast.models.dskd import branches_of
 from dskd_fast.workflow.checkpoints import Epoch
 from dskd_fast.workflow.detector import Calibration, Detector, Statistics, Threshold
@@ -105,7 +104,7 @@ def claimed(folder: Path, *, is_new: bool) -> Iterator[None]:
 
 def _in_the_way(folder: Path) -> str:
     is_unfinished = (folder / CONFIG).exists() and not is_finished(folder)
-    go_on = f", or go on with it by --resume {shlex.quote(str(folder))}" if is_unfinished else ""
+    go_on = f", or go on with it by --resume {in_shell(folder)}" if is_unfinished else ""
     return f"{folder} already exists: choose another name, or move it away{go_on}"
 
 
@@ -199,7 +198,7 @@ def read_finished(folder: Path) -> dict[str, Any]:
     if not is_finished(folder) and ((folder / CHECKPOINT).is_file() or not (folder / WEIGHTS).is_file()):
         raise UserError(
             f"the training of {folder} has not finished: wait for it, or if it does not run any more, go on with it by "
-            f"`dskd-fast train --resume {shlex.quote(str(folder))}`"
+            f"`dskd-fast train --resume {in_shell(folder)}`"
         )
     return config
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 
-_STATE, _CHECKSUM = "state", "sha256"
+_METADATA, _STATE, _CHECKSUM = "dskd_fast", "state", "sha256"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Any = None) -> None:
@@ -28,7 +28,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Any = None) -
     """
     content = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     text = json.dumps(state, allow_nan=False)
-    metadata = {_STATE: text, _CHECKSUM: _checksum(content, text)}
+    # In one entry, since the library writes several in any order: the same tensors are the same bytes.
+    metadata = {_METADATA: json.dumps({_STATE: text, _CHECKSUM: _checksum(content, text)}, separators=(",", ":"))}
 
     def write(temporary: Path) -> None:
         temporary.touch()
@@ -56,16 +57,20 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = (file.metadata() or {}).get(_METADATA)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise
     except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from None
-    text = metadata.get(_STATE, "")
-    if _CHECKSUM not in metadata:
+    if metadata is None:
         raise UserError(f"{path} is damaged, or was not written by this program: it has no checksum")
-    if metadata[_CHECKSUM] != _checksum(tensors, text):
+    try:
+        metadata = json.loads(metadata)
+        text, checksum = metadata[_STATE], metadata[_CHECKSUM]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error})") from None
+    if checksum != _checksum(tensors, text):
         raise UserError(f"{path} is damaged or was edited: its content does not have the checksum it was written with")
     return tensors, json.loads(text)
 

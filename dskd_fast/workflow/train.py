@@ -422,7 +422,7 @@ def _check_batches(model: DSKD, n: int, options: TrainingOptions, group: Group) 
         raise UserError(
             f"{n} training images in batches of {options.batch_size} leave a batch of one, whose embedding at image "
             f"size {options.image_size} is a single value per channel, which batch norm cannot train on: use a larger "
-            "--image-size or another --batch-size"
+            f"--image-size{' or another --batch-size' if n > 1 else ''}"
         )
 
 

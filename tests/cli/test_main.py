@@ -219,3 +219,19 @@ def test_a_fault_of_the_program_is_not_hidden(cli, monkeypatch, error):
 )
 def test_a_name_that_is_too_long_for_the_disk_is_a_user_error(cli_error, tiny_run, arguments):
     assert "n" * 300 in cli_error(*(argument.format(run=tiny_run) for argument in arguments))
+
+
+@pytest.mark.parametrize("command", [["evaluate", "run"], ["predict", "run", "."], ["reproduce", "loco"], ["demo"]])
+def test_torchrun_is_for_training_alone_and_one_process_says_so(cli, cli_error, monkeypatch, command):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "x")):
+        monkeypatch.setenv(name, value)
+    assert cli_error(*command) == f"dskd-fast: {command[0]} is one process: call it without torchrun\n"
+    monkeypatch.setenv("RANK", "1")
+    assert cli(*command) == (1, "", "")
+
+
+@pytest.mark.parametrize("arguments", [["report", "run", "--out", ""], ["evaluate", ""], ["predict", "run", ""]])
+def test_an_empty_name_is_not_the_current_folder(cli, arguments):
+    code, _, err = cli(*arguments)
+    assert code == 2
+    assert "the name is empty" in err

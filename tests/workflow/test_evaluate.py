@@ -149,7 +149,7 @@ def test_spro_is_the_area_that_brute_force_finds_in_the_saved_maps(evaluated, ca
 def test_the_maps_of_both_students_are_scored_in_their_own_right(tiny_detector, category, evaluated):
     figures, _, _ = evaluated
     # A detector whose local student counts for nothing.
-    local = dataclasses.replace(tiny_detector.calibration.statistics["local"], std=1e30)
+    local = dataclasses.replace(tiny_detector.calibration.statistics["local"], std=1e29)
     calibration = dataclasses.replace(
         tiny_detector.calibration, statistics=tiny_detector.calibration.statistics | {"local": local}
     )
@@ -311,3 +311,14 @@ def test_a_failing_write_keeps_the_older_scores(tiny_detector, category, tmp_pat
         evaluate(tiny_detector, category, threshold=None, scores_file=tmp_path / "scores.csv")
     assert (tmp_path / "scores.csv").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["scores.csv"]
+
+
+def test_maps_never_replace_the_data_sets_own_images(tiny_detector, own_data, below):
+    """Their layout is the data set's."""
+    category = open_category(own_data, "screw_bag")
+    before = {name: (own_data / name).read_bytes() for name in below(own_data) if (own_data / name).is_file()}
+    (own_data.parent / "link").symlink_to(own_data)
+    for folder in (own_data, own_data.parent / "link", category.root, category.root / "test"):
+        with pytest.raises(UserError, match="among the data set's own images"):
+            evaluate(tiny_detector, category, threshold=None, save_maps=folder)
+    assert {name: (own_data / name).read_bytes() for name in below(own_data) if (own_data / name).is_file()} == before

@@ -342,7 +342,26 @@ def test_folders_behind_links_are_searched_once(tiny_detector, out, write_images
 def test_a_picture_that_cannot_be_written_does_not_stop_the_rest(tiny_detector, out, write_images, tmp_path):
     first, second = write_images(tmp_path / "images", 2)
     (out / "overlays" / f"{first.stem}.png").mkdir(parents=True)
+    (out / "predictions.csv").touch()
     blocked, fine = predict(tiny_detector, [first, second], out, threshold=1.0)
     assert "cannot write" in blocked.error
     assert (blocked.score is not None, blocked.overlay) == (True, None)
     assert (fine.error, (out / fine.overlay).is_file()) == (None, True)
+
+
+@pytest.mark.parametrize("name", ["overlays", "maps"])
+def test_a_folder_of_somebody_else_is_not_filled(tiny_detector, out, write_images, tmp_path, below, name):
+    (out / name).mkdir(parents=True)
+    mine = write_images(out / name, 1)[0]
+    before = mine.read_bytes()
+    with pytest.raises(UserError, match=f"{name} is there, and is not from an earlier prediction"):
+        predict(tiny_detector, write_images(tmp_path / "images", 1), out, threshold=None)
+    assert mine.read_bytes() == before
+    assert below(out) == [name, f"{name}/{mine.name}"]
+
+
+def test_what_cannot_be_written_is_known_before_the_work(tiny_detector, write_images, tmp_path, monkeypatch):
+    monkeypatch.delattr(type(tiny_detector), "predict")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"file is not a folder"):
+        predict(tiny_detector, write_images(tmp_path / "images", 1), tmp_path / "file", threshold=None)

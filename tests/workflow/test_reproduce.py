@@ -463,12 +463,6 @@ def test_mistakes_are_one_sentence(cli_error, command, arguments, message, tmp_p
     assert not (tmp_path / "out" / "runs").exists()
 
 
-def test_torchrun_is_refused(cli_error, command, monkeypatch):
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "x")):
-        monkeypatch.setenv(name, value)
-    assert "without torchrun" in cli_error(*command)
-
-
 @pytest.mark.parametrize("value", ["0", "-1", "two"])
 def test_seeds_are_a_number(cli, value):
     code, _, err = cli("reproduce", "loco", "--seeds", value)

@@ -39,6 +39,13 @@ def test_memory_format_is_no_obstacle_and_the_tensors_are_left_alone(tmp_path):
     assert torch.equal(load_tensors(tmp_path / "a.safetensors")[0]["weight"], weight)
 
 
+def test_the_same_tensors_are_the_same_bytes(path, tmp_path):
+    tensors, state = load_tensors(path)
+    for _ in range(8):
+        save_tensors(tmp_path / "again", tensors, state)
+        assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
 def test_every_changed_byte_is_noticed(path):
     content = bytearray(path.read_bytes())
     for position in range(len(content)):
