@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dskd_fast.cli.display import backends_table, console, counter, results_table, training_progress
 from dskd_fast.data.augment import Augmentation, for_category
 from dskd_fast.data.images import image_size
@@ -30,7 +32,7 @@ from dskd_fast.workflow import run as runs
 from dskd_fast.workflow.demo import make_data, options_for_demo
 from dskd_fast.workflow.detector import Detector
 from dskd_fast.workflow.device import resolve_device
-from dskd_fast.workflow.distributed import ALONE, Group, group, launched_as, use_gpu
+from dskd_fast.workflow.distributed import ALONE, NEVER, Group, group, use_gpu
 from dskd_fast.workflow.evaluate import absences, count_kinds, threshold_of
 from dskd_fast.workflow.evaluate import evaluate as evaluate_detector
 from dskd_fast.workflow.export import SUFFIXES
@@ -69,9 +71,8 @@ def train(arguments: argparse.Namespace) -> int:
             raise UserError("--category and --all-categories exclude each other: leave one of them out")
         out = given.get("out") or Path("runs", Path(data_root).resolve().name)
         return _train_all(list_categories(Path(data_root)), opened, recipe, out, holdout)
-    category = opened(given.get("category"))
-    device = resolve_device(options.get("device", "auto"))
-    with group(device) as processes:
+    with group(resolve_device(options.get("device", "auto"))) as processes:
+        category = processes.agree(lambda: opened(given.get("category")))
         default = Path("runs", f"{category.name}-{datetime.now():%Y%m%d-%H%M%S}")
         out = given.get("out") or processes.of_first(default)
         console.quiet = not processes.is_first
@@ -118,23 +119,25 @@ def _train_all(
     holdout: float,
 ) -> int:
     """A model for each category; under torchrun each process takes its share of them, on a GPU of its own."""
-    rank, size = launched_as()
     failed = 0
-    for name in names[rank::size]:
-        try:
-            category = opened(name)
-            options = recipe(category)
-            use_gpu(resolve_device(options.device))
-            with training_progress(name) as (report, status):
-                if ensure_run(out / name, category, options, holdout=holdout, report=report, status=status):
-                    console.print(f"{name}: trained on {len(category.train)} images, run in {out / name}")
-                else:
-                    console.print(f"{name}: was trained before, run in {out / name}")
-        except UserError as error:
-            # The others do not depend on it.
-            failed += 1
-            print(f"dskd-fast: {name}: {error}", file=sys.stderr)
-    return 2 if failed else 0
+    # torchrun ends all processes as soon as one of them has failed: they wait for each other before they tell it.
+    with group(torch.device("cpu"), timeout=NEVER) as processes:
+        for name in names[processes.rank :: processes.size]:
+            try:
+                category = opened(name)
+                options = recipe(category)
+                use_gpu(resolve_device(options.device))
+                with training_progress(name) as (report, status):
+                    if ensure_run(out / name, category, options, holdout=holdout, report=report, status=status):
+                        console.print(f"{name}: trained on {len(category.train)} images, run in {out / name}")
+                    else:
+                        console.print(f"{name}: was trained before, run in {out / name}")
+            except UserError as error:
+                # The others do not depend on it.
+                failed += 1
+                print(f"dskd-fast: {name}: {error}", file=sys.stderr)
+        n_failed = processes.add(torch.tensor([float(failed)], dtype=torch.float64)).item()
+    return 2 if n_failed else 0
 
 
 def _print_next(folder: Path, category: Category) -> None:

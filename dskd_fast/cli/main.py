@@ -1,11 +1,16 @@
 """Arguments and exit codes. What the commands do is in `dskd_fast.cli.commands`."""
 
 import argparse
+import contextlib
 import io
 import math
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dskd_fast
 from dskd_fast.errors import PeerFailed, TrainingStopped, UserError
@@ -35,6 +40,29 @@ def main(argv: list[str] | None = None) -> int:
         # File names may hold what the terminal's encoding does not.
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
+    with _terminated_cleanly():
+        return _run(arguments)
+
+
+@contextlib.contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """Make SIGTERM an exception, so that no file is left half written, as `timeout` or a service manager would."""
+
+    def stop(number: int, _: Any) -> None:
+        print("dskd-fast: terminated; no file was left half written", file=sys.stderr)
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         # Imported late: timm, scipy and scikit-learn would slow down --help.
         from dskd_fast.cli import commands
@@ -300,8 +328,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--resume",
         type=_path,
         metavar="RUN",
-        help="go on with a training that was killed, stopped or failed. --epochs, --batch-size, --lr, --precision, "
-        "--compile and --device may be others than before",
+        help="go on with a training that was killed, stopped or failed. --data-root, --epochs, --batch-size, --lr, "
+        "--precision, --compile and --device may be others than before",
     )
     _leave_defaults_to_options(parser)
 

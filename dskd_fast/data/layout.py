@@ -168,7 +168,9 @@ class Category:
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
             for path in split:
-                digest.update(os.fsencode(path.name) + b"\0%d\0" % path.stat().st_size)
+                # What is not there, as at the end of a dead link, is named with all else that cannot be read.
+                n_bytes = path.stat().st_size if path.exists() else -1
+                digest.update(os.fsencode(path.name) + b"\0%d\0" % n_bytes)
             digest.update(b"\0")
         return digest.hexdigest()
 

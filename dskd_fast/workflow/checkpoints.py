@@ -108,7 +108,7 @@ class Checkpoints:
         self.found = None  # as large as the model and its optimiser
         try:
             if state["owner"] != self.owner:
-                raise ValueError("its images or its seed are others")
+                raise ValueError("its images or its options are others")
             random.set_state(tensors.pop("random"))
             trainer.load_state(tensors)
             at = state["at"]
@@ -130,8 +130,8 @@ class Checkpoints:
         if free < 2 * n_bytes - there:
             raise UserError(
                 f"a training of this model needs {(2 * n_bytes - there) / 2**30:.2f} GiB on the disk of "
-                f"{self.path.parent} to save its state, and {free / 2**30:.2f} GiB are free: make room, or choose "
-                "another place with --out"
+                f"{self.path.parent} to save its state, and {free / 2**30:.2f} GiB are free: make room, or train in "
+                "another place"
             )
 
     def told(self) -> str:

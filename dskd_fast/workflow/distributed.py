@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 # A process that is stopped rather than dead answers no more, but closes no connection either.
 _TIMEOUT = timedelta(minutes=10)
+# For processes that meet after work of any length.
+NEVER = timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,20 @@ def is_launched() -> bool:
 
 
 @contextlib.contextmanager
-def group(device: torch.device) -> Iterator[Group]:
-    """Join the processes that `torchrun` started: gloo on CPUs, NCCL on GPUs, one GPU for each process of a machine."""
+def group(device: torch.device, timeout: timedelta = _TIMEOUT) -> Iterator[Group]:
+    """Join the processes that `torchrun` started: gloo on CPUs, NCCL on GPUs, one GPU for each process of a machine.
+
+    Args:
+        device: on which they work.
+        timeout: after so long without an answer a process counts as dead.
+    """
     if not is_launched():
         yield ALONE
         return
     use_gpu(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     with connected():
-        distributed.init_process_group(backend, timeout=_TIMEOUT)
+        distributed.init_process_group(backend, timeout=timeout)
     try:
         yield Group(distributed.get_rank(), distributed.get_world_size())
     finally:

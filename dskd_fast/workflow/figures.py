@@ -122,13 +122,14 @@ def plot_temperatures(
                 ]
                 if points:
                     x, y, spread = np.array(points).T
-                    axes.errorbar(x, y, spread, marker="o", markersize=4, capsize=2, color=_COLOURS[kind], label=kind)
+                    bars = spread if spread.any() else None
+                    axes.errorbar(x, y, bars, marker="o", markersize=4, capsize=2, color=_COLOURS[kind], label=kind)
             axes.set_xscale("log")
             axes.set_xticks(temperatures, [f"{t:g}" for t in temperatures])
             axes.minorticks_off()
             axes.set_xlabel("temperature T")
             axes.set_ylabel(measure)
-            axes.legend()
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(kinds), columnspacing=1)
         files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
         write_file(files[0], lambda temporary: figure.savefig(temporary, dpi=150))
         write_file(files[1], lambda temporary: figure.savefig(temporary, metadata={"Date": None}))

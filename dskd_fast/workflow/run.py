@@ -181,10 +181,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     n_images = config.get("n_images")
     valid = {name: isinstance(config.get(name), str) for name in ("category", "data_root")}
+    valid["changes"] = isinstance(config.get("changes", []), list)
     valid["n_images"] = isinstance(n_images, dict) and {"train", "validation"} <= n_images.keys()
     for name, is_valid in valid.items():
         if not is_valid:
-            raise UserError(f"{folder / CONFIG} has no {name}: train again, or restore the file")
+            raise UserError(f"{folder / CONFIG} has no valid {name}: train again, or restore the file")
     return config
 
 
@@ -215,7 +216,10 @@ def read_options(folder: Path, config: dict[str, Any]) -> tuple[TrainingOptions,
         missing = [field.name for field in dataclasses.fields(TrainingOptions) if field.name not in options]
         if missing:
             raise UserError(f"no {', '.join(missing)} among the options")
-        return TrainingOptions(**options), float(config["holdout"])
+        holdout = config["holdout"]
+        if not 0 <= holdout < 1:
+            raise UserError(f"holdout {holdout}")
+        return TrainingOptions(**options), holdout
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(
             f"{folder / CONFIG} was not written by this program ({error}): train again, or restore the file"

@@ -1,9 +1,12 @@
 """Training: read top to bottom, this is all there is to it (paper section 4.1)."""
 
 import contextlib
+import dataclasses
+import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +146,10 @@ class TrainingOptions:
         )
 
 
+# What may change in the middle of a training: the model and what it has seen stay what they are.
+CHANGEABLE = ("epochs", "batch_size", "lr", "precision", "compile", "device")
+
+
 @dataclass(frozen=True)
 class Progress:
     """State after a step, for a progress bar."""
@@ -195,7 +202,8 @@ def train(
         status("this processor has no bf16 multiplication: in fp32 the training would be faster")
 
     def prepare() -> tuple[DSKD, ImageStore, Checkpoints]:
-        checkpoints = Checkpoints(checkpoint, f"{category.fingerprint}, seed {options.seed}")
+        fixed = {name: value for name, value in dataclasses.asdict(options).items() if name not in CHANGEABLE}
+        checkpoints = Checkpoints(checkpoint, f"{category.fingerprint}, {json.dumps(fixed)}")
         status(f"building the networks with the teacher {options.teacher}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
@@ -237,8 +245,11 @@ class Trainer:
         self._forward: Callable[[torch.Tensor], Features] = model
         if group.size > 1:
             synchronise_batch_norm(model)
-            # Buffers are the same everywhere: all of them come from the synchronised statistics.
-            self._forward = DistributedDataParallel(model, broadcast_buffers=False)
+            with warnings.catch_warnings():
+                # The name that torch before 2.13 has, too; later ones warn of it.
+                warnings.simplefilter("ignore", FutureWarning)
+                # Buffers are the same everywhere: all of them come from the synchronised statistics.
+                self._forward = DistributedDataParallel(model, broadcast_buffers=False)
         if options.compile:
             self._forward = torch.compile(self._forward)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -326,6 +337,9 @@ def _fit(
     at = Position([0.0] * len(model.students))
     if checkpoints.found is not None:
         at = checkpoints.restore(trainer, random)
+        begun = len(at.history) + (at.seen > 0)
+        if options.epochs < begun:
+            raise UserError(f"the training is in epoch {begun} already: go on with --epochs {begun} or more")
         # The rest of an epoch in batches of another size leaves another last one.
         _check_batches(model, len(indices) - at.seen or len(indices), options, group)
 

@@ -12,10 +12,7 @@ from dskd_fast.errors import UserError
 from dskd_fast.workflow import run as runs
 from dskd_fast.workflow.detector import Detector
 from dskd_fast.workflow.distributed import ALONE, Group
-from dskd_fast.workflow.train import Progress, TrainingOptions, train
-
-# What may change in the middle of a training: the model and what it has seen stay what they are.
-CHANGEABLE = ("epochs", "batch_size", "lr", "precision", "compile", "device")
+from dskd_fast.workflow.train import CHANGEABLE, Progress, TrainingOptions, train
 
 Report = Callable[[Progress], None]
 Status = Callable[[str], None]
@@ -75,7 +72,8 @@ def resume_run(
             config = runs.read_config(folder)
             if runs.is_finished(folder):
                 # Left by a process that was killed between its last two steps.
-                (folder / runs.CHECKPOINT).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    (folder / runs.CHECKPOINT).unlink(missing_ok=True)
                 raise UserError(f"the training of {folder} has finished already: `evaluate` and `predict` take it")
             if group.is_first:
                 stack.enter_context(runs.claimed(folder, is_new=False))

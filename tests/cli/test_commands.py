@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import dskd_fast.workflow.train as train_module
+from dskd_fast.cli import commands
 from dskd_fast.data.layout import open_category
+from dskd_fast.files import write_file
 from dskd_fast.workflow.export import Exported
 
 RUN_FILES = ["calibration.json", "config.json", "history.json", "weights.safetensors"]
@@ -806,3 +810,25 @@ def test_export_of_what_is_no_run_is_a_user_error(tmp_path, cli_error):
 def test_export_to_a_name_of_another_format_is_a_user_error(tiny_run, tmp_path, cli_error, below):
     assert "does not end in .onnx" in cli_error("export", tiny_run, "--format", "onnx", "--out", tmp_path / "m.pt2")
     assert below(tmp_path) == []
+
+
+def test_sigterm_leaves_nothing_half_written(cli, tiny_run, tmp_path, monkeypatch, below):
+    """As from `timeout`, a service manager or `docker stop`."""
+
+    def export(detector, path, *_, **__):
+        def write(temporary):
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+        write_file(path, write)
+
+    monkeypatch.setattr(commands, "export_detector", export)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        code, _, err = cli("export", tiny_run, "--format", "torch", "--out", tmp_path / "out" / "model.pt2")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (code, err) == (143, "dskd-fast: terminated; no file was left half written\n")
+    assert below(tmp_path) == ["out"]

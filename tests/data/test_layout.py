@@ -9,6 +9,7 @@ from PIL import Image
 
 from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import DataNotFound, default_data_root, open_category
+from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
 
 
@@ -478,3 +479,14 @@ def test_images_that_would_be_passed_over_are_an_error(tmp_path, split):
         (tmp_path / "train/good/0.png").unlink()
     with pytest.raises(UserError, match="line 2 holds images that would not be used"):
         open_category(tmp_path, None)
+
+
+def test_a_dead_link_has_a_place_in_the_fingerprint(tmp_path, write_images):
+    """It is named when images are read, with all others that cannot be."""
+    write_images(tmp_path / "part", 3)
+    whole = open_category(tmp_path / "part", None).fingerprint
+    (tmp_path / "part" / "link.png").symlink_to(tmp_path / "nowhere.png")
+    with_link = open_category(tmp_path / "part", None)
+    assert with_link.fingerprint != whole
+    with pytest.raises(ImageError, match=r"link\.png"):
+        ImageStore(with_link.train, 32)

@@ -132,18 +132,20 @@ def test_an_error_of_all_is_told_once(train, tmp_path):
 
 
 def test_all_categories_are_shared_out(data_root, tiny_arguments, tmp_path, cli, below):
-    shutil.copytree(data_root / "screw_bag", tmp_path / "data" / "first")
-    shutil.copytree(data_root / "screw_bag", tmp_path / "data" / "second")
+    """One that is bad ends neither its own process nor, through torchrun, the other's."""
+    for name in ("a", "b_bad", "c", "d"):
+        shutil.copytree(data_root / "screw_bag", tmp_path / "data" / name)
+    (tmp_path / "data" / "b_bad" / "train" / "good" / "000.png").write_text("no image")
     command = ["train", "--data-root", tmp_path / "data", "--all-categories", *tiny_arguments, "--out"]
     process = torchrun(SCRIPT, *command, tmp_path / "shared")
     out, err = finish(process)
-    assert process.returncode == 0, err
-    assert "first: trained on 12 images" in out
-    assert "second: trained on 12 images" in out
-    result = cli(*command, tmp_path / "alone")
-    assert (result.code, result.err) == (0, "")
+    assert process.returncode != 0
+    assert err.count("dskd-fast: ") == err.count("dskd-fast: b_bad: ") == 1
+    for name in ("a", "c", "d"):
+        assert f"{name}: trained on 12 images" in out, err
+    assert cli(*command, tmp_path / "alone").code == 2
     assert below(tmp_path / "shared") == below(tmp_path / "alone")
-    for name in ("first", "second"):
+    for name in ("a", "c", "d"):
         shared, alone = (load_tensors(tmp_path / run / name / "weights.safetensors")[0] for run in ("shared", "alone"))
         assert shared.keys() == alone.keys()
         assert all(torch.equal(tensor, alone[key]) for key, tensor in shared.items())
