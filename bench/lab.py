@@ -29,6 +29,9 @@ _LONGEST = 60.0
 # A first small call that takes this long is work, not overhead, and tells how long larger ones would take.
 _TELLING = 0.25
 _NOT_QUICK = "not in the quick run: --bench-full"
+# After this many seconds the quick run begins no further row, so that it ends within five minutes on any machine.
+_QUICK_SECONDS = 240.0
+_OVER = "the quick run's time is over, on this machine: --bench-full"
 _SLOW_BF16 = "this processor has no bf16 multiplication, and the quick run no time for it: --bench-full"
 _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,6 +87,7 @@ class Lab:
 
     Attributes:
         device: on which all runs.
+        started: when it was made, by `time.monotonic`.
         not_timed: what was not timed, with the reason.
         only_full: one row of each group of which the quick run times nothing.
     """
@@ -93,6 +97,7 @@ class Lab:
         self.is_full = is_full
         self.not_timed: list[dict] = []
         self.only_full: list[dict] = []
+        self.started = time.monotonic()
         self._not_quick: set = set()
         self._products: dict[tuple, float] = {}
         self._verdicts: dict[tuple, tuple] = {}
@@ -172,6 +177,8 @@ class Lab:
             self.leave_out(info, case.group, _NOT_QUICK)
         if not self.is_full and info["precision"] == "bf16" and not has_fast_bf16(self.device):
             self.leave_out(info, case.group, _SLOW_BF16)
+        if not self.is_full and time.monotonic() - self.started > _QUICK_SECONDS:
+            self.leave_out(info, case.group, _OVER)
 
     def note_time(self, key: tuple, cost: float, seconds: float, label: str) -> None:
         """Keep what a call of `cost` took; the largest cost of a key is what others are predicted from."""

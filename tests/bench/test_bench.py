@@ -172,6 +172,21 @@ def test_the_quick_run_accounts_for_all_of_the_full_one(bench, module, monkeypat
 
 
 @pytest.mark.parametrize("module", ["affinity", "cold", "dskd"])
+def test_the_quick_run_ends_in_time_and_says_what_it_left_out(bench, module, monkeypatch):
+    monkeypatch.setattr(bench["lab"], "has_fast_bf16", lambda device: True)
+    case = bench[module].cases(False)[0]
+    quick, full = (bench["lab"].Lab(CPU, is_full=is_full) for is_full in (False, True))
+    quick.started -= 230
+    quick.leave_out_of_quick(case)
+    quick.started -= 11
+    full.started -= 10_000
+    full.leave_out_of_quick(case)
+    with pytest.raises(pytest.skip.Exception, match="time is over, on this machine: --bench-full"):
+        quick.leave_out_of_quick(case)
+    assert len(quick.not_timed) == 1
+
+
+@pytest.mark.parametrize("module", ["affinity", "cold", "dskd"])
 def test_without_bf16_multiplication_the_quick_run_does_without_bf16(bench, module, monkeypatch):
     monkeypatch.setattr(bench["lab"], "has_fast_bf16", lambda device: False)
     quick, full = bench[module].cases(False), bench[module].cases(True)
