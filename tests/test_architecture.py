@@ -28,7 +28,7 @@ ALLOWED = {
     "data": set(),
     "metrics": {"files"},
     "workflow": {"files", "data", "metrics", "models", "losses", "functional", "ops", "backends", "package"},
-    "cli": {"workflow", "data", "metrics", "models", "losses", "functional", "package"},
+    "cli": {"files", "workflow", "data", "metrics", "models", "losses", "functional", "package"},
     "api": {"models", "workflow"},
     "package": {"functional", "losses", "api"},
     "__main__": {"cli"},

@@ -40,17 +40,20 @@ def main(argv: list[str] | None = None) -> int:
         # File names may hold what the terminal's encoding does not.
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
-    with _terminated_cleanly():
+    with _terminated_by_exception():
         return _run(arguments)
 
 
-@contextlib.contextmanager
-def _terminated_cleanly() -> Iterator[None]:
-    """Make SIGTERM an exception, so that no file is left half written, as `timeout` or a service manager would."""
+class _Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT."""
 
-    def stop(number: int, _: Any) -> None:
-        print("dskd-fast: terminated; no file was left half written", file=sys.stderr)
-        sys.exit(128 + number)
+
+@contextlib.contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """Make SIGTERM an exception, so that `timeout` or a service manager leaves no file half written."""
+
+    def stop(*_: Any) -> None:
+        raise _Terminated
 
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
@@ -90,7 +93,10 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
     except KeyboardInterrupt:
         print("dskd-fast: interrupted; no file was left half written", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except _Terminated:
+        print("dskd-fast: terminated; no file was left half written", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except BrokenPipeError:
         # The reader of our output has gone, as in `| head`; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
