@@ -172,12 +172,14 @@ class Lab:
 
     def leave_out_of_quick(self, case) -> None:
         """End the test of a case that --bench-full alone times."""
+        if self.is_full:
+            return
         info = case.row()
         if case in self._not_quick:
             self.leave_out(info, case.group, _NOT_QUICK)
-        if not self.is_full and info["precision"] == "bf16" and not has_fast_bf16(self.device):
+        if info["precision"] == "bf16" and not has_fast_bf16(self.device):
             self.leave_out(info, case.group, _SLOW_BF16)
-        if not self.is_full and time.monotonic() - self.started > _QUICK_SECONDS:
+        if time.monotonic() - self.started > _QUICK_SECONDS:
             self.leave_out(info, case.group, _OVER)
 
     def note_time(self, key: tuple, cost: float, seconds: float, label: str) -> None:

@@ -1,5 +1,6 @@
 """A tiny data set, runs trained on it once through the command line, and the command line itself."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -135,6 +136,18 @@ def cli_error(cli):
         assert err.count("\n") == 1
         assert err.endswith("\n")
         return err
+
+    return run
+
+
+@pytest.fixture
+def edit():
+    """Changes the content of a JSON file: edit(path, lambda content: content.update(a=1))."""
+
+    def run(path: Path, change) -> None:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        change(content)
+        path.write_text(json.dumps(content), encoding="utf-8")
 
     return run
 

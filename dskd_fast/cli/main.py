@@ -69,10 +69,11 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         # Imported late: timm, scipy and scikit-learn would slow down --help.
         from dskd_fast.cli import commands
-        from dskd_fast.workflow.distributed import is_launched, launched_as
+        from dskd_fast.workflow.distributed import launched_as
 
-        if is_launched() and arguments.command != "train":
-            if launched_as()[0] > 0:
+        rank, size = launched_as()
+        if size > 1 and arguments.command != "train":
+            if rank > 0:
                 raise PeerFailed
             raise UserError(f"{arguments.command} is one process: call it without torchrun")
         return getattr(commands, arguments.command.replace("-", "_"))(arguments)

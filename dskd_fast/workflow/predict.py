@@ -16,6 +16,7 @@ from dskd_fast.workflow.evaluate import decide
 from dskd_fast.workflow.overlay import full_colour, overlay
 
 PREDICTIONS = "predictions.csv"
+_PICTURE_FOLDERS = ("overlays", "maps")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def predict(
     """
     named = _with_names(inputs, out)
     require_writable(out / PREDICTIONS)
-    for folder in (out / "overlays", out / "maps"):
+    for folder in (out / name for name in _PICTURE_FOLDERS):
         if folder.exists() and not (out / PREDICTIONS).exists():
             raise UserError(
                 f"{folder} is there, and is not from an earlier prediction, of which there would be a {PREDICTIONS} "
@@ -149,7 +150,7 @@ def _with_names(inputs: Sequence[Path], out: Path) -> list[tuple[Path, str]]:
 
 def _images_below(folder: Path, out: Path) -> list[Path]:
     """Images in a folder and its subfolders, but for hidden ones and the results of an earlier call."""
-    results = {out.resolve(), out.resolve() / "overlays", out.resolve() / "maps"}
+    results = {out.resolve(), *(out.resolve() / name for name in _PICTURE_FOLDERS)}
     images = []
     seen: set[Path] = set()
 

@@ -254,12 +254,6 @@ def run(tiny_run, tmp_path):
     return shutil.copytree(tiny_run, tmp_path / "run")
 
 
-def edit(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
 def test_what_is_loaded_is_what_was_saved(data_root, tiny_options, tmp_path, below):
     category = open_category(data_root, "screw_bag")
     options = tiny_options(sigma=1.25, align_corners=True, gccb=None)
@@ -300,7 +294,7 @@ def test_the_config_says_how_the_run_came_about(tiny_run, tiny_options, data_roo
     assert config["commit"] is None or len(config["commit"].removesuffix("+changes")) == 40
 
 
-def test_loading_needs_neither_a_download_nor_the_teachers_file(run, tiny_weights, monkeypatch, write_images):
+def test_loading_needs_neither_a_download_nor_the_teachers_file(run, tiny_weights, monkeypatch, write_images, edit):
     original = timm.create_model
 
     def create(*arguments, pretrained=False, **settings):
@@ -337,7 +331,7 @@ def test_truncated_weights_are_refused(run):
         load_run(run, "cpu")
 
 
-def test_weights_of_another_run_are_refused(run, data_root, tiny_options):
+def test_weights_of_another_run_are_refused(run, data_root, tiny_options, edit):
     edit(run / "config.json", lambda c: c["options"].update(gccb=16))
     with pytest.raises(UserError, match=r"weights\.safetensors belongs to another run"):
         load_run(run, "cpu")
@@ -368,7 +362,7 @@ def test_weights_that_are_not_numbers_give_no_scores(run, data_root):
 
 
 @pytest.mark.parametrize("found", [0, 2, "1", None])
-def test_another_format_names_both(run, found):
+def test_another_format_names_both(run, found, edit):
     edit(run / "config.json", lambda c: c.update(format=found))
     with pytest.raises(UserError, match=f"format {found!r}, but this version reads format 1"):
         load_run(run, "cpu")
@@ -409,7 +403,7 @@ def test_another_format_names_both(run, found):
         ("calibration.json", lambda c: c.update(threshold=1.5)),
     ],
 )
-def test_an_edited_run_is_refused_in_one_sentence(run, name, change):
+def test_an_edited_run_is_refused_in_one_sentence(run, name, change, edit):
     edit(run / name, change)
     with pytest.raises(UserError, match=name) as caught:
         load_run(run, "cpu")
@@ -417,13 +411,13 @@ def test_an_edited_run_is_refused_in_one_sentence(run, name, change):
     assert "\n" not in str(caught.value)
 
 
-def test_an_image_size_that_the_teacher_cannot_take_is_named(run):
+def test_an_image_size_that_the_teacher_cannot_take_is_named(run, edit):
     edit(run / "config.json", lambda c: c["options"].update(image_size=70))
     with pytest.raises(UserError, match="image size 70"):
         load_run(run, "cpu")
 
 
-def test_a_run_without_threshold_has_none(run):
+def test_a_run_without_threshold_has_none(run, edit):
     edit(run / "calibration.json", lambda c: c.update(threshold=None))
     assert load_run(run, "cpu")[0].calibration.threshold is None
 

@@ -289,12 +289,6 @@ def stopped(start, tmp_path, always_due):
     return tmp_path / "run"
 
 
-def edit_config(run, change):
-    config = json.loads((run / "config.json").read_text())
-    change(config)
-    (run / "config.json").write_text(json.dumps(config))
-
-
 def test_some_options_may_change_and_are_recorded(stopped):
     seen = []
     resume_run(stopped, {"epochs": 4, "batch_size": 2, "lr": 0.001}, report=lambda s: seen.append((s.step, s.steps)))
@@ -351,8 +345,8 @@ def test_another_runs_checkpoint_is_refused(stopped, start, tmp_path, different)
         resume_run(stopped)
 
 
-def test_a_checkpoint_of_other_losses_is_refused(stopped):
-    edit_config(stopped, lambda config: config["options"].update(global_loss="cosine"))
+def test_a_checkpoint_of_other_losses_is_refused(stopped, edit):
+    edit(stopped / "config.json", lambda config: config["options"].update(global_loss="cosine"))
     with pytest.raises(UserError, match=r"belongs to another training \(its images or its options are others"):
         resume_run(stopped)
 
@@ -375,8 +369,8 @@ def test_an_epoch_that_has_begun_cannot_be_left_out(stopped):
         lambda config: config.pop("holdout"),
     ],
 )
-def test_an_edited_config_is_told_with_its_file(stopped, change):
-    edit_config(stopped, change)
+def test_an_edited_config_is_told_with_its_file(stopped, change, edit):
+    edit(stopped / "config.json", change)
     with pytest.raises(UserError, match=r"config\.json") as caught:
         resume_run(stopped, {"lr": 0.1})
     assert "train again, or restore the file" in str(caught.value)
