@@ -22,10 +22,12 @@ from dskd_fast.workflow.device import has_fast_bf16
 # A contestant is run until this many seconds have passed, but at least and at most so many times.
 _SECONDS = {False: 0.5, True: 1.0}
 _ROUNDS = (3, 100)
-# What takes longer than this is run once.
-_SLOW = 8.0
+# What takes longer than this needs no second call to be warm.
+_WARM = 1.0
+# What takes longer than this is timed once.
+_SLOW = 3.0
 # What would take longer than this is not run at all: with the gate and the memory it is about ten calls.
-_LONGEST = 60.0
+_LONGEST = 30.0
 # A first small call that takes this long is work, not overhead, and tells how long larger ones would take.
 _TELLING = 0.25
 _NOT_QUICK = "not in the quick run: --bench-full"
@@ -99,7 +101,6 @@ class Lab:
         self.only_full: list[dict] = []
         self.started = time.monotonic()
         self._not_quick: set = set()
-        self._products: dict[tuple, float] = {}
         self._verdicts: dict[tuple, tuple] = {}
         self._longest: dict[tuple, tuple[float, float, str]] = {}
 
@@ -157,7 +158,7 @@ class Lab:
     def time(self, benchmark, group: str, info: dict, call: Callable[[], object], is_warm: bool = False) -> float:
         """Time a call, after one that is not counted unless it `is_warm`; returns about how many seconds it takes."""
         seconds = self._seconds_of(call)
-        if not is_warm and seconds <= _SLOW:
+        if not is_warm and seconds <= _WARM:
             seconds = self._seconds_of(call)
         rounds = min(_ROUNDS[1], max(_ROUNDS[0], int(_SECONDS[self.is_full] / seconds)))
         benchmark.group = group
@@ -222,14 +223,12 @@ class Lab:
         return time.perf_counter() - started
 
     def product_seconds(self, shape: tuple[int, ...], precision: str) -> float:
-        """Time of one (B, N, C) x (B, C, N) product with operands of a precision, at most 4,096 rows at a time."""
+        """Time of one (B, N, C) x (B, C, N) product with operands of a precision, from 1,024 of its N rows."""
         dtype = _OPERANDS.get(precision, torch.float32)
         if self.device.type == "cpu" and dtype == torch.float16:
             dtype = torch.float32  # processors multiply it as that, or slower
-        if (key := (shape, dtype, precision == "tf32")) in self._products:
-            return self._products[key]
         batch, channels, n = shape[0], shape[1], shape[2] * shape[3]
-        rows = min(n, 4096)
+        rows = min(n, 1024)
         left = torch.randn(batch, rows, channels, device=self.device).to(dtype)
         right = torch.randn(batch, n, channels, device=self.device).to(dtype).mT
         out = torch.empty(batch, rows, n, device=self.device, dtype=dtype)
@@ -237,15 +236,14 @@ class Lab:
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         try:
             seconds = []
-            while len(seconds) < 5 or (sum(seconds) < 0.3 and len(seconds) < 100):
+            while len(seconds) < 3 or (sum(seconds) < 0.2 and len(seconds) < 100):
                 started = time.perf_counter()
                 torch.bmm(left, right, out=out)
                 synchronise(self.device)
                 seconds.append(time.perf_counter() - started)
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
-        self._products[key] = sorted(seconds)[len(seconds) // 2] * n / rows
-        return self._products[key]
+        return sorted(seconds)[len(seconds) // 2] * n / rows
 
     def _verdict(self, case: Comparison) -> tuple:
         key = (case.kernel, case.index, case.work.shape)

@@ -38,7 +38,8 @@ def _context():
     os.environ.update(needed)
     try:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bench.memory"])
+        # PyTorch imports its compiler at the first call of any operator that is written in Python: 2 s a process.
+        context.set_forkserver_preload(["bench.memory", "torch._dynamo"])
         with context.Pool(1) as pool:
             pool.apply(torch.get_num_threads)
     finally:

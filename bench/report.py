@@ -31,7 +31,9 @@ The median is over all rounds of a run, the spread half of their interquartile r
 speed-ups are relative to the row of the same table that the head of the column names; extra memory is what a call needs
 at its peak beyond its inputs and outputs; errors are relative L2 errors against float64 at that noise between student
 and teacher; "% of product" is the achieved FLOP/s as a per cent of a plain matrix product's in the same operand type,
-where every row is credited with the operations that the formula asks for. Rows of this library are in bold."""
+where every row is credited with the operations that the formula asks for. That product is timed again after each row:
+the wider its span below a table, the more the machine's own speed has changed between rows, and with it their
+speed-ups. Rows of this library are in bold."""
 
 OURS_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499")
 OTHER_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#CC79A7", "#888888")
@@ -331,13 +333,16 @@ def _below(timed: list[Row], notes: dict[str, str], has_memory: bool, unit: str,
     reasons = dict.fromkeys(row.extra_bytes_note for row in timed if row.extra_bytes_note)
     if reasons and not has_memory:
         found.append(f"Extra memory was not measured: {'; '.join(map(_escape, reasons))}.")
-    products = {row.precision: row.product_seconds for row in reversed(timed) if row.product_seconds is not None}
+    products: dict[str, list[float]] = {}
+    for row in timed:
+        if row.product_seconds is not None:
+            products.setdefault(row.precision or "the same type", []).append(row.product_seconds)
     if products:
-        times = [
-            f"{significant(products[name] * scale)} {unit} in {_escape(name or 'the same type')}"
-            for name in sorted(products, key=str)
-        ]
-        found.append(f"One N x N x C matrix product takes {', '.join(times)}.")
+        times = []
+        for precision, seconds in sorted(products.items()):
+            span = dict.fromkeys(significant(end * scale) for end in (min(seconds), max(seconds)))
+            times.append(f"{' to '.join(span)} {unit} in {_escape(precision)}")
+        found.append(f"One N x N x C matrix product, timed after each row, takes {', '.join(times)}.")
     return found
 
 
