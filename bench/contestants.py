@@ -17,10 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from dskd_fast import functional
 from dskd_fast.ops import dispatch
 
-# N x N matrices that dense forms hold at their peak, without and with the backward pass (measured; for the refusal of
-# what would not fit alone, never shown as a figure).
-_DENSE_MATRICES = {False: 4, True: 6}
-
 
 class Contestant(NamedTuple):
     """One way to compute a map.
@@ -30,7 +26,8 @@ class Contestant(NamedTuple):
         make: called once for each work, returns the function to time.
         refuse: why it cannot run a shape (B, C, H, W) on a device, None if it can.
         ours: whether it is this library's.
-        is_dense: whether it stores N x N matrices.
+        matrices: N x N matrices in float32 that it holds at the peak of a call with its gradient, as the gate makes it
+            (measured; for the refusal of what would not fit alone, never shown as a figure).
     """
 
     name: str
@@ -38,14 +35,13 @@ class Contestant(NamedTuple):
     make: Callable[[], Callable[[Tensor, Tensor], Tensor]]
     refuse: Callable[[tuple[int, ...], torch.device], str | None] = lambda shape, device: None
     ours: bool = False
-    is_dense: bool = False
+    matrices: float = 0
 
-    def refusal(self, shape: tuple[int, ...], device: torch.device, with_gradient: bool, free: int) -> str | None:
+    def refusal(self, shape: tuple[int, ...], device: torch.device, free: int) -> str | None:
         """Why it cannot run a shape, None if it can; `free` is the device's free memory in bytes."""
-        if self.is_dense:
-            needed = _DENSE_MATRICES[with_gradient] * 4 * shape[0] * (shape[2] * shape[3]) ** 2
-            if needed > 0.8 * free:
-                return f"it would take about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
+        needed = self.matrices * 4 * shape[0] * (shape[2] * shape[3]) ** 2
+        if needed > 0.8 * free:
+            return f"it would take about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
         return self.refuse(shape, device)
 
 
@@ -175,13 +171,13 @@ def _ours(backend: str, precision: str) -> Contestant:
     return Contestant(backend, precision, lambda: function, refuse_backend(backend, precision), ours=True)
 
 
-EAGER = Contestant("eager", "float32", lambda: textbook, is_dense=True)
+EAGER = Contestant("eager", "float32", lambda: textbook, matrices=5.2)
 _OTHERS = (
     EAGER,
-    Contestant("eager", "bf16", lambda: textbook_bf16, is_dense=True),
-    Contestant("eager, difference form", "float32", lambda: difference_form, is_dense=True),
-    Contestant("torch.compile of eager", "float32", lambda: _compiled(textbook), is_dense=True),
-    Contestant("torch.compile of the difference form", "float32", lambda: _compiled(difference_form), is_dense=True),
+    Contestant("eager", "bf16", lambda: textbook_bf16, matrices=6.2),
+    Contestant("eager, difference form", "float32", lambda: difference_form, matrices=13),
+    Contestant("torch.compile of eager", "float32", lambda: _compiled(textbook), matrices=2.2),
+    Contestant("torch.compile of the difference form", "float32", lambda: _compiled(difference_form), matrices=3.1),
     Contestant("tiles of rows, checkpointed", "float32", lambda: tiled),
     Contestant("fused attention", "float32", lambda: attention),
     Contestant("KeOps", "float32", lambda: keops, _refuse_keops),

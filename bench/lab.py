@@ -20,7 +20,7 @@ from bench.work import UNITS, Work, features, run, synchronise
 from dskd_fast.workflow.device import has_fast_bf16
 
 # A contestant is run until this many seconds have passed, but at least and at most so many times.
-_SECONDS = {False: 0.5, True: 1.0}
+_SECONDS = 0.5
 _ROUNDS = (3, 100)
 # What takes longer than this needs no second call to be warm.
 _WARM = 1.0
@@ -117,7 +117,7 @@ class Lab:
         """Benchmark a contestant on a work, or note why not."""
         contestant, shape, mode = case.contestant, case.work.shape, case.mode
         info = case.row()
-        if reason := contestant.refusal(shape, self.device, mode != "scoring", self._free_memory()):
+        if reason := contestant.refusal(shape, self.device, self._free_memory()):
             self.leave_out(info, case.group, reason)
         self.leave_out_of_quick(case)
         # The gate makes calls with the gradient, whatever the mode.
@@ -139,6 +139,7 @@ class Lab:
         info["errors"] = found
         if complaint is not None:
             self.leave_out(info, case.group, complaint)
+        memory.give_back(self.device)
         info["extra_bytes"], info["extra_bytes_note"] = memory.extra_bytes(
             case.kernel, case.index, shape, mode, self.device
         )
@@ -155,12 +156,13 @@ class Lab:
             info["percent_of_product"] = 100 * UNITS[mode] * seconds / benchmark.stats.stats.median
             benchmark.extra_info = info
 
-    def time(self, benchmark, group: str, info: dict, call: Callable[[], object], is_warm: bool = False) -> float:
-        """Time a call, after one that is not counted unless it `is_warm`; returns about how many seconds it takes."""
-        seconds = self._seconds_of(call)
-        if not is_warm and seconds <= _WARM:
+    def time(self, benchmark, group: str, info: dict, call: Callable[[], object], warm_up: int = 1) -> float:
+        """Time a call, after so many or more that are not counted; returns about how many seconds it takes."""
+        for _ in range(warm_up):
             seconds = self._seconds_of(call)
-        rounds = min(_ROUNDS[1], max(_ROUNDS[0], int(_SECONDS[self.is_full] / seconds)))
+        if warm_up == 1 and seconds <= _WARM:
+            seconds = self._seconds_of(call)
+        rounds = min(_ROUNDS[1], max(_ROUNDS[0], int(_SECONDS / seconds)))
         benchmark.group = group
         benchmark.extra_info = info
         benchmark.pedantic(self._waited, (call,), rounds=1 if seconds > _SLOW else rounds)

@@ -13,6 +13,14 @@ from bench import contestants as field
 from bench.work import features, run, synchronise
 
 
+def give_back(device: torch.device) -> None:
+    """Give memory that is free, but kept for later, back to the system or the GPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's alone
+        trim(0)
+
+
 def extra_bytes(kind: str, index: int, shape: tuple[int, ...], mode: str, device: torch.device) -> tuple:
     """(bytes, None), or (None, why it was not measured), of the contestant `index` of a kind.
 
@@ -59,7 +67,7 @@ def _measure(kind: str, index: int, shape: tuple[int, ...], mode: str, threads: 
     first = run(function, student, teacher, mode)
     outputs = sum(x.nbytes for x in first if x is not None)
     del first
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back(torch.device("cpu"))
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     run(function, student, teacher, mode)

@@ -236,6 +236,10 @@ def markdown(results: Results, plots: dict[str, str | None]) -> str:
     for name, reason in plots.items():
         title = Path(name).stem
         parts.append(f"`{name}` was not drawn: {reason}." if reason else f"![{title}]({name})")
+    if lines := [line for group in results.groups if (line := _at_a_glance(group))]:
+        heads = ("", "fastest of ours", "fastest other", "speed-up", "extra memory, MiB, ours / other's")
+        ruler = ("---", "---", "---", "---:", "---:")
+        parts += ["## At a glance", "\n".join(map(_line_of, (heads, ruler, *lines)))]
     for kind, title in SECTIONS.items():
         groups = [group for group in results.groups if group[0].kind == kind]
         if groups:
@@ -282,6 +286,22 @@ def _only_full(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _at_a_glance(group: list[Row]) -> tuple[str, ...] | None:
+    """The fastest of ours and of the others in a table, None if it does not have both."""
+    timed = [row for row in group if row.reason is None and row.kind != "cold"]
+    ours, other = (next((row for row in timed if row.ours == is_ours), None) for is_ours in (True, False))
+    if ours is None or other is None:
+        return None
+
+    def told(row: Row) -> str:
+        unit, scale = _unit([row.median])
+        return f"{_escape(row.label)}: {significant(row.median * scale)} {unit}"
+
+    has_memory = ours.extra_bytes is not None and other.extra_bytes is not None
+    memory = f"{_mebibytes(ours.extra_bytes)} / {_mebibytes(other.extra_bytes)}" if has_memory else ""
+    return _title(ours), told(ours), told(other), f"{significant(other.median / ours.median)}x", memory
+
+
 def table(group: list[Row]) -> str:
     """A group's table and what is to be said below it; columns with nothing in them are left out."""
     timed = [row for row in group if row.reason is None]
@@ -299,7 +319,7 @@ def table(group: list[Row]) -> str:
     def memory(row: Row) -> str:
         if row.extra_bytes is None:
             return f"- {_mark(notes, row.extra_bytes_note)}" if row.extra_bytes_note and has_memory else ""
-        return "&lt;0.01" if 0 < row.extra_bytes < 0.01 * 2**20 else significant(row.extra_bytes / 2**20)
+        return _mebibytes(row.extra_bytes)
 
     def error(noise: str, which: int) -> Callable[[Row], str]:
         return lambda row: relative((row.errors or {}).get(noise, (None, None))[which])
@@ -344,6 +364,10 @@ def _below(timed: list[Row], notes: dict[str, str], has_memory: bool, unit: str,
             times.append(f"{' to '.join(span)} {unit} in {_escape(precision)}")
         found.append(f"One N x N x C matrix product, timed after each row, takes {', '.join(times)}.")
     return found
+
+
+def _mebibytes(count: int) -> str:
+    return "&lt;0.01" if 0 < count < 0.01 * 2**20 else significant(count / 2**20)
 
 
 def _if_timed(cell: Callable[[Row], str]) -> Callable[[Row], str]:

@@ -90,9 +90,8 @@ def test_dskd(benchmark, lab, case):
     if reason := lab.too_long(key, case.batch):
         lab.leave_out(info, case.group, reason)
     call = (_anomalib if case.contestant == _OTHER else _dskd)(case, lab.device)
-    for _ in range(2):
-        call()  # memory is taken from the system in the first steps, and then kept
-    seconds = lab.time(benchmark, case.group, info, call, is_warm=True)
+    # Memory is taken from the system in the first steps, and then kept.
+    seconds = lab.time(benchmark, case.group, info, call, warm_up=2)
     lab.note_time(key, case.batch, seconds, f"a batch of {case.batch}")
 
 
