@@ -3,6 +3,7 @@
 import datetime
 import functools
 import importlib.metadata
+import shlex
 import subprocess
 import sys
 import time
@@ -320,7 +321,7 @@ def environment(device: torch.device) -> dict:
         commit += " with changes"
     return {
         "commit": commit,
-        "command": " ".join(["pytest", *sys.argv[1:]]),
+        "command": shlex.join(["pytest", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],

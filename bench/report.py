@@ -1,7 +1,7 @@
-"""`python -m bench.report results.json`: tables and plots of one run of the benchmarks.
+"""`python -m bench.report results.json`: tables and plots of a run of the benchmarks.
 
 Reads what `pytest bench/ --benchmark-only --benchmark-json results.json` wrote, writes benchmarks.md and the plots, and
-prints the Markdown.
+prints the Markdown. Of a run that was made in parts (`-k level_1`, then others) it takes all files.
 """
 
 import argparse
@@ -123,8 +123,49 @@ class Results(NamedTuple):
 # Reading
 
 
-def load(path: Path) -> Results:
-    """Read the JSON of one run."""
+def load(paths: list[Path]) -> Results:
+    """Read the JSON of a run, or of the parts of one: what several have is taken from the last that timed it."""
+    parts = [_read(path) for path in paths]
+    first = parts[0]
+    for path, part in zip(paths, parts, strict=True):
+        if differing := _differences(first, part):
+            name, (one, other) = next(iter(differing.items()))
+            raise ReportError(
+                f"{paths[0]} was measured with {name} {one}, {path} with {other}: "
+                "give files of one machine, with the same versions and commit"
+            )
+    rows = [row for part in parts for group in part.groups for row in group]
+    rows.sort(key=lambda row: row.reason is None)
+    groups = _grouped({(row.kind, row.group, row.label): row for row in rows}.values())
+    there = {_identity(group[0]) for group in groups}
+    only_full = {_identity(row): row for part in parts for row in part.only_full if _identity(row) not in there}
+    told = {
+        name: dict.fromkeys(str(part.environment.get(name) or "") for part in parts) for name in ("command", "date")
+    }
+    return first._replace(
+        groups=groups,
+        only_full=sorted(only_full.values(), key=lambda row: _order([row])),
+        convergence=next((part.convergence for part in reversed(parts) if part.convergence), []),
+        environment=first.environment | {"command": " && ".join(told["command"]), "date": ", ".join(told["date"])},
+    )
+
+
+def _differences(one: Results, other: Results) -> dict[str, tuple[Any, Any]]:
+    """What two runs differ in that may not differ between parts of one, in both."""
+    found = {
+        name: (one.environment.get(name), other.environment.get(name))
+        for name in {**one.environment, **other.environment}
+        if name not in ("command", "date")
+    }
+    found["the processor"] = one.cpu, other.cpu
+    return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
+
+
+def _identity(row: Row) -> tuple:
+    return row.kind, row.work, row.shape, row.mode
+
+
+def _read(path: Path) -> Results:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -158,12 +199,6 @@ def results_of(content: dict[str, Any]) -> Results:
         for entry in content.get("not_timed") or ()
     ]
     only_full = [_row(entry, group=None) for entry in content.get("only_full") or ()]
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.kind, row.group), []).append(row)
-    for group in groups.values():
-        # Stable, and what was not timed stays last.
-        group.sort(key=lambda row: row.median if row.reason is None else math.inf)
     convergence = [
         Point(float(p["noise"]), str(p["contestant"]), p["precision"], bool(p["ours"]), _number(p["error"]))
         for p in content.get("convergence") or ()
@@ -171,7 +206,18 @@ def results_of(content: dict[str, Any]) -> Results:
     environment = dict(content["environment"])
     cpu = ((content.get("machine_info") or {}).get("cpu") or {}).get("brand_raw")
     only_full.sort(key=lambda row: _order([row]))
-    return Results(sorted(groups.values(), key=_order), only_full, convergence, environment, cpu)
+    return Results(_grouped(rows), only_full, convergence, environment, cpu)
+
+
+def _grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each table, the fastest first."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kind, row.group), []).append(row)
+    for group in groups.values():
+        # Stable, and what was not timed stays last.
+        group.sort(key=lambda row: row.median if row.reason is None else math.inf)
+    return sorted(groups.values(), key=_order)
 
 
 def _timed(entry: dict[str, Any]) -> Row:
@@ -660,14 +706,14 @@ def _draw(results: Results, suffix: str, temporary: Callable[[str], Path]) -> di
 def main(argv: list[str] | None = None) -> int:
     """Write the report, print it, and return 2 after a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="what --benchmark-json wrote, for a run or its parts")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report (default: that of the JSON)")
     parser.add_argument("--format", choices=("png", "svg"), default="svg", help="of the plots (default: svg)")
     parser.add_argument("--no-plots", action="store_true", help="tables only, for which matplotlib is not needed")
     arguments = parser.parse_args(argv)
     try:
         results = load(arguments.results)
-        folder = arguments.out or arguments.results.parent
+        folder = arguments.out or arguments.results[0].parent
         text = write(results, folder, None if arguments.no_plots else arguments.format)
     except ReportError as error:
         print(f"report: {error}", file=sys.stderr)

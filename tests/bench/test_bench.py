@@ -96,6 +96,31 @@ def test_extra_memory_is_what_a_call_takes(bench):
     assert slabs < dense
 
 
+_KEPT = """
+import torch
+from bench import memory
+from dskd_fast.workflow.device import keep_freed_memory
+keep_freed_memory()
+blocks = [torch.ones(2**18) for _ in range(400)]
+last = torch.ones(1)
+full = memory._status("VmRSS")
+del blocks
+kept = memory._status("VmRSS")
+memory.give_back(torch.device("cpu"))
+print(full - kept, full - memory._status("VmRSS"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux alone")
+def test_what_a_case_keeps_is_given_back_before_the_next():
+    """400 MiB in small blocks; what was kept once added up over a full run until the system killed it."""
+    done = subprocess.run([sys.executable, "-c", _KEPT], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    at_once, given_back = map(int, done.stdout.split())
+    assert at_once < 40 * 2**20
+    assert given_back > 360 * 2**20
+
+
 def test_a_run_ends_in_a_report(tmp_path):
     """The smallest works, as a user runs them; times are not looked at."""
     results = tmp_path / "results.json"
@@ -108,6 +133,7 @@ def test_a_run_ends_in_a_report(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "### 256 px, level 3, 2 x 1024 x 16 x 16, scoring" in done.stdout
     content = json.loads(results.read_text())
+    assert f"-k '{chosen}' " in content["environment"]["command"]
     timed = {(e["extra_info"]["kind"], e["extra_info"]["contestant"]): e["extra_info"] for e in content["benchmarks"]}
     assert {("affinity", "eager"), ("affinity", "torch"), ("cosine", "eager"), ("cosine", "torch")} <= timed.keys()
     assert timed["affinity", "torch"]["percent_of_product"] > 0

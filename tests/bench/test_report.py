@@ -226,6 +226,68 @@ def test_what_was_rejected_keeps_its_errors(make, content):
     assert table[-1] == ["eager", "bf16", "not timed: it is wrong", "", "", "", "13", "", "0.50", "inf", ""]
 
 
+@pytest.fixture
+def parts(content, tmp_path, report, capsys):
+    """Writes the parts of a run, and returns (exit code, what the command printed, its errors)."""
+
+    def run(*changes):
+        paths = [tmp_path / f"part{i}.json" for i in range(len(changes))]
+        for path, change in zip(paths, changes, strict=True):
+            path.write_text(json.dumps(content | change), encoding="utf-8")
+        code = report.main([*map(str, paths), "--no-plots"])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_parts_of_a_run_give_the_report_of_the_whole(parts, content, text, tmp_path):
+    entries, whole = content["benchmarks"], content["environment"]
+    only = (
+        who("spro", "4 | 5 maps", None, "sPRO", "dskd-fast", None),
+        who("cold", "elsewhere", None, "start", "cpu", None),
+    )
+    first = {"benchmarks": entries[::2], "only_full": only, "environment": whole | {"command": "pytest -k a"}}
+    second = {"benchmarks": entries[1::2], "not_timed": [], "convergence": []}
+    code, together, errors = parts(first, second | {"environment": whole | {"command": "pytest -k b", "date": "later"}})
+    assert (code, errors) == (0, "")
+    told = f"`{whole['command']}`"
+    expected = text.replace(f"{whole['date']}, by {told}", f"{whole['date']}, later, by `pytest -k a && pytest -k b`")
+    # What one part has, no other leaves out.
+    expected += "\n## Not in the quick run\n\n`--bench-full` times these as well:\n\n- Cold start: elsewhere (start)\n"
+    assert together == expected
+    assert (tmp_path / "benchmarks.md").read_text(encoding="utf-8") == together
+
+
+def test_of_two_times_the_last_is_taken_and_none_is_lost_to_a_reason(parts):
+    names = "affinity", "256 px, level 3", [2, 1024, 16, 16], "scoring", "cpu", "bf16"
+    other, reason = timed(*names, median=0.002, ours=True), not_timed(*names, reason="no time", ours=True)
+    older = {"benchmarks": [timed(*names, median=0.001, ours=True)], "not_timed": []}
+    for change in ({"benchmarks": [other], "not_timed": []}, {"benchmarks": [], "not_timed": [reason]}):
+        code, text, _ = parts(older, change)
+        assert code == 0
+        [row] = rows_below(text, "256 px, level 3, 2 x 1024 x 16 x 16, scoring")[1:]
+        assert row == [
+            "**cpu**",
+            "bf16",
+            "2.00" if change["benchmarks"] else "1.00",
+            "±0.080" if change["benchmarks"] else "±0.040",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"environment": {"commit": "1"}}, "commit 0f4af86, "),
+        ({"machine_info": {"cpu": {"brand_raw": "Another CPU"}}}, "the processor Some CPU @ 2 GHz, "),
+    ],
+)
+def test_parts_of_different_runs_are_refused(parts, content, tmp_path, change, told):
+    if "environment" in change:
+        change = {"environment": content["environment"] | change["environment"]}
+    mistake(parts({}, change), f"part0.json was measured with {told}", "part1.json with ", "one machine")
+    assert not (tmp_path / "benchmarks.md").exists()
+
+
 def test_groups_that_the_full_run_alone_has_are_listed(make, content, text):
     assert "--bench-full" not in text
     entries = [
