@@ -2,7 +2,7 @@
 //
 // With the names of kernels/README.md, E = exp2(a), Z = sum E, first = sum E c / Z, v = sum E (expm1(c) - c) / Z and
 // u = v + first, the gradient's weights are E (expm1(c) - u). u is known only when all keys have been seen, so keys are
-// taken in panels: E and E expm1(c) of a panel are held in the second-level cache, u is estimated from the keys so far,
+// taken in panels: E and E expm1(c) of a panel are held in a cache, u is estimated from the keys so far,
 // and the panel is multiplied into the gradient with that estimate. Where there are several panels, sum E k is kept
 // too, and corrects what was added with an earlier estimate: four products, or three where one panel holds all keys.
 //

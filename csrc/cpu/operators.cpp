@@ -99,8 +99,10 @@ Shape shape_of(const Tensor& student, const Tensor& teacher) {
   return dskd::shape_of(student, teacher);
 }
 
-// Keys whose weights fill half of a core's second-level cache; the rest is for operands and sums.
-int64_t panel_keys() {
+// Keys whose weights fill half of a core's second-level cache; the rest is for operands and sums. Products of our own
+// are slower: there the fourth one that several panels need costs more than to fetch 2 MiB from further away.
+int64_t panel_keys(bool use_brgemm) {
+  if (!use_brgemm) return 4096;
   int64_t cache = 0;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -154,7 +156,7 @@ void contextual_affinity(Tensor student, Tensor teacher, double temperature, std
   choose_operand(call, precision, is_wide);
   call.n_pad = round_up(call.shape.positions, kPad);
   call.c_pad = round_up(call.shape.channels, kPad);
-  call.panel = std::min(panel_keys(), round_up(call.n_pad, kKeys));
+  call.panel = std::min(panel_keys(call.use_brgemm), round_up(call.n_pad, kKeys));
 
   // Several images at a time where the slabs of one are few: threads that have run out of them wait for the others.
   const int64_t slabs = (call.shape.positions + kRows - 1) / kRows;

@@ -28,19 +28,24 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("precision", "temperature"), [("bf16", 1), ("bf16", 0.1), ("ieee", 0.1), ("ieee", 0.02)])
-def test_several_panels_are_as_good_as_one(cpu, truth, make_features, precision, temperature):
-    """2,500 keys are more than a panel holds: the mean is estimated from the first, which here are unlike the rest."""
-    student, teacher = make_features(2500, 24, 0.3, "clustered")
-    student[:, :900] = teacher[:, :900]
-    student[:, 1100:1200] *= -1
-    result = cpu.affinity(student, teacher, temperature, precision, image=(50, 50))
+@pytest.mark.parametrize(
+    ("precision", "temperature", "side", "equal"),
+    [("bf16", 1, 50, 900), ("bf16", 0.1, 50, 900), ("ieee", 0.1, 66, 4000), ("ieee", 0.02, 50, 900)],
+)
+def test_several_panels_are_as_good_as_one(cpu, truth, make_features, precision, temperature, side, equal):
+    """The mean is estimated from the first panel, which here is unlike the rest.
+
+    It has up to 2,048 keys with oneDNN's products, up to 4,096 with our own.
+    """
+    student, teacher = make_features(side**2, 24, 0.3, "clustered")
+    student[:, :equal] = teacher[:, :equal]
+    student[:, equal + 200 : equal + 300] *= -1
+    result = cpu.affinity(student, teacher, temperature, precision, image=(side, side))
     # As truth.check, less its look at each position, for which two draws are too few.
     exact = truth(student, teacher, temperature)
     limits = truth.limits(student, teacher, temperature, precision, draws=2)
     for got, true, limit in zip(result, exact, limits, strict=True):
-        # Twice, as in truth.check, but for what was seen with AVX2 alone: 2.02 (ieee, T = 0.1, the gradient).
-        assert np.linalg.norm(got.double().numpy() - true) <= 2.1 * np.linalg.norm(limit)
+        assert np.linalg.norm(got.double().numpy() - true) <= 2 * np.linalg.norm(limit)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])
