@@ -591,7 +591,7 @@ def _plot_growth(
     _draw_lines(axes, lines, styles)
     limits = axes.get_ylim()
     counts = sorted({x for points in lines.values() for x, _ in points})
-    factor = 1.6 * max(y / x**2 for x, y in map(max, lines.values()))
+    factor = 1.6 * max(y / x**2 for x, y in map(max, lines.values()) if x == counts[-1])
     axes.plot(counts, [factor * x**2 for x in counts], color="#999999", linewidth=0.7, label="grows as N²", zorder=1)
     axes.set_ylim(limits)
     axes.set_xticks(counts, [f"{x:,}" for x in counts])

@@ -1,7 +1,7 @@
 """Contextual affinity and cosine distance maps, differentiable in the student.
 
 Usable in any PyTorch project: CPU or GPU, under autocast and torch.compile. The N x N affinities are never stored as a
-whole beyond N = 512 on a CPU: rows are visited a slab at a time, of at most 2^18 entries.
+whole beyond N = 512 on a CPU: rows are visited a slab at a time, of at most 2^18 entries or 64 rows.
 """
 
 import numbers
