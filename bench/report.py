@@ -345,7 +345,8 @@ def _at_a_glance(group: list[Row]) -> tuple[str, ...] | None:
 
     has_memory = ours.extra_bytes is not None and other.extra_bytes is not None
     memory = f"{_mebibytes(ours.extra_bytes)} / {_mebibytes(other.extra_bytes)}" if has_memory else ""
-    return _title(ours), told(ours), told(other), f"{significant(other.median / ours.median)}x", memory
+    title = f"{SECTIONS[ours.kind]}: {_title(ours)}"
+    return title, told(ours), told(other), f"{significant(other.median / ours.median)}x", memory
 
 
 def table(group: list[Row]) -> str:

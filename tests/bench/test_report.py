@@ -333,10 +333,11 @@ def test_the_other_kinds_have_tables_of_their_own(text):
 
 def test_the_fastest_of_ours_is_set_beside_the_fastest_other(text, make, content):
     """Not beside the slowest, nor beside what has no time; tables without both are left out."""
+    growing = "Contextual affinity as the number of positions grows"
     lines = text.split("## At a glance\n\n")[1].split("\n\n")[0].replace("\\|", "¦").splitlines()
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]] == [
         [
-            f"256 px, level {level}, 2 x {c} x {side} x {side}, forward+backward",
+            f"Contextual affinity: 256 px, level {level}, 2 x {c} x {side} x {side}, forward+backward",
             "triton_fused, bf16: 3.00 ms",
             "eager, float32: 34.5 ms",
             "11.5x",
@@ -345,27 +346,27 @@ def test_the_fastest_of_ours_is_set_beside_the_fastest_other(text, make, content
         for level, c, side in ((1, 256, 64), (2, 512, 32), (3, 1024, 16))
     ] + [
         [
-            "N = 1,024, 1 x 256 x 32 x 32, forward+backward",
+            f"{growing}: N = 1,024, 1 x 256 x 32 x 32, forward+backward",
             "triton_fused, tf32: 1.05 ms",
             "eager, float32: 5.24 ms",
             "5.00x",
             "1.95 / 24.0",
         ],
         [
-            "N = 4,096, 1 x 256 x 64 x 64, forward+backward",
+            f"{growing}: N = 4,096, 1 x 256 x 64 x 64, forward+backward",
             "triton_fused, tf32: 16.8 ms",
             "eager, float32: 83.9 ms",
             "5.00x",
             "7.81 / 384",
         ],
         [
-            "256 px, 16 x 3 x 256 x 256, training step",
+            "The whole model: 256 px, 16 x 3 x 256 x 256, training step",
             "dskd-fast, tf32: 0.400 s",
             "eager, float32: 1.60 s",
             "4.00x",
             "",
         ],
-        ["4 ¦ 5 maps", "dskd-fast: 0.750 s", "MVTec's script: 120 s", "160x", ""],
+        ["sPRO: 4 ¦ 5 maps", "dskd-fast: 0.750 s", "MVTec's script: 120 s", "160x", ""],
     ]
     alone = [entry for entry in content["benchmarks"] if entry["extra_info"]["kind"] in ("cosine", "cold")]
     assert "At a glance" not in make(content | {"benchmarks": alone, "not_timed": []}, "--no-plots")[1]
