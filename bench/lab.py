@@ -161,6 +161,8 @@ class Lab:
         """Time a call, after so many or more that are not counted; returns about how many seconds it takes."""
         for _ in range(warm_up):
             seconds = self._seconds_of(call)
+            if seconds > _LONGEST:
+                self.leave_out(info, group, f"it takes {_duration(seconds)} a call")
         if warm_up == 1 and seconds <= _WARM:
             seconds = self._seconds_of(call)
         rounds = min(_ROUNDS[1], max(_ROUNDS[0], int(_SECONDS / seconds)))

@@ -311,6 +311,21 @@ def test_long_calls_are_made_twice_and_short_ones_several_times(bench, monkeypat
     assert len(calls) == rounds[0] + (1 if seconds > 1 else 2)
 
 
+def test_a_call_that_takes_too_long_is_not_made_again(bench, monkeypatch):
+    """Of what no smaller shape has told anything, such as a training step."""
+    lab, now, calls = bench["lab"].Lab(CPU, is_full=True), [0.0], []
+    monkeypatch.setattr(bench["lab"].time, "perf_counter", lambda: now[0])
+
+    def call():
+        calls.append(1)
+        now[0] += 95
+
+    with pytest.raises(pytest.skip.Exception):
+        lab.time(NoBenchmark(), "a group", {"contestant": "slow"}, call, warm_up=2)
+    assert len(calls) == 1
+    assert lab.not_timed == [{"contestant": "slow", "group": "a group", "reason": "it takes 95 s a call"}]
+
+
 def test_torch_compile_compiles_for_more_shapes_than_it_does_by_default(bench):
     """Beyond its limit it would run eagerly, and be timed so."""
     pytest.importorskip("torch._dynamo")
