@@ -28,6 +28,7 @@ def extra_bytes(kind: str, index: int, shape: tuple[int, ...], mode: str, device
     again: the highest resident size during that call, less that before it and the outputs' bytes. On a GPU it is
     PyTorch's own count.
     """
+    give_back(device)  # what this process keeps, the one that measures may need
     if device.type == "cuda":
         return _measure_cuda(kind, index, shape, mode, device), None
     if sys.platform != "linux":

@@ -262,16 +262,13 @@ def test_of_two_times_the_last_is_taken_and_none_is_lost_to_a_reason(parts):
     names = "affinity", "256 px, level 3", [2, 1024, 16, 16], "scoring", "cpu", "bf16"
     other, reason = timed(*names, median=0.002, ours=True), not_timed(*names, reason="no time", ours=True)
     older = {"benchmarks": [timed(*names, median=0.001, ours=True)], "not_timed": []}
-    for change in ({"benchmarks": [other], "not_timed": []}, {"benchmarks": [], "not_timed": [reason]}):
-        code, text, _ = parts(older, change)
+    for newer, times in (
+        ({"benchmarks": [other], "not_timed": []}, ["2.00", "±0.080"]),
+        ({"benchmarks": [], "not_timed": [reason]}, ["1.00", "±0.040"]),
+    ):
+        code, text, _ = parts(older, newer)
         assert code == 0
-        [row] = rows_below(text, "256 px, level 3, 2 x 1024 x 16 x 16, scoring")[1:]
-        assert row == [
-            "**cpu**",
-            "bf16",
-            "2.00" if change["benchmarks"] else "1.00",
-            "±0.080" if change["benchmarks"] else "±0.040",
-        ]
+        assert rows_below(text, "256 px, level 3, 2 x 1024 x 16 x 16, scoring")[1:] == [["**cpu**", "bf16", *times]]
 
 
 @pytest.mark.parametrize(
