@@ -3,7 +3,9 @@
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -25,7 +27,7 @@ _SECONDS = 0.5
 _ROUNDS = (3, 100)
 # What takes longer than this needs no second call to be warm.
 _WARM = 1.0
-# What takes longer than this is timed once.
+# What takes longer than this is timed once, and not again in turn with what is compared with it.
 _SLOW = 3.0
 # What would take longer than this is not run at all: with the gate and the memory it is about ten calls.
 _LONGEST = 30.0
@@ -36,6 +38,7 @@ _NOT_QUICK = "not in the quick run: --bench-full"
 _QUICK_SECONDS = 240.0
 _OVER = "the quick run's time is over, on this machine: --bench-full"
 _SLOW_BF16 = "this processor has no bf16 multiplication, and the quick run no time for it: --bench-full"
+_REFERENCE = ("eager", "float32")
 _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,8 +55,17 @@ class Comparison(NamedTuple):
         return "cosine" if self.kind == "cosine" else "affinity"
 
     @property
+    def contestants(self) -> tuple[Contestant, ...]:
+        return COSINE if self.kernel == "cosine" else AFFINITY
+
+    @property
     def contestant(self) -> Contestant:
-        return (COSINE if self.kernel == "cosine" else AFFINITY)[self.index]
+        return self.contestants[self.index]
+
+    @property
+    def reference(self) -> "Comparison":
+        """What speed-ups are relative to, on the same work in the same mode."""
+        return self._replace(index=[c[:2] for c in self.contestants].index(_REFERENCE))
 
     @property
     def id(self) -> str:
@@ -73,7 +85,7 @@ class Comparison(NamedTuple):
             name,
             precision,
             ours=self.contestant.ours,
-            reference=(name, precision) == ("eager", "float32"),
+            reference=(name, precision) == _REFERENCE,
             shape=self.work.shape,
         )
 
@@ -104,6 +116,7 @@ class Lab:
         self._not_quick: set = set()
         self._verdicts: dict[tuple, tuple] = {}
         self._longest: dict[tuple, tuple[float, float, str]] = {}
+        self._slow: set[Comparison] = set()
 
     def choose(self, quick: list, full: list) -> list:
         """The cases of a session: without --bench-full also those that get a row with that reason and no time."""
@@ -147,17 +160,32 @@ class Lab:
         if not benchmark.enabled:
             benchmark(run, function, student, teacher, mode)
             return
-        seconds = self.time(benchmark, case.group, info, lambda: run(function, student, teacher, mode))
+
+        def call(function) -> Callable[[], object]:
+            return functools.partial(run, function, student, teacher, mode)
+
+        reference = call(case.reference.contestant.make()) if self._takes_turns(case) else None
+        seconds = self.time(benchmark, case.group, info, call(function), reference=reference)
         if mode == "forward+backward":
             self.note_time(key, case.cost(shape), seconds, _shape_text(shape))
         if case.kernel == "affinity":
             seconds = self.product_seconds(shape, contestant.precision)
             info["product_seconds"] = seconds
             info["percent_of_product"] = 100 * UNITS[mode] * seconds / benchmark.stats.stats.median
-            benchmark.extra_info = info
 
-    def time(self, benchmark, group: str, info: dict, call: Callable[[], object], warm_up: int = 1) -> float:
-        """Time a call, after so many or more that are not counted; returns about how many seconds it takes."""
+    def time(
+        self,
+        benchmark,
+        group: str,
+        info: dict,
+        call: Callable[[], object],
+        warm_up: int = 1,
+        reference: Callable[[], object] | None = None,
+    ) -> float:
+        """Time a call, after so many or more that are not counted; returns about how many seconds it takes.
+
+        Calls of `reference` are timed between its rounds, so that a machine whose speed changes changes both.
+        """
         for _ in range(warm_up):
             seconds = self._seconds_of(call)
             if seconds > _LONGEST:
@@ -167,7 +195,20 @@ class Lab:
         rounds = min(_ROUNDS[1], max(_ROUNDS[0], int(_SECONDS / seconds)))
         benchmark.group = group
         benchmark.extra_info = info
-        benchmark.pedantic(self._waited, (call,), rounds=1 if seconds > _SLOW else rounds)
+        rounds = 1 if seconds > _SLOW else rounds
+        if reference is None:
+            benchmark.pedantic(self._waited, (call,), rounds=rounds)
+            return seconds
+        done, turns = itertools.count(1), []
+
+        def take_turns() -> None:
+            share = next(done) / rounds
+            fewest, most = (share * count for count in _ROUNDS)
+            while len(turns) < fewest or (len(turns) < most and sum(turns) < share * _SECONDS):
+                turns.append(self._seconds_of(reference))
+
+        benchmark.pedantic(self._waited, (call,), setup=take_turns, rounds=rounds)
+        info["reference_seconds"] = statistics.median(turns)
         return seconds
 
     def leave_out(self, info: dict, group: str, reason: str) -> None:
@@ -216,6 +257,20 @@ class Lab:
             if seconds > _TELLING or self.too_long(key, cost) is None:
                 return
             side *= 2
+
+    def _takes_turns(self, case: Comparison) -> bool:
+        """Whether the reference can be called between a contestant's rounds; calls it once, to be warm."""
+        reference, shape = case.reference, case.work.shape
+        if (
+            reference in (case, *self._slow)
+            or reference.contestant.refusal(shape, self.device, self._free_memory())
+            or self.too_long((case.kernel, reference.index), case.cost(shape))
+        ):
+            return False
+        student, teacher = features(shape, 1.0, self.device)
+        if self._seconds_of(lambda: run(reference.contestant.make(), student, teacher, case.mode)) > _SLOW:
+            self._slow.add(reference)
+        return reference not in self._slow
 
     def _waited(self, call: Callable[[], object]) -> None:
         call()
@@ -299,6 +354,7 @@ def row(
         "errors": None,
         "extra_bytes": None,
         "extra_bytes_note": None,
+        "reference_seconds": None,
         "product_seconds": None,
         "percent_of_product": None,
     }

@@ -27,13 +27,14 @@ NOISES = ("100 %", "1 %")
 SPEEDUP_WORKS = tuple(f"256 px, level {level}" for level in (1, 2, 3))
 
 NOTE = """\
-The median is over all rounds of a run, the spread half of their interquartile range ("-" where there was one round);
-speed-ups are relative to the row of the same table that the head of the column names; extra memory is what a call needs
-at its peak beyond its inputs and outputs; errors are relative L2 errors against float64 at that noise between student
-and teacher; "% of product" is the achieved FLOP/s as a per cent of a plain matrix product's in the same operand type,
-where every row is credited with the operations that the formula asks for. That product is timed again after each row:
-the wider its span below a table, the more the machine's own speed has changed between rows, and with it their
-speed-ups. Rows of this library are in bold."""
+The median is over all rounds of a run, the spread half of their interquartile range ("-" where there was one round).
+Speed-ups are relative to the row of the same table that the head of the column names; in the tables of the losses to
+calls of eager float32 that took turns with the row's own, unless one takes more than 3 s. Extra memory is what a call
+needs at its peak beyond its inputs and outputs; errors are relative L2 errors against float64 at that noise between
+student and teacher; "% of product" is the achieved FLOP/s as a per cent of a plain matrix product's in the same operand
+type, where every row is credited with the operations that the formula asks for. That product is timed again after each
+row: the wider its span below a table, the more the machine's own speed has changed between rows. Rows of this library
+are in bold."""
 
 OURS_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499")
 OTHER_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#CC79A7", "#888888")
@@ -82,6 +83,7 @@ class Row(NamedTuple):
     errors: dict[str, tuple[float | None, float | None]] | None = None
     extra_bytes: int | None = None
     extra_bytes_note: str | None = None
+    reference_seconds: float | None = None
     product_seconds: float | None = None
     percent_of_product: float | None = None
 
@@ -236,6 +238,7 @@ def _timed(entry: dict[str, Any]) -> Row:
         errors=_errors(extra),
         extra_bytes=extra.get("extra_bytes"),
         extra_bytes_note=extra.get("extra_bytes_note"),
+        reference_seconds=_number(extra.get("reference_seconds")),
         product_seconds=_number(extra.get("product_seconds")),
         percent_of_product=_number(extra.get("percent_of_product")),
     )
@@ -343,10 +346,12 @@ def _at_a_glance(group: list[Row]) -> tuple[str, ...] | None:
         unit, scale = _unit([row.median])
         return f"{_escape(row.label)}: {significant(row.median * scale)} {unit}"
 
+    over_reference = _speedup(group, ours), _speedup(group, other)
+    ratio = over_reference[0] / over_reference[1] if all(over_reference) else other.median / ours.median
     has_memory = ours.extra_bytes is not None and other.extra_bytes is not None
     memory = f"{_mebibytes(ours.extra_bytes)} / {_mebibytes(other.extra_bytes)}" if has_memory else ""
     title = f"{SECTIONS[ours.kind]}: {_title(ours)}"
-    return title, told(ours), told(other), f"{significant(other.median / ours.median)}x", memory
+    return title, told(ours), told(other), f"{significant(ratio)}x", memory
 
 
 def table(group: list[Row]) -> str:
@@ -363,6 +368,10 @@ def table(group: list[Row]) -> str:
     def spread(row: Row) -> str:
         return f"±{significant(row.iqr / 2 * scale, 2)}" if row.rounds > 1 else "-"
 
+    def speed_up(row: Row) -> str:
+        ratio = _speedup(group, row)
+        return f"{significant(ratio)}x" if ratio else ""
+
     def memory(row: Row) -> str:
         if row.extra_bytes is None:
             return f"- {_mark(notes, row.extra_bytes_note)}" if row.extra_bytes_note and has_memory else ""
@@ -377,9 +386,7 @@ def table(group: list[Row]) -> str:
         f"median, {unit}" if timed else "median": median,
         f"spread, {unit}": _if_timed(spread),
         "images/s": _if_timed(lambda row: significant(row.images / row.median) if row.images else ""),
-        f"speed-up over {_escape(base.label)}" if base else "speed-up": _if_timed(
-            lambda row: f"{significant(base.median / row.median)}x" if base else ""
-        ),
+        f"speed-up over {_escape(base.label)}" if base else "speed-up": speed_up,
         "extra memory, MiB": _if_timed(memory),
         **{f"error of map, {noise}": error(noise, 0) for noise in NOISES},
         **{f"error of gradient, {noise}": error(noise, 1) for noise in NOISES},
@@ -644,7 +651,10 @@ def _speedup_group(results: Results, work: str) -> list[Row] | None:
 
 
 def _speedup(group: list[Row], row: Row) -> float | None:
-    return None if row.reason is not None else reference(group).median / row.median
+    """Of a timed row, over the reference: as that was timed in turn with it, or else in its own row."""
+    base = reference(group)
+    seconds = row.reference_seconds or (base.median if base else None)
+    return seconds / row.median if seconds and row.reason is None else None
 
 
 def _drawable(value: float | None) -> bool:

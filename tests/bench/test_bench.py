@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,9 @@ def test_a_run_ends_in_a_report(tmp_path):
     assert {("affinity", "eager"), ("affinity", "torch"), ("cosine", "eager"), ("cosine", "torch")} <= timed.keys()
     assert timed["affinity", "torch"]["percent_of_product"] > 0
     assert max(timed["affinity", "torch"]["errors"]["1 %"]) < 1e-5
+    assert {who: e["reference_seconds"] is None for who, e in timed.items()} == {
+        who: who[1] == "eager" for who in timed
+    }
     reasons = {(e["contestant"], e["precision"]): e["reason"] for e in content["not_timed"] if e["kind"] == "affinity"}
     assert "interpreter" in reasons["triton", "bf16"]
     assert reasons["torch", "fp16"] == "not in the quick run: --bench-full"
@@ -309,6 +313,82 @@ def test_long_calls_are_made_twice_and_short_ones_several_times(bench, monkeypat
     assert told == pytest.approx(seconds)
     assert rounds == [{0.001: 100, 0.3: 3, 2.0: 3, 9.0: 1}[seconds]]
     assert len(calls) == rounds[0] + (1 if seconds > 1 else 2)
+
+
+class Rounds(NoBenchmark):
+    """Calls as pytest-benchmark does, and keeps the times by a clock."""
+
+    enabled = True
+
+    def __init__(self, clock):
+        self.clock, self.seconds = clock, []
+
+    def pedantic(self, function, args=(), setup=lambda: None, rounds=1):
+        for _ in range(rounds):
+            setup()
+            before = self.clock[0]
+            function(*args)
+            self.seconds.append(self.clock[0] - before)
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.02, 0.3, 2.0, 9.0])
+@pytest.mark.parametrize("reference_seconds", [0.001, 0.02, 0.3, 2.0])
+def test_a_machine_that_slows_down_does_not_change_a_speed_up(bench, monkeypatch, seconds, reference_seconds):
+    """By half until the rounds end: in rows of their own, the reference's first, the ratio would be off by as much."""
+    now, calls, info = [0.0], [], {}
+    monkeypatch.setattr(bench["lab"].time, "perf_counter", lambda: now[0])
+    slowness = [1.0]
+
+    def takes(duration):
+        def call():
+            calls.append(duration)
+            now[0] += duration * slowness[0]
+
+        return call
+
+    class Slower(Rounds):
+        def pedantic(self, function, args, setup, rounds):
+            def slow_down():
+                slowness[0] += 0.5 / rounds
+                setup()
+
+            super().pedantic(function, args, slow_down, rounds)
+
+    benchmark, call, reference = Slower(now), takes(seconds), takes(reference_seconds)
+    bench["lab"].Lab(CPU, is_full=True).time(benchmark, "a group", info, call, reference=reference)
+    median = sorted(benchmark.seconds)[len(benchmark.seconds) // 2]
+    assert info["reference_seconds"] / median == pytest.approx(reference_seconds / seconds, rel=0.1)
+    assert 3 <= calls.count(reference_seconds) - (len(benchmark.seconds) if seconds == reference_seconds else 0) <= 110
+
+
+def test_a_reference_takes_turns_but_with_itself_or_where_it_is_slow(bench, monkeypatch):
+    lab, now = bench["lab"].Lab(CPU, is_full=True), [0.0]
+    ours, eager = (growth(bench, name, 1024) for name in (("torch", "ieee"), ("eager", "float32")))
+    monkeypatch.setattr(bench["memory"], "extra_bytes", lambda *arguments: (0, None))
+    assert ours.reference == eager
+    cosine = bench["lab"].Comparison("cosine", ours.work, "scoring", 1)
+    assert cosine.reference.contestant[:2] == ("eager", "float32")
+    for case in (ours, eager):
+        benchmark = Rounds(now)
+        benchmark.stats = SimpleNamespace(stats=SimpleNamespace(median=1.0))
+        lab.compare(benchmark, case)
+        seconds = benchmark.extra_info["reference_seconds"]
+        assert (seconds is None) if case == eager else (seconds > 0)
+
+    seen = []
+
+    def slow(student, teacher):
+        seen.append(now[0])
+        now[0] += 3.1
+        return bench["contestants"].textbook(student, teacher)
+
+    field = list(bench["contestants"].AFFINITY)
+    field[eager.index] = field[eager.index]._replace(make=lambda: slow)
+    monkeypatch.setattr(bench["lab"], "AFFINITY", tuple(field))
+    monkeypatch.setattr(bench["lab"].time, "perf_counter", lambda: now[0])
+    assert not lab._takes_turns(ours)
+    assert not lab._takes_turns(ours)
+    assert len(seen) == 1
 
 
 def test_a_call_that_takes_too_long_is_not_made_again(bench, monkeypatch):

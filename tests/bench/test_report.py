@@ -226,6 +226,31 @@ def test_what_was_rejected_keeps_its_errors(make, content):
     assert table[-1] == ["eager", "bf16", "not timed: it is wrong", "", "", "", "13", "", "0.50", "inf", ""]
 
 
+def test_a_speed_up_is_over_the_calls_that_took_turns(make, content):
+    """The reference's own row was timed while the machine was twice slower."""
+    names = "affinity", "256 px, level 1", [2, 256, 64, 64], "forward+backward"
+    entries = [
+        timed(*names, "eager", median=0.06, reference=True),
+        timed(*names, "KeOps", median=0.012),
+        timed(*names, "tiles", median=0.09, reference_seconds=0.045),
+        timed(*names, "cpu", "bf16", median=0.01, ours=True, reference_seconds=0.03),
+    ]
+    code, text, _ = make(content | {"benchmarks": entries, "not_timed": []}, "--no-plots")
+    assert code == 0
+    table = rows_below(text, "256 px, level 1, 2 x 256 x 64 x 64, forward+backward")
+    assert table[0][4] == "speed-up over eager, float32"
+    assert {row[0]: row[4] for row in table[1:]} == {
+        "**cpu**": "3.00x",
+        "KeOps": "5.00x",
+        "eager": "1.00x",
+        "tiles": "0.500x",
+    }
+    glance = text.split("## At a glance\n\n")[1].split("\n\n")[0]
+    assert "| cpu, bf16: 10.0 ms | KeOps, float32: 12.0 ms | 0.600x |" in glance
+    alone = {"benchmarks": entries[3:], "not_timed": []}
+    assert "| 3.00x |" in make(content | alone, "--no-plots")[1]
+
+
 @pytest.fixture
 def parts(content, tmp_path, report, capsys):
     """Writes the parts of a run, and returns (exit code, what the command printed, its errors)."""
