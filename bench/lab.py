@@ -116,7 +116,6 @@ class Lab:
         self._not_quick: set = set()
         self._verdicts: dict[tuple, tuple] = {}
         self._longest: dict[tuple, tuple[float, float, str]] = {}
-        self._slow: set[Comparison] = set()
 
     def choose(self, quick: list, full: list) -> list:
         """The cases of a session: without --bench-full also those that get a row with that reason and no time."""
@@ -235,13 +234,16 @@ class Lab:
 
     def too_long(self, key: tuple, cost: float) -> str | None:
         """Why a call of `cost` would take too long, None if it would not or nothing is known."""
-        if key not in self._longest:
-            return None
-        known, seconds, label = self._longest[key]
-        expected = seconds * cost / known
+        expected = self._expected(key, cost)
         if expected <= _LONGEST:
             return None
+        _, seconds, label = self._longest[key]
         return f"it would take about {_duration(expected)} a call (from {_duration(seconds)} for {label})"
+
+    def _expected(self, key: tuple, cost: float) -> float:
+        """Seconds of a call of `cost`, 0 where nothing is known."""
+        known, seconds, _ = self._longest.get(key, (1, 0.0, ""))
+        return seconds * cost / known
 
     def _probe(self, key: tuple, case: Comparison) -> None:
         """Where nothing is known of a contestant: time it on small images until that tells enough of `case`."""
@@ -261,16 +263,15 @@ class Lab:
     def _takes_turns(self, case: Comparison) -> bool:
         """Whether the reference can be called between a contestant's rounds; calls it once, to be warm."""
         reference, shape = case.reference, case.work.shape
-        if (
-            reference in (case, *self._slow)
-            or reference.contestant.refusal(shape, self.device, self._free_memory())
-            or self.too_long((case.kernel, reference.index), case.cost(shape))
-        ):
+        if reference == case or reference.contestant.refusal(shape, self.device, self._free_memory()):
+            return False
+        key = (reference.kernel, reference.index)
+        self._probe(key, reference)
+        if self._expected(key, reference.cost(shape)) > _SLOW:
             return False
         student, teacher = features(shape, 1.0, self.device)
-        if self._seconds_of(lambda: run(reference.contestant.make(), student, teacher, case.mode)) > _SLOW:
-            self._slow.add(reference)
-        return reference not in self._slow
+        run(reference.contestant.make(), student, teacher, case.mode)
+        return True
 
     def _waited(self, call: Callable[[], object]) -> None:
         call()

@@ -375,20 +375,12 @@ def test_a_reference_takes_turns_but_with_itself_or_where_it_is_slow(bench, monk
         seconds = benchmark.extra_info["reference_seconds"]
         assert (seconds is None) if case == eager else (seconds > 0)
 
-    seen = []
-
-    def slow(student, teacher):
-        seen.append(now[0])
-        now[0] += 3.1
-        return bench["contestants"].textbook(student, teacher)
-
-    field = list(bench["contestants"].AFFINITY)
-    field[eager.index] = field[eager.index]._replace(make=lambda: slow)
-    monkeypatch.setattr(bench["lab"], "AFFINITY", tuple(field))
-    monkeypatch.setattr(bench["lab"].time, "perf_counter", lambda: now[0])
-    assert not lab._takes_turns(ours)
-    assert not lab._takes_turns(ours)
-    assert len(seen) == 1
+    # What is expected of it from its longest call so far.
+    larger = growth(bench, ("torch", "ieee"), 4096)
+    assert lab._takes_turns(larger)
+    lab.note_time(("affinity", eager.index), eager.cost((1, 256, 64, 64)), 3.1, "N = 4,096")
+    assert not lab._takes_turns(larger)
+    assert lab._takes_turns(ours)
 
 
 def test_a_call_that_takes_too_long_is_not_made_again(bench, monkeypatch):
