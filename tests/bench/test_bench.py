@@ -81,7 +81,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_its_size(bench):
     eager = bench["contestants"].EAGER
     assert eager.refusal((1, 256, 64, 64), CPU, 2**33) is None
     told = eager.refusal((1, 256, 256, 256), CPU, 2**34)
-    assert told == "it would take about 83 GiB of memory, 16 GiB are free"
+    assert told == "it would take about 224 GiB of memory, 16 GiB are free"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measured on Linux alone")
