@@ -1,5 +1,6 @@
 """What the cpu backend alone has: panels and slabs, threads, capabilities, oneDNN's products or its own, float64."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -131,6 +132,23 @@ def test_every_half_precision_number_is_read_as_it_is(cpu, dtype):
         got = cpu.cosine_of_maps(student.contiguous(memory_format=layout), teacher)
         for x, y in zip(got, exact, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(("of_student", "of_teacher"), [*itertools.product(_DTYPES, _DTYPES)])
+def test_the_cosine_distance_does_not_depend_on_the_layout(cpu, make_features, of_student, of_teacher):
+    """Positions that lie side by side are read in place, others by vectors; a block has 64, the last one less."""
+    maps = (x.mT.unflatten(2, (11, 13)) for x in make_features(143, 21, 0.1, batch=2))
+    student, teacher = (x.to(dtype) for x, dtype in zip(maps, (of_student, of_teacher), strict=True))
+    student[0, :, 0, 0] = teacher[0, :, 0, 0] = teacher[1, :, 0, 1] = 0
+    student[1, 3, 2, 0] = math.nan
+    exact = torch_tiled.cosine_distance(student.double(), teacher.double(), True)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = cpu.cosine_of_maps(*(x.contiguous(memory_format=layout) for x in (student, teacher)))
+        for x, y in zip(got, exact, strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
