@@ -28,13 +28,13 @@ SPEEDUP_WORKS = tuple(f"256 px, level {level}" for level in (1, 2, 3))
 
 NOTE = """\
 The median is over all rounds of a run, the spread half of their interquartile range ("-" where there was one round).
-Speed-ups are relative to the row of the same table that the head of the column names; in the tables of the losses to
-calls of eager float32 that took turns with the row's own, unless one takes more than 3 s. Extra memory is what a call
-needs at its peak beyond its inputs and outputs; errors are relative L2 errors against float64 at that noise between
-student and teacher; "% of product" is the achieved FLOP/s as a per cent of a plain matrix product's in the same operand
-type, where every row is credited with the operations that the formula asks for. That product is timed again after each
-row: the wider its span below a table, the more the machine's own speed has changed between rows. Rows of this library
-are in bold."""
+Speed-ups are relative to the row of the same table that the head of the column names; in the tables of the losses
+to calls of eager float32 that took turns with the row's own, unless one takes more than 3 s. Extra memory is what a
+call needs at its peak beyond its inputs and outputs; errors are relative L2 errors against float64 at that noise
+between student and teacher; "% of product" is the achieved FLOP/s as a per cent of a plain matrix product's in the
+same operand type, where every row is credited with the operations that the formula asks for (more than 100 where
+PyTorch's product is not the fastest there is). That product is timed again after each row: the wider its span below
+a table, the more the machine's own speed has changed between rows. Rows of this library are in bold."""
 
 OURS_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499")
 OTHER_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#CC79A7", "#888888")
