@@ -16,6 +16,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 import torch
+from torch import Tensor
 
 from bench import accuracy, memory
 from bench.contestants import AFFINITY, COSINE, Contestant
@@ -159,12 +160,8 @@ class Lab:
         if not benchmark.enabled:
             benchmark(run, function, student, teacher, mode)
             return
-
-        def call(function) -> Callable[[], object]:
-            return functools.partial(run, function, student, teacher, mode)
-
-        reference = call(case.reference.contestant.make()) if self._takes_turns(case) else None
-        seconds = self.time(benchmark, case.group, info, call(function), reference=reference)
+        call = functools.partial(run, function, student, teacher, mode)
+        seconds = self.time(benchmark, case.group, info, call, reference=self._reference(case, student, teacher))
         if mode == "forward+backward":
             self.note_time(key, case.cost(shape), seconds, _shape_text(shape))
         if case.kernel == "affinity":
@@ -260,18 +257,18 @@ class Lab:
                 return
             side *= 2
 
-    def _takes_turns(self, case: Comparison) -> bool:
-        """Whether the reference can be called between a contestant's rounds; calls it once, to be warm."""
+    def _reference(self, case: Comparison, student: Tensor, teacher: Tensor) -> Callable[[], object] | None:
+        """A warm call of the reference to take turns with, None with itself and where it would take too long."""
         reference, shape = case.reference, case.work.shape
         if reference == case or reference.contestant.refusal(shape, self.device, self._free_memory()):
-            return False
+            return None
         key = (reference.kernel, reference.index)
         self._probe(key, reference)
         if self._expected(key, reference.cost(shape)) > _SLOW:
-            return False
-        student, teacher = features(shape, 1.0, self.device)
-        run(reference.contestant.make(), student, teacher, case.mode)
-        return True
+            return None
+        call = functools.partial(run, reference.contestant.make(), student, teacher, case.mode)
+        call()
+        return call
 
     def _waited(self, call: Callable[[], object]) -> None:
         call()

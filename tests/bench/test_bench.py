@@ -377,10 +377,11 @@ def test_a_reference_takes_turns_but_with_itself_or_where_it_is_slow(bench, monk
 
     # What is expected of it from its longest call so far.
     larger = growth(bench, ("torch", "ieee"), 4096)
-    assert lab._takes_turns(larger)
+    maps = bench["work"].features((1, 4, 8, 8), 1.0, CPU)
+    assert lab._reference(larger, *maps) is not None
     lab.note_time(("affinity", eager.index), eager.cost((1, 256, 64, 64)), 3.1, "N = 4,096")
-    assert not lab._takes_turns(larger)
-    assert lab._takes_turns(ours)
+    assert lab._reference(larger, *maps) is None
+    assert lab._reference(ours, *maps) is not None
 
 
 def test_a_call_that_takes_too_long_is_not_made_again(bench, monkeypatch):
