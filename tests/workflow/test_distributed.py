@@ -62,7 +62,7 @@ def test_the_gradients_are_those_of_one_process(tmp_path, tiny_weights):
 
 
 def test_two_processes_train_what_one_trains(train, tmp_path, cli, below):
-    recipe = ["--epochs", "3", "--lr", "0.0005", "--batch-size", "5"]
+    recipe = ["--epochs", "3", "--lr", "0.0001", "--batch-size", "5"]
     process = torchrun(SCRIPT, *train(tmp_path / "two", *recipe))
     out, err = finish(process)
     assert process.returncode == 0, err
@@ -74,7 +74,7 @@ def test_two_processes_train_what_one_trains(train, tmp_path, cli, below):
     assert len(histories[0]) == len(histories[1]) == 3
     for one, two in zip(*histories, strict=True):
         for loss in ("local_loss", "global_loss"):
-            # Adam divides gradients by their size: what rounds differently near zero moves a weight by up to lr.
+            # Adam divides gradients by their size: what rounds differently near zero moves a weight by up to lr a step.
             assert two[loss] == pytest.approx(one[loss], rel=0.02)
     # What batch norm has seen is the whole batch.
     statistics = [
