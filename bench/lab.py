@@ -56,6 +56,11 @@ class Comparison(NamedTuple):
         return "cosine" if self.kind == "cosine" else "affinity"
 
     @property
+    def key(self) -> tuple[str, int]:
+        """What its times are kept by: the contestant, whatever the work and the mode."""
+        return self.kernel, self.index
+
+    @property
     def contestants(self) -> tuple[Contestant, ...]:
         return COSINE if self.kernel == "cosine" else AFFINITY
 
@@ -135,7 +140,7 @@ class Lab:
             self.leave_out(info, case.group, reason)
         self.leave_out_of_quick(case)
         # The gate makes calls with the gradient, whatever the mode.
-        key = (case.kernel, case.index)
+        key = case.key
         try:
             if self.is_full:
                 self._probe(key, case)
@@ -262,9 +267,8 @@ class Lab:
         reference, shape = case.reference, case.work.shape
         if reference == case or reference.contestant.refusal(shape, self.device, self._free_memory()):
             return None
-        key = (reference.kernel, reference.index)
-        self._probe(key, reference)
-        if self._expected(key, reference.cost(shape)) > _SLOW:
+        self._probe(reference.key, reference)
+        if self._expected(reference.key, reference.cost(shape)) > _SLOW:
             return None
         call = functools.partial(run, reference.contestant.make(), student, teacher, case.mode)
         call()
