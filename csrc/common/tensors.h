@@ -1,8 +1,8 @@
-// From PyTorch's tensors to those of maps.h, for operators.
+// From PyTorch's tensors, at::Tensor or torch::stable::Tensor, to those of maps.h, for operators.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 
@@ -10,7 +10,8 @@
 
 namespace dskd {
 
-inline Dtype dtype_of(const torch::stable::Tensor& tensor) {
+template <class Tensor>
+Dtype dtype_of(const Tensor& tensor) {
   using torch::headeronly::ScalarType;
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -26,16 +27,19 @@ inline Dtype dtype_of(const torch::stable::Tensor& tensor) {
   }
 }
 
-inline Maps maps_of(const torch::stable::Tensor& tensor) {
+template <class Tensor>
+Maps maps_of(const Tensor& tensor) {
   const auto strides = tensor.strides();
   return {tensor.data_ptr(), dtype_of(tensor), strides[0], strides[1], strides[2], strides[3]};
 }
 
-inline Maps maps_of(const std::optional<torch::stable::Tensor>& tensor) {
+template <class Tensor>
+Maps maps_of(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? maps_of(*tensor) : Maps{};
 }
 
-inline Shape shape_of(const torch::stable::Tensor& student, const torch::stable::Tensor& teacher) {
+template <class Tensor>
+Shape shape_of(const Tensor& student, const Tensor& teacher) {
   STD_TORCH_CHECK(student.dim() == 4 && teacher.dim() == 4, "the operator takes tensors (B, C, H, W)");
   const auto sizes = student.sizes();
   for (int64_t i = 0; i < 4; i++)

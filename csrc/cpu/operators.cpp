@@ -1,7 +1,14 @@
 // The operators torch.ops.dskd_fast_cpu.*: what they are given, which kernels serve it, and the threads that run them.
+#include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <torch/csrc/stable/library.h>
+#include <torch/library.h>
+#include <torch/version.h>
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10
 #include <torch/csrc/stable/ops.h>
+#else
+#include <thread>
+#include <vector>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -19,6 +26,7 @@
 
 namespace {
 
+using at::Tensor;
 using dskd::Affinity;
 using dskd::Cosine;
 using dskd::Dtype;
@@ -31,7 +39,6 @@ using dskd::Operand;
 using dskd::Parts;
 using dskd::round_up;
 using dskd::Shape;
-using torch::stable::Tensor;
 
 struct Kernels {
   void (*centre)(const Affinity&, int64_t, const Keys&, char*);
@@ -70,11 +77,24 @@ Memory allocate(int64_t bytes) {
   return Memory(static_cast<char*>(::operator new[](static_cast<size_t>(bytes), std::align_val_t(64))));
 }
 
-// Threads of PyTorch's pool with a piece of memory each.
+// Runs `work` in n threads: PyTorch's own, which at::parallel_for only finds with its OpenMP, or before 2.10 new ones.
+template <class Work>
+void in_threads(int64_t n, const Work& work) {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10
+  torch::stable::parallel_for(0, n, 1, [&](int64_t, int64_t) { work(); });
+#else
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < n; i++) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+#endif
+}
+
+// Threads with a piece of memory each.
 class Workers {
  public:
   Workers(int64_t tasks, int64_t scratch_bytes)
-      : threads_(std::min<int64_t>(tasks, torch::stable::get_num_threads())),
+      : threads_(std::min<int64_t>(tasks, at::get_num_threads())),
         scratch_bytes_(round_up(scratch_bytes, 64)),
         memory_(allocate(threads_ * scratch_bytes_)) {}
 
@@ -83,7 +103,7 @@ class Workers {
   template <class Task>
   void run(int64_t tasks, const Task& task) const {
     std::atomic<int64_t> next{0}, workers{0};
-    torch::stable::parallel_for(0, std::min(tasks, threads_), 1, [&](int64_t, int64_t) {
+    in_threads(std::min(tasks, threads_), [&] {
       char* scratch = memory_.get() + workers++ * scratch_bytes_;
       for (int64_t i = next++; i < tasks; i = next++) task(i, scratch);
     });
@@ -142,8 +162,8 @@ Keys lay_out(const Affinity& call, Parts& parts) {
   return keys;
 }
 
-void contextual_affinity(Tensor student, Tensor teacher, double temperature, std::string precision, Tensor kl,
-                         std::optional<Tensor> gradient) {
+void contextual_affinity(const Tensor& student, const Tensor& teacher, double temperature, std::string precision,
+                         const Tensor& kl, const std::optional<Tensor>& gradient) {
   Affinity call{};
   call.shape = shape_of(student, teacher);
   call.student = maps_of(student);
@@ -160,7 +180,7 @@ void contextual_affinity(Tensor student, Tensor teacher, double temperature, std
 
   // Several images at a time where the slabs of one are few: threads that have run out of them wait for the others.
   const int64_t slabs = (call.shape.positions + kRows - 1) / kRows;
-  const int64_t busy = 32 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t busy = 32 * static_cast<int64_t>(at::get_num_threads());
   const int64_t group = std::min(call.shape.batch, std::max<int64_t>(1, busy / slabs));
   Parts measure{0};
   lay_out(call, measure);
@@ -185,7 +205,8 @@ void contextual_affinity(Tensor student, Tensor teacher, double temperature, std
   }
 }
 
-void cosine_distance(Tensor student, Tensor teacher, Tensor distance, std::optional<Tensor> gradient) {
+void cosine_distance(const Tensor& student, const Tensor& teacher, const Tensor& distance,
+                     const std::optional<Tensor>& gradient) {
   Cosine call{};
   call.shape = shape_of(student, teacher);
   call.student = maps_of(student);
@@ -202,14 +223,14 @@ void cosine_distance(Tensor student, Tensor teacher, Tensor distance, std::optio
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(dskd_fast_cpu, m) {
+TORCH_LIBRARY(dskd_fast_cpu, m) {
   m.def(
       "contextual_affinity(Tensor student, Tensor teacher, float temperature, str precision, Tensor(a!) kl, "
       "Tensor(b!)? gradient) -> ()");
   m.def("cosine_distance(Tensor student, Tensor teacher, Tensor(a!) distance, Tensor(b!)? gradient) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dskd_fast_cpu, CPU, m) {
-  m.impl("contextual_affinity", TORCH_BOX(&contextual_affinity));
-  m.impl("cosine_distance", TORCH_BOX(&cosine_distance));
+TORCH_LIBRARY_IMPL(dskd_fast_cpu, CPU, m) {
+  m.impl("contextual_affinity", &contextual_affinity);
+  m.impl("cosine_distance", &cosine_distance);
 }
