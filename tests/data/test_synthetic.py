@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from dskd_fast.data import synthetic
-from dskd_fast.data.synthetic import (
+from dskd_fast.data.synthetic import scene as synthetic
+from dskd_fast.data.synthetic.scene import (
     FOLDERS,
     LOGICAL,
     LONG,
