@@ -8,24 +8,11 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from dskd_fast.data.synthetic import scene as synthetic
-from dskd_fast.data.synthetic.scene import (
-    FOLDERS,
-    LOGICAL,
-    LONG,
-    SHORT,
-    STRUCTURAL,
-    Bend,
-    Canvas,
-    Case,
-    compose,
-    defects_config,
-    make_screw_bag,
-    plan,
-    render,
-    sample_scene,
-    silhouette,
-)
+from dskd_fast.data.synthetic import dataset, make_screw_bag
+from dskd_fast.data.synthetic.anomalies import LOGICAL, STRUCTURAL, silhouette
+from dskd_fast.data.synthetic.dataset import FOLDERS, Case, compose, defects_config, plan
+from dskd_fast.data.synthetic.rendering import Canvas, render
+from dskd_fast.data.synthetic.scene import BAG_HALF, LONG, SHORT, Bend, sample_scene
 from dskd_fast.errors import UserError
 
 SIZE = (150, 110)
@@ -155,7 +142,7 @@ def test_good_scenes_hold_the_exact_parts_inside_the_bag_without_overlap():
         assert all(cover.max() > 0.9 for cover in covers)
         assert sum(covers).max() <= 1 + 1e-6
         u, v = scene.bag.to_inner(*canvas.grid())
-        outside = (np.abs(u) > synthetic.BAG_HALF[0]) | (np.abs(v) > synthetic.BAG_HALF[1])
+        outside = (np.abs(u) > BAG_HALF[0]) | (np.abs(v) > BAG_HALF[1])
         assert sum(covers)[outside].max() == 0
         # The outline of the bag itself lies inside the image.
         assert outside[0].all()
@@ -361,14 +348,14 @@ def test_file_or_dangling_link_in_the_way_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("error", "seen"), [(OSError(28, "No space left"), UserError), (MemoryError(), MemoryError)])
 def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch, error, seen):
-    write = synthetic._write_case
+    write = dataset._write_case
 
     def failing(folder, size, seed, case):
         if case.index == 2:
             raise error
         write(folder, size, seed, case)
 
-    monkeypatch.setattr(synthetic, "_write_case", failing)
+    monkeypatch.setattr(dataset, "_write_case", failing)
     with pytest.raises(seen):
         make_screw_bag(tmp_path, **COUNTS, size=SIZE)
     assert os.listdir(tmp_path) == []
@@ -377,13 +364,13 @@ def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch, error, seen):
 def test_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
     few = {"n_train": 1, "n_validation": 0, "n_test_good": 0, "n_structural": 0, "n_logical": 0}
     first = make_screw_bag(tmp_path / "first", **few, size=SIZE)
-    write = synthetic._write_case
+    write = dataset._write_case
 
     def overtaken(folder, size, seed, case):
         write(folder, size, seed, case)
         shutil.copytree(first, tmp_path / "second" / "screw_bag")
 
-    monkeypatch.setattr(synthetic, "_write_case", overtaken)
+    monkeypatch.setattr(dataset, "_write_case", overtaken)
     made = make_screw_bag(tmp_path / "second", **few, size=SIZE)
     assert contents(made) == contents(first)
     assert os.listdir(tmp_path / "second") == ["screw_bag"]
