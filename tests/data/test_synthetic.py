@@ -1,49 +1,57 @@
-import json
 import math
 import os
-import shutil
+from collections import Counter
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
 
-from dskd_fast.data import synthetic
-from dskd_fast.data.synthetic import (
-    FOLDERS,
-    LOGICAL,
-    LONG,
-    SHORT,
-    STRUCTURAL,
-    Bend,
-    Canvas,
-    Case,
-    compose,
-    defects_config,
-    make_screw_bag,
-    plan,
-    render,
-    sample_scene,
-    silhouette,
-)
+from dskd_fast.data.layout import open_category
+from dskd_fast.data.synthetic import dataset, make_screw_bag
+from dskd_fast.data.synthetic.anomalies import LOGICAL, STRUCTURAL
+from dskd_fast.data.synthetic.dataset import FOLDERS, Case, compose, defects_config, plan
+from dskd_fast.data.synthetic.rendering import Canvas, coverage, render
+from dskd_fast.data.synthetic.scene import BAG_HALF, LONG, PARTS, SHORT, Bend, Pose
 from dskd_fast.errors import UserError
 
 SIZE = (150, 110)
-COUNTS = {"n_train": 3, "n_validation": 2, "n_test_good": 1, "n_structural": 6, "n_logical": 2}
-GOOD_PARTS = sorted([("Screw", LONG), ("Screw", SHORT)] + [("Nut", 0.0), ("Washer", 0.0)] * 2)
-BAG_MARKS = {"contamination", "bag_tear", "bag_scratch", "foreign_fibre"}
+COUNTS = {"n_train": 3, "n_validation": 2, "n_test_good": 1, "n_structural": 5, "n_logical": 5}
+FEW = {"n_train": 2, "n_validation": 0, "n_test_good": 0, "n_structural": 1, "n_logical": 0}
+
+KINDS = [pytest.param(kind, id=kind.name) for kind in STRUCTURAL + LOGICAL]
+NORMAL_PARTS = {replace(part, pose=Pose(0, 0)) for part in PARTS.values()}
+# What a logical anomaly does to the number of parts, and how many of them are then alike and marked.
+CHANGES = {
+    "nut_missing": ({"Nut": -1}, None),
+    "washer_extra": ({"Washer": 1}, 3),
+    "screws_both_long": ({LONG: 1, SHORT: -1}, 2),
+    "screw_long_missing": ({LONG: -1}, None),
+    "nut_for_washer": ({"Nut": 1, "Washer": -1}, 3),
+}
 
 
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def case_of(kind, index=0):
-    return Case(FOLDERS[3] if kind in STRUCTURAL else FOLDERS[4], index, (kind,))
+@cache
+def composed(kind, index):
+    return compose(Case(FOLDERS[3] if kind in STRUCTURAL else FOLDERS[4], index, kind), 1)
 
 
-def named(kind):
-    return kind.name
+def are_normal(parts):
+    return all(replace(part, pose=Pose(0, 0)) in NORMAL_PARTS for part in parts)
+
+
+def inventory(scene):
+    return Counter(getattr(part, "length", type(part).__name__) for part in scene.parts.values())
+
+
+def metal(scene, size):
+    return sum(coverage(part, scene.bag, Canvas(size)) for part in scene.parts.values())
 
 
 @pytest.fixture(scope="module")
@@ -51,204 +59,121 @@ def category(tmp_path_factory):
     return make_screw_bag(tmp_path_factory.mktemp("synthetic") / "größe 1", **COUNTS, size=SIZE, seed=3)
 
 
-def test_layout_is_that_of_loco(category):
-    assert category.name == "screw_bag"
-    assert set(contents(category)) == {
-        "defects_config.json",
-        "synthetic.json",
-        *(f"train/good/00{i}.png" for i in range(3)),
-        *(f"validation/good/00{i}.png" for i in range(2)),
-        "test/good/000.png",
-        *(f"test/structural_anomalies/00{i}.png" for i in range(6)),
-        *(f"test/logical_anomalies/00{i}.png" for i in range(2)),
-        *(f"ground_truth/structural_anomalies/00{i}/000.png" for i in range(6)),
-        "ground_truth/structural_anomalies/005/001.png",
-        *(f"ground_truth/logical_anomalies/00{i}/000.png" for i in range(2)),
-    }
-    assert [path.name for path in category.parent.iterdir()] == ["screw_bag"]
-
-
-def test_images_are_rgb_and_masks_hold_zero_and_one_configured_value(category):
-    config = json.loads((category / "defects_config.json").read_text(encoding="utf-8"))
-    values = [entry["pixel_value"] for entry in config]
-    assert len(set(values)) == len(values)
-    for path in category.rglob("*.png"):
-        with Image.open(path) as image:
-            assert image.size == SIZE
-            assert image.mode == ("L" if "ground_truth" in path.parts else "RGB")
-            pixels = np.asarray(image)
-        if "ground_truth" in path.parts:
-            zero, value = np.unique(pixels)
-            assert zero == 0
-            assert value in values
-        else:
-            assert 40 < pixels.mean() < 200
-            assert pixels.std() > 10
-
-
-def test_masks_of_an_image_carry_the_values_of_its_planned_kinds(category):
-    by_name = {entry["defect_name"]: entry["pixel_value"] for entry in defects_config(SIZE)}
-    cases = [case for case in plan(tuple(COUNTS.values())) if case.kinds]
-    assert len(cases) == 8
-    for case in cases:
-        found = [int(np.asarray(Image.open(category / mask)).max()) for mask in case.masks()]
-        assert found == [by_name[kind.name] for kind in case.kinds]
+def test_the_layout_is_that_of_loco_and_every_kind_appears(category):
+    assert os.listdir(category.parent) == ["screw_bag"]
+    found = open_category(category.parent, "screw_bag")
+    assert (found.layout, found.validation_source) == ("loco", "folder")
+    assert list(found.n_images.values()) == list(COUNTS.values())
+    defects = [defect for item in found.test for defect in found.defects(item)]
+    assert sorted(defect.name for defect in defects) == sorted(kind.name for kind in STRUCTURAL + LOGICAL)
+    assert len(contents(category)) == sum(COUNTS.values()) + len(defects) + 2
+    assert {len(kinds) for kinds in (STRUCTURAL, LOGICAL)} == {5}
 
 
 def test_files_hold_what_compose_and_render_give(category):
-    case = plan(tuple(COUNTS.values()))[-1]
-    _, scene, (region,) = compose(case, 3)
-    assert np.array_equal(np.asarray(Image.open(category / case.image)), render(scene, SIZE))
-    assert np.array_equal(np.asarray(Image.open(category / case.masks()[0])) > 0, region(Canvas(SIZE)))
+    for case in plan(tuple(COUNTS.values())):
+        _, scene, region = compose(case, 3)
+        image, *mask = (np.asarray(Image.open(category / file)) for file in case.files())
+        assert np.array_equal(image, render(scene, SIZE))
+        assert 40 < image.mean() < 200
+        if case.kind is None:
+            assert mask == []
+        else:
+            value = {entry["defect_name"]: entry["pixel_value"] for entry in defects_config(SIZE)}[case.kind.name]
+            assert np.array_equal(mask[0], region(Canvas(SIZE)) * np.uint8(value))
 
 
-def test_config_has_relative_and_absolute_saturation_in_locos_form():
-    config = defects_config((480, 336))
-    assert [set(entry) for entry in config] == [
-        {"defect_name", "pixel_value", "saturation_threshold", "relative_saturation"}
-    ] * len(config)
-    assert all(0 < entry["pixel_value"] <= 255 for entry in config)
-    by_name = {entry["defect_name"]: entry for entry in config}
-    for kind in STRUCTURAL:
-        assert by_name[kind.name]["relative_saturation"] is True
-        assert by_name[kind.name]["saturation_threshold"] == 1.0
-    washer = math.pi * (25.0**2 - 12.0**2)
-    nut = 2 * math.sqrt(3) * 21.5**2 - math.pi * 9.0**2
-    for name, area in (("washer_extra", washer), ("washer_missing", washer), ("nut_extra", nut)):
-        assert by_name[name]["relative_saturation"] is False
-        assert by_name[name]["saturation_threshold"] == pytest.approx(area, rel=0.005)
-        assert isinstance(by_name[name]["saturation_threshold"], int)
-    halved = {e["defect_name"]: e["saturation_threshold"] for e in defects_config((240, 168))}
-    assert halved["washer_extra"] == pytest.approx(washer / 4, rel=0.01)
-
-
-def test_same_parameters_give_the_same_bytes_for_any_number_of_threads(category, tmp_path, monkeypatch):
+def test_a_seed_gives_the_same_bytes_for_any_number_of_threads_and_another_seed_others(category, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    single = make_screw_bag(tmp_path / "single", **COUNTS, size=SIZE, seed=3)
-    assert contents(single) == contents(category)
-    other = make_screw_bag(tmp_path / "other", **COUNTS, size=SIZE, seed=4)
-    assert contents(other)["train/good/000.png"] != contents(category)["train/good/000.png"]
+    assert contents(make_screw_bag(tmp_path / "single", **COUNTS, size=SIZE, seed=3)) == contents(category)
+    other = make_screw_bag(tmp_path / "other", **FEW, size=SIZE, seed=4)
+    images = [data for folder in (category, other) for name, data in contents(folder).items() if "good" in name]
+    assert len(set(images)) == len(images) == 8
 
 
-def test_images_of_one_category_all_differ(category):
-    images = [data for name, data in contents(category).items() if name.startswith(("train", "valid", "test"))]
-    assert len(set(images)) == len(images) == 14
+def test_saturation_thresholds_are_the_areas_of_parts():
+    config = {entry["defect_name"]: entry for entry in defects_config((480, 336))}
+    assert len({entry["pixel_value"] for entry in config.values()}) == len(config)
+    nut, washer = 2 * math.sqrt(3) * 21.5**2 - math.pi * 9.0**2, math.pi * (25.0**2 - 12.0**2)
+    for name, area in {"nut_missing": nut, "nut_for_washer": nut, "washer_extra": washer}.items():
+        assert config[name]["relative_saturation"] is False
+        assert config[name]["saturation_threshold"] == pytest.approx(area, rel=0.005)
+    for kind in STRUCTURAL:
+        assert config[kind.name]["relative_saturation"] is True
+        assert config[kind.name]["saturation_threshold"] == 1.0
 
 
-def test_plan_spreads_the_kinds_evenly():
-    cases = plan((1, 0, 0, 2 * len(STRUCTURAL), 2 * len(LOGICAL)))
-    first = [case.kinds[0].name for case in cases if case.kinds]
-    assert len(STRUCTURAL) >= 6
-    assert len(LOGICAL) >= 6
-    assert all(first.count(kind.name) == 2 for kind in STRUCTURAL + LOGICAL)
-    for case in cases:
-        assert len({kind.name for kind in case.kinds}) == len(case.kinds)
-
-
-def test_good_scenes_hold_the_exact_parts_inside_the_bag_without_overlap():
-    canvas = Canvas(SIZE)
-    for seed in range(15):
-        scene = sample_scene(np.random.default_rng(seed))
-        assert scene.inventory() == GOOD_PARTS
+def test_good_bags_hold_the_exact_parts_inside_without_overlap_and_no_anomaly():
+    for case in plan((6, 6, 6, 0, 0)):
+        good, scene, region = compose(case, 0)
+        assert (good, region) == (scene, None)
+        assert are_normal(scene.parts.values())
+        assert inventory(scene) == {LONG: 1, SHORT: 1, "Nut": 2, "Washer": 2}
         assert scene.marks == ()
-        covers = [silhouette(part, scene.bag, canvas) for part in scene.parts]
-        assert all(cover.max() > 0.9 for cover in covers)
-        assert sum(covers).max() <= 1 + 1e-6
-        u, v = scene.bag.to_inner(*canvas.grid())
-        outside = (np.abs(u) > synthetic.BAG_HALF[0]) | (np.abs(v) > synthetic.BAG_HALF[1])
-        assert sum(covers)[outside].max() == 0
+        cover = metal(scene, SIZE)
+        assert cover.max() <= 1 + 1e-6
+        u, v = scene.bag.to_inner(*Canvas(SIZE).grid())
+        outside = (np.abs(u) > BAG_HALF[0]) | (np.abs(v) > BAG_HALF[1])
+        assert cover[outside].max() == 0
         # The outline of the bag itself lies inside the image.
-        assert outside[0].all()
-        assert outside[-1].all()
-        assert outside[:, 0].all()
-        assert outside[:, -1].all()
+        assert all(edge.all() for edge in (outside[0], outside[-1], outside[:, 0], outside[:, -1]))
 
 
-@pytest.mark.parametrize("kind", LOGICAL, ids=named)
-def test_logical_anomalies_change_the_parts_and_damage_none(kind):
+@pytest.mark.parametrize("kind", STRUCTURAL, ids=lambda kind: kind.name)
+def test_a_structural_anomaly_damages_one_thing_and_keeps_the_parts(kind):
+    good, scene, _ = composed(kind, 0)
+    assert inventory(scene) == inventory(good)
+    assert sum(part.damage is not None for part in scene.parts.values()) + len(scene.marks) == 1
+
+
+@pytest.mark.parametrize("kind", LOGICAL, ids=lambda kind: kind.name)
+def test_a_logical_anomaly_changes_the_parts_each_of_which_is_normal(kind):
+    change, n_marked = CHANGES[kind.name]
     for index in range(3):
-        good, scene, _ = compose(case_of(kind, index), 0)
-        assert good.inventory() == GOOD_PARTS
-        assert scene.inventory() != GOOD_PARTS
+        good, scene, region = composed(kind, index)
+        assert are_normal(scene.parts.values())
         assert scene.marks == ()
-        for part in scene.parts:
-            assert all(getattr(part, damage, None) is None for damage in ("bend", "rust", "chip", "gap"))
-        assert sum(silhouette(part, scene.bag, Canvas(SIZE)) for part in scene.parts).max() <= 1 + 1e-6
+        inventory_expected = inventory(good)
+        inventory_expected.update(change)
+        assert inventory(scene) == inventory_expected
+        assert metal(scene, SIZE).max() <= 1 + 1e-6
+        if n_marked:
+            mask = region(Canvas((480, 336)))
+            assert ndimage.label(mask, structure=np.ones((3, 3)))[1] == n_marked
+            threshold = {e["defect_name"]: e["saturation_threshold"] for e in defects_config((480, 336))}[kind.name]
+            assert mask.sum() == pytest.approx(n_marked * threshold, rel=0.03)
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("nut_missing", {"Nut": -1}),
-        ("washer_missing", {"Washer": -1}),
-        ("screw_long_missing", {LONG: -1}),
-        ("screw_short_missing", {SHORT: -1}),
-        ("nut_extra", {"Nut": 1}),
-        ("washer_extra", {"Washer": 1}),
-        ("screw_short_extra", {SHORT: 1}),
-        ("screws_both_long", {LONG: 1, SHORT: -1}),
-        ("screws_both_short", {LONG: -1, SHORT: 1}),
-    ],
-)
-def test_logical_anomalies_do_what_their_names_say(name, change):
-    _, scene, _ = compose(case_of(next(kind for kind in LOGICAL if kind.name == name)), 0)
-    expected = {"Nut": 2, "Washer": 2, LONG: 1, SHORT: 1}
-    for key, step in change.items():
-        expected[key] += step
-    found = [length or part for part, length in scene.inventory()]
-    assert {key: found.count(key) for key in expected} == expected
-    assert len(found) == sum(expected.values())
-
-
-@pytest.mark.parametrize("kind", STRUCTURAL, ids=named)
-def test_structural_anomalies_keep_the_parts(kind):
-    _, scene, _ = compose(case_of(kind), 0)
-    assert scene.inventory() == GOOD_PARTS
-
-
-@pytest.mark.parametrize("kind", STRUCTURAL, ids=named)
-def test_structural_twin_differs_in_the_mask_and_only_around_it(kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mask_marks_the_place_that_differs_from_the_good_twin(kind):
     size = (240, 168)
     for index in range(2):
-        good, scene, (region,) = compose(case_of(kind, index), 1)
+        good, scene, region = composed(kind, index)
         mask = region(Canvas(size))
-        change = np.abs(render(scene, size).astype(int) - render(good, size)).max(axis=2)
-        # Paint stops at its edge; a changed part also moves its shadow and the film on it (20 units).
-        reach = 2 if kind.name in BAG_MARKS else 12
-        assert change[~ndimage.binary_dilation(mask, iterations=reach, structure=np.ones((3, 3)))].max() == 0
-        assert (change[mask] > 3).mean() > 0.8
-        assert change[mask].mean() > 12
+        images = render(good, size), render(scene, size)
+        change = np.abs(images[0].astype(int) - images[1]).max(axis=2)
+        # A mark stops at its edge; a changed part also moves its shadow and the film on it (30 units).
+        near = ndimage.binary_dilation(mask, iterations=2 if scene.marks else 15, structure=np.ones((3, 3)))
+        assert change[~near].max() == 0
+        if kind in STRUCTURAL:
+            assert (change[mask] > 3).mean() > 0.8
+            assert change[mask].mean() > 12
+        elif kind.name.endswith("missing"):
+            assert mask[metal(good, size) - metal(scene, size) >= 0.5].all()
+            assert metal(scene, size)[mask].max() < 0.5
+        else:
+            assert mask[metal(scene, size) - metal(good, size) >= 0.5].all()
+        # At the size at which the demo trains, it is seen.
+        small = [np.asarray(Image.fromarray(image).resize((128, 128)), int) for image in images]
+        assert (np.abs(small[0] - small[1]).max(axis=2) > 15).sum() >= 8
 
 
-@pytest.mark.parametrize("kind", STRUCTURAL, ids=named)
-def test_structural_defects_show_at_128_pixels(kind):
-    good, scene, _ = compose(case_of(kind), 2)
-    small = [
-        np.asarray(Image.fromarray(render(state, (480, 336))).resize((128, 128), Image.Resampling.BILINEAR))
-        for state in (good, scene)
-    ]
-    change = np.abs(small[0].astype(int) - small[1]).max(axis=2)
-    assert (change > 15).sum() >= 8
-
-
-@pytest.mark.parametrize("kind", [k for k in LOGICAL if k.name.endswith(("missing", "extra"))], ids=named)
-def test_logical_twin_differs_only_around_the_mask(kind):
-    size = (240, 168)
-    good, scene, (region,) = compose(case_of(kind), 1)
-    near = ndimage.binary_dilation(region(Canvas(size)), iterations=12, structure=np.ones((3, 3)))
-    change = np.abs(render(scene, size).astype(int) - render(good, size)).max(axis=2)
-    assert change[~near].max() == 0
-    assert change[near].max() > 30
-
-
-@pytest.mark.parametrize("kind", STRUCTURAL + LOGICAL, ids=named)
 @pytest.mark.parametrize("size", [(96, 96), (300, 130)])
-def test_masks_are_there_at_every_size_and_large_enough_to_saturate(kind, size):
-    thresholds = {entry["defect_name"]: entry for entry in defects_config(size)}
-    entry = thresholds[kind.name]
-    for index in range(2):
-        _, _, (region,) = compose(case_of(kind, index), 5)
-        mask = region(Canvas(size))
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_exist_at_every_size_and_are_large_enough_to_saturate(kind, size):
+    entry = next(entry for entry in defects_config(size) if entry["defect_name"] == kind.name)
+    for index in range(3):
+        mask = composed(kind, index)[2](Canvas(size))
         assert mask.shape == (size[1], size[0])
         assert mask.dtype == bool
         assert 0 < mask.sum() < 0.25 * mask.size
@@ -257,87 +182,37 @@ def test_masks_are_there_at_every_size_and_large_enough_to_saturate(kind, size):
             assert mask.sum() >= 0.9 * entry["saturation_threshold"]
 
 
-@pytest.mark.parametrize(
-    ("name", "objects"),
-    [
-        ("washer_extra", 3),
-        ("nut_extra", 3),
-        ("screws_both_long", 2),
-        ("screws_both_short", 2),
-        ("screw_short_extra", 2),
-        ("screw_medium", 1),
-        ("screw_overlong", 1),
-    ],
-)
-def test_surplus_masks_cover_all_alike_parts(name, objects):
-    kind = next(kind for kind in LOGICAL if kind.name == name)
-    _, scene, (region,) = compose(case_of(kind), 0)
-    mask = region(Canvas((480, 336)))
-    assert ndimage.label(mask, structure=np.ones((3, 3)))[1] == objects
-    entry = next(entry for entry in defects_config((480, 336)) if entry["defect_name"] == name)
-    if not entry["relative_saturation"]:
-        assert mask.sum() == pytest.approx(objects * entry["saturation_threshold"], rel=0.03)
-    # Metal is brighter than film, so the image must be brighter under the mask than beside it.
-    grey = render(scene, (480, 336)).mean(axis=2)
-    beside = ndimage.binary_dilation(mask, iterations=25) & ~ndimage.binary_dilation(mask, iterations=15)
-    assert grey[mask].mean() > grey[beside].mean() + 25
-
-
-def test_missing_masks_lie_where_the_good_twin_has_the_part():
-    for kind in LOGICAL:
-        if kind.name.endswith("missing"):
-            good, scene, (region,) = compose(case_of(kind), 0)
-            (gone,) = set(good.parts) - set(scene.parts)
-            was = silhouette(gone, good.bag, Canvas(SIZE)) > 0.5
-            mask = region(Canvas(SIZE))
-            assert mask[was].all()
-            for part in scene.parts:
-                assert not (mask & (silhouette(part, scene.bag, Canvas(SIZE)) >= 0.5)).any()
-
-
-def test_two_defects_of_one_image_lie_apart():
-    doubles = [case for case in plan((1, 0, 0, 48, 0)) if len(case.kinds) == 2]
-    assert len(doubles) == 8
-    for case in doubles:
-        _, _, (first, second) = compose(case, 0)
-        assert not (first(Canvas((480, 336))) & second(Canvas((480, 336)))).any()
-
-
-def test_scene_is_not_changed_by_rendering():
-    scene = sample_scene(np.random.default_rng(0))
-    assert np.array_equal(render(scene, SIZE), render(scene, SIZE))
-
-
 @pytest.mark.parametrize("angle", [0.5, -0.5])
-def test_bend_keeps_lengths_along_the_axis_and_straightens_back(angle):
-    bend = Bend(start=-5.0, angle=angle, radius=30.0)
+def test_a_bend_keeps_lengths_along_the_axis_straightens_back_and_tears_no_outline(angle):
+    bend = Bend(start=-5.0, angle=angle)
     along = np.linspace(-80, 80, 2001)
     x, y = np.array([bend.axis(a) for a in along]).T
-    assert np.hypot(np.diff(x), np.diff(y)) == pytest.approx(0.08, rel=1e-3)
+    assert np.hypot(np.diff(x), np.diff(y)) == pytest.approx(0.08, rel=0.05)
     assert math.atan2(y[-1] - y[-2], x[-1] - x[-2]) == pytest.approx(angle, abs=1e-6)
     back_x, back_y = bend.straighten(x, y)
     assert back_x == pytest.approx(along, abs=1e-6)
     assert back_y == pytest.approx(0, abs=1e-6)
+    _, across = bend.straighten(*np.meshgrid(np.linspace(-25, 25, 501), np.linspace(-20, 20, 401)))
+    assert max(np.abs(np.diff(across, axis=axis)).max() for axis in (0, 1)) < 0.11
 
 
-def test_existing_folder_with_the_same_parameters_is_reused(tmp_path):
-    few = {**COUNTS, "n_structural": 1, "n_logical": 1}
-    made = make_screw_bag(tmp_path, **few, size=SIZE)
+def test_an_existing_folder_with_the_same_parameters_is_reused(tmp_path):
+    made = make_screw_bag(tmp_path, **FEW, size=SIZE)
     (made / "notes.txt").write_text("mine", encoding="utf-8")
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
-    again = make_screw_bag(tmp_path, **{k: np.int64(v) for k, v in few.items()}, size=list(SIZE), seed=0)
+    again = make_screw_bag(tmp_path, **{k: np.int64(v) for k, v in FEW.items()}, size=list(SIZE), seed=0)
     assert again == made
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
-    for change in ({"seed": 1}, {"size": (151, 110)}, {"n_train": 2}):
+    for change in ({"seed": 1}, {"size": (151, 110)}, {"n_train": 3}):
         with pytest.raises(UserError, match="other parameters"):
-            make_screw_bag(tmp_path, **{**few, "size": SIZE, **change})
+            make_screw_bag(tmp_path, **{**FEW, "size": SIZE, **change})
     (made / "train/good/001.png").unlink()
     with pytest.raises(UserError, match=r"lost its file train.good.001\.png"):
-        make_screw_bag(tmp_path, **few, size=SIZE)
+        make_screw_bag(tmp_path, **FEW, size=SIZE)
 
 
 @pytest.mark.parametrize("manifest", [None, "{", "[]", "\udcff", "[" * 100_000])
-def test_foreign_folder_is_refused_and_left_alone(tmp_path, manifest):
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, manifest):
     target = tmp_path / "screw_bag"
     target.mkdir()
     (target / "photo.png").write_bytes(b"precious")
@@ -345,54 +220,38 @@ def test_foreign_folder_is_refused_and_left_alone(tmp_path, manifest):
         (target / "synthetic.json").write_bytes(manifest.encode("utf-8", "surrogateescape"))
     before = contents(target)
     with pytest.raises(UserError, match="screw_bag exists already"):
-        make_screw_bag(tmp_path, **COUNTS, size=SIZE)
+        make_screw_bag(tmp_path, **FEW, size=SIZE)
     assert contents(target) == before
     assert os.listdir(tmp_path) == ["screw_bag"]
 
 
-def test_file_or_dangling_link_in_the_way_is_refused(tmp_path):
+def test_a_file_or_a_dangling_link_in_the_way_is_refused(tmp_path):
     (tmp_path / "screw_bag").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="exists already"):
-        make_screw_bag(tmp_path, **COUNTS, size=SIZE)
+        make_screw_bag(tmp_path, **FEW, size=SIZE)
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="cannot write"):
-        make_screw_bag(tmp_path / "file", **COUNTS, size=SIZE)
+        make_screw_bag(tmp_path / "file", **FEW, size=SIZE)
 
 
 @pytest.mark.parametrize(("error", "seen"), [(OSError(28, "No space left"), UserError), (MemoryError(), MemoryError)])
 def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch, error, seen):
-    write = synthetic._write_case
+    write = dataset._write_case
 
     def failing(folder, size, seed, case):
-        if case.index == 2:
+        if case.index == 1:
             raise error
         write(folder, size, seed, case)
 
-    monkeypatch.setattr(synthetic, "_write_case", failing)
+    monkeypatch.setattr(dataset, "_write_case", failing)
     with pytest.raises(seen):
-        make_screw_bag(tmp_path, **COUNTS, size=SIZE)
+        make_screw_bag(tmp_path, **FEW, size=SIZE)
     assert os.listdir(tmp_path) == []
 
 
-def test_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
-    few = {"n_train": 1, "n_validation": 0, "n_test_good": 0, "n_structural": 0, "n_logical": 0}
-    first = make_screw_bag(tmp_path / "first", **few, size=SIZE)
-    write = synthetic._write_case
-
-    def overtaken(folder, size, seed, case):
-        write(folder, size, seed, case)
-        shutil.copytree(first, tmp_path / "second" / "screw_bag")
-
-    monkeypatch.setattr(synthetic, "_write_case", overtaken)
-    made = make_screw_bag(tmp_path / "second", **few, size=SIZE)
-    assert contents(made) == contents(first)
-    assert os.listdir(tmp_path / "second") == ["screw_bag"]
-
-
 def test_folders_for_no_images_are_not_made(tmp_path):
-    none = {"n_train": 1, "n_validation": 0, "n_test_good": 0, "n_structural": 0, "n_logical": 0}
-    made = make_screw_bag(tmp_path, **none, size=SIZE)
-    assert sorted(path.name for path in made.iterdir()) == ["defects_config.json", "synthetic.json", "train"]
+    made = make_screw_bag(tmp_path, **FEW | {"n_structural": 0}, size=SIZE)
+    assert sorted(os.listdir(made)) == ["defects_config.json", "synthetic.json", "train"]
 
 
 @pytest.mark.parametrize(
@@ -406,7 +265,6 @@ def test_folders_for_no_images_are_not_made(tmp_path):
         ("n_structural", "3"),
         ("n_logical", None),
         ("size", 480),
-        ("size", (480,)),
         ("size", (480, 336, 3)),
         ("size", (95, 336)),
         ("size", (480, 2049)),

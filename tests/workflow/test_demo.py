@@ -4,6 +4,7 @@ import pytest
 
 import dskd_fast.cli.commands as commands
 import dskd_fast.workflow.demo as demo
+from dskd_fast.data.synthetic.anomalies import LOGICAL, STRUCTURAL
 from dskd_fast.models.teacher import LITE
 
 TINY = {"n_train": 4, "n_validation": 2, "n_test_good": 4, "n_structural": 2, "n_logical": 1}
@@ -55,7 +56,6 @@ def test_the_recipe_needs_no_download_and_takes_device_and_seed():
 
 
 def test_the_demo_has_enough_images_for_every_kind_of_defect_and_a_threshold():
-    # Eight structural and eleven logical kinds take turns.
-    assert demo._COUNTS["n_structural"] >= 8
-    assert demo._COUNTS["n_logical"] >= 11
+    assert demo._COUNTS["n_structural"] >= len(STRUCTURAL)
+    assert demo._COUNTS["n_logical"] >= len(LOGICAL)
     assert demo._COUNTS["n_validation"] >= 8
