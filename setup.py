@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -24,17 +25,20 @@ class BuildNative(build_ext):
 
     def run(self):
         native_build = load_native_build()
-        package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "dskd_fast"
+        shutil.rmtree(package / "native", ignore_errors=True)
+        (package / "native").mkdir(parents=True)
         for name in native_build.EXTENSIONS:
-            target = package / "dskd_fast" / "native" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
+            library = native_build.prebuilt_library(name, ROOT / "csrc", package)
             try:
-                native_build.build(native_build.recipe(name, ROOT / "csrc"), target)
+                native_build.build(native_build.recipe(name, ROOT / "csrc"), library)
                 print(f"built the {name} kernels")
             except native_build.BuildError as error:
                 # nvcc and a PyTorch with CUDA may be missing, what is there has to work.
-                if name == "cpu" or error.details:
-                    raise SystemExit(f"{error.details}\nthe {name} kernels cannot be built: {error}") from error
+                log = library.with_suffix(".log")
+                if name == "cpu" or log.exists():
+                    print(log.read_text(errors="replace") if log.exists() else "")
+                    raise SystemExit(f"the {name} kernels cannot be built: {error}") from error
                 print(f"left out the {name} kernels: {error}")
 
     def get_outputs(self):

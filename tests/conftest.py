@@ -36,6 +36,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 TINY_TEACHER = "test_resnet"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch):
     for variable in (DATA_ROOT_VARIABLE, BACKEND_VARIABLE):

@@ -68,20 +68,12 @@ def services() -> list[Service]:
 
 
 def builds() -> list[str]:
-    """What became of each extension, one paragraph each; to be asked after `services`, which builds what is needed.
-
-    Of a failed build it has all that the compiler said.
-    """
+    """What became of each extension, a line each; to be asked after `services`, which builds what is needed."""
     found = []
     for name in native_build.EXTENSIONS:
         state = native_build.state(name)
-        if state is None:
-            found.append(f"{name} kernels: not needed here, so not built")
-        else:
-            told = f"{name} kernels: {state.reason or state.origin}"
-            if state.reason and state.origin:
-                told += f"; once that is mended, delete {os.path.dirname(state.origin)} (all of it: {state.origin})"
-            found.append("\n".join((told, *state.details.splitlines())))
+        result = "not needed here, so not built" if state is None else state.reason or state.library
+        found.append(f"{name} kernels: {result}")
     return found
 
 

@@ -76,28 +76,14 @@ def test_a_broken_triton_is_told_and_does_no_harm(monkeypatch):
     assert {service.backend for service in services if service.is_choice} <= {"cpu", "torch"}
 
 
-def test_what_was_built_is_told(monkeypatch):
+def test_what_became_of_the_kernels(monkeypatch):
     doctor.services()
     cpu, cuda = doctor.builds()
     assert cpu.startswith("cpu kernels: ")
     if not torch.cuda.is_available():
         assert cuda.startswith("cuda kernels: not needed here")
 
-
-def test_a_failed_build_is_told_in_full(monkeypatch):
-    failed = native_build.State("the compiler failed: no such luck", "cache/cpu-0/failure.json", "line 1\nline [2]")
+    failed = native_build.State("the compiler failed, its output is in cache/cpu-0.log", "")
     monkeypatch.setitem(native_build._STATES, "cpu", failed)
-    services = [service for service in doctor.services() if service.device == "cpu" and service.backend == "cpu"]
-    assert {service.reason for service in services} == {failed.reason}
-    told = doctor.builds()[0]
-    assert told.startswith(
-        "cpu kernels: the compiler failed: no such luck; once that is mended, delete cache/cpu-0 "
-        "(all of it: cache/cpu-0/failure.json)"
-    )
-    assert told.endswith("\nline 1\nline [2]")
-
-
-def test_a_library_of_the_package_that_does_not_fit_is_told(monkeypatch):
-    used = native_build.State(None, "cache/cpu-0/library.so", "native/cpu was built for another PyTorch\n")
-    monkeypatch.setitem(native_build._STATES, "cpu", used)
-    assert doctor.builds()[0] == "cpu kernels: cache/cpu-0/library.so\nnative/cpu was built for another PyTorch"
+    assert doctor.builds()[0] == f"cpu kernels: {failed.reason}"
+    assert failed.reason in {service.reason for service in doctor.services() if service.backend == "cpu"}
