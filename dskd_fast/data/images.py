@@ -13,13 +13,21 @@ from PIL import Image
 
 from dskd_fast.errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+# Formats that people keep images in and that are not read.
+IMAGE_LIKE_SUFFIXES = (
+    *(".gif", ".apng", ".mpo", ".jfif", ".jpe", ".dib", ".ico", ".svg", ".psd", ".psb", ".xcf"),
+    *(".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr", ".jls", ".qoi"),
+    *(".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".srw", ".orf", ".rw2", ".raf", ".pef"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm", ".tga", ".pcx", ".sgi", ".ras", ".xpm", ".dds"),
+    *(".exr", ".hdr", ".btf", ".dcm", ".fits", ".nii", ".czi", ".lif", ".nd2", ".lsm", ".svs"),
+)
 MIN_SIDE = 32
 
 # For a damaged file tifffile logs several lines, and the caller gets an error that says the same.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
-_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 _ORIENTATION_TAG = 0x0112
 # The type and checksum of the empty chunk that ends every PNG.
 _PNG_END = b"IEND\xaeB`\x82"
@@ -72,6 +80,11 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(images, key=lambda path: natural_key(path.name))
 
 
+def is_image_like(path: Path) -> bool:
+    """Whether a file is, by its suffix (any case), an image of a format that is not read (`IMAGE_LIKE_SUFFIXES`)."""
+    return Path(path).suffix.lower() in IMAGE_LIKE_SUFFIXES
+
+
 def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
     """A sort key that compares runs of digits by their value, and the whole name where that leaves a tie."""
     parts = re.split(r"([0-9]+)", name.casefold())
@@ -81,7 +94,7 @@ def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
 def read_image(path: Path) -> np.ndarray:
     """Read an image file as uint8 RGB of shape (H, W, 3), rotated as its EXIF orientation asks.
 
-    PNG, JPEG, BMP and TIFF are recognised by their content. Grey, palette, 1-bit and CMYK images are
+    PNG, JPEG, BMP, TIFF and WebP are recognised by their content. Grey, palette, 1-bit and CMYK images are
     converted to RGB. Alpha is ignored: the stored colours are returned as they are, blended with nothing.
     Values of more than 8 bits are scaled by their full range and rounded (65535 becomes 255), so 12-bit
     values kept in a 16-bit file come out dark. Floating-point TIFF must lie in [0, 1]. A TIFF with several
@@ -174,7 +187,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "it is no PNG, JPEG, BMP or TIFF image, or its header is damaged"
+        return "it is no PNG, JPEG, BMP, TIFF or WebP image, or its header is damaged"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return "it has too many pixels, which could be a decompression bomb"
     if isinstance(error, MemoryError):

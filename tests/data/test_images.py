@@ -9,8 +9,11 @@ import tifffile
 from PIL import Image, ImageFile
 
 from dskd_fast.data.images import (
+    IMAGE_LIKE_SUFFIXES,
+    IMAGE_SUFFIXES,
     ImageError,
     image_size,
+    is_image_like,
     list_images,
     read_image,
     read_mask,
@@ -87,11 +90,17 @@ def rounded(values):
 
 
 def test_list_images_is_natural_and_takes_only_images(tmp_path):
-    wanted = ["1.png", "2.PNG", "10.JpEg", "a b.bmp", "ä.tif", "ö.tiff", "字.jpg"]
+    wanted = ["1.png", "2.PNG", "10.JpEg", "a b.bmp", "ä.tif", "ö.tiff", "ü.webp", "字.jpg"]
     for name in [*wanted, ".hidden.png", "._1.png", "notes.txt", "png", "x.png.part"]:
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in list_images(tmp_path)] == wanted
+
+
+def test_image_formats_are_either_read_or_image_like(tmp_path):
+    assert not set(IMAGE_SUFFIXES) & set(IMAGE_LIKE_SUFFIXES)
+    for name, expected in {"a.GIF": True, "b.heic": True, "c.png": False, "d.txt": False, "gif": False}.items():
+        assert is_image_like(tmp_path / name) is expected
 
 
 def test_list_images_keeps_dangling_links_so_that_reading_fails(tmp_path):
@@ -111,6 +120,7 @@ def test_list_images_of_something_else(tmp_path):
     [
         ("PNG", {}),
         ("BMP", {}),
+        ("WEBP", {"lossless": True}),
         ("TIFF", {}),
         ("TIFF", {"compression": "tiff_lzw"}),
         ("TIFF", {"compression": "tiff_adobe_deflate"}),
