@@ -190,13 +190,17 @@ class Category:
             )
         return None
 
-    def defects(self, item: LabelledImage) -> list[Defect] | None:
+    def defects(self, item: LabelledImage, size: tuple[int, int] | None = None) -> list[Defect] | None:
         """The defects of a test image: an empty list for a good image, None where there is no ground truth.
 
         With one mask per defect, every pixel that is not 0 belongs to it, and its value is looked up in
         ``defects_config.json``; without that file the saturation threshold is the defect's area. With one
         mask per image, each 8-connected component of the pixels that are not 0 is a defect and its area the
         saturation threshold, which makes sPRO the PRO of MVTec AD.
+
+        Args:
+            item: one of ``test``.
+            size: height and width of the image; None reads it for them.
 
         Raises:
             UserError: a mask is empty, has more than 1000 regions, differs from its image in size, or holds a
@@ -207,7 +211,7 @@ class Category:
             return []
         if not item.masks:
             return None
-        size = image_size(item.path)
+        size = image_size(item.path) if size is None else size
         defects = []
         for path in item.masks:
             values = read_mask(path)
