@@ -252,13 +252,17 @@ class Category:
             )
         return None
 
-    def defects(self, item: LabelledImage) -> list[Defect] | None:
+    def defects(self, item: LabelledImage, size: tuple[int, int] | None = None) -> list[Defect] | None:
         """The defects of a test image: an empty list for a good image, None where there is no ground truth.
 
         With one mask per defect, every pixel that is not 0 belongs to it, and its value is looked up in
         ``defects_config.json``; without that file the saturation threshold is the defect's area. With one
         mask per image, each 8-connected component of the pixels that are not 0 is a defect and its area the
         saturation threshold, which makes sPRO the PRO of MVTec AD.
+
+        Args:
+            item: one of ``test``.
+            size: height and width of the image; None reads it for them.
 
         Raises:
             MaskError: names every mask of the image that is unreadable, empty, lossy (JPEG, WebP), has more than 1000
@@ -270,7 +274,7 @@ class Category:
             return []
         if not item.masks:
             return None
-        size = image_size(item.path)
+        size = image_size(item.path) if size is None else size
         defects: list[Defect] = []
         reasons = []
         for path in item.masks:
@@ -348,14 +352,14 @@ class GroundTruth:
             kind: dict.fromkeys(category.stray_masks.get(kind, ())) for kind in KINDS
         }
 
-    def defects(self, item: LabelledImage) -> list[Defect] | None:
+    def defects(self, item: LabelledImage, size: tuple[int, int] | None = None) -> list[Defect] | None:
         """As `Category.defects`, but None where a mask of the image or of its kind so far cannot be used.
 
         Raises:
             ImageError: the image cannot be read.
         """
         try:
-            found = self._category.defects(item)
+            found = self._category.defects(item, size)
         except MaskError as error:
             self._bad_masks[item.kind] |= dict.fromkeys(error.reasons)
         return None if self._bad_masks[item.kind] else found

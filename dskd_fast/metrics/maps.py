@@ -54,7 +54,7 @@ class Category(Protocol):
     name: str
     test: Sequence[LabelledImage]
 
-    def defects(self, item: LabelledImage) -> Sequence[Defect] | None: ...
+    def defects(self, item: LabelledImage, size: tuple[int, int] | None = None) -> Sequence[Defect] | None: ...
 
 
 def save_map(path: str | os.PathLike, anomaly_map: np.ndarray) -> None:
@@ -167,13 +167,13 @@ def _read_scored(
     path: Path, image: LabelledImage, category: Category, image_size: Callable[[Path], tuple[int, int]]
 ) -> ScoredMap:
     anomaly_map = read_map(path)
-    height, width = image_size(image.path)
-    if anomaly_map.shape != (height, width):
+    height, width = size = image_size(image.path)
+    if anomaly_map.shape != size:
         raise UserError(
             f"the anomaly map {path} is {anomaly_map.shape[1]} x {anomaly_map.shape[0]} pixels, but its "
             f"image {image.path} is {width} x {height}; write maps at the resolution of the original images"
         )
-    return ScoredMap(image.key, image.kind, anomaly_map, float(anomaly_map.max()), category.defects(image))
+    return ScoredMap(image.key, image.kind, anomaly_map, float(anomaly_map.max()), category.defects(image, size))
 
 
 def score_maps(scored_maps: Iterable[ScoredMap], spro: SPRO | None = None) -> dict[str, dict]:

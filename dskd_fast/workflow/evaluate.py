@@ -122,8 +122,10 @@ def scored_maps(
 ) -> Iterator[ScoredMap]:
     """The maps of one variant at native size, one at a time, as `score_maps` takes them."""
     for i, item in enumerate(truth.test):
-        anomaly_map = detector.localisation_map(test.maps.of(variant)[i], test.images.native_sizes[i])
-        yield ScoredMap(item.key, item.kind, anomaly_map, float(test.scores[variant][i]), truth.defects(item))
+        size = test.images.native_sizes[i]
+        anomaly_map = detector.localisation_map(test.maps.of(variant)[i], size)
+        defects = truth.defects(item, size)
+        yield ScoredMap(item.key, item.kind, anomaly_map, float(test.scores[variant][i]), defects)
         progress(f"scoring {variant} maps", i + 1, len(truth.test))
 
 

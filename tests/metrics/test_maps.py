@@ -194,7 +194,7 @@ def hand_made():
         "test/logical_anomalies/001": [SimpleNamespace(mask=LEFT, saturation=1)],
     }
     images = [SimpleNamespace(key=key, kind=kind, path=Path(f"{key}.png")) for key, kind in kinds.items()]
-    category = SimpleNamespace(name="toy", test=images, defects=lambda item: defects.get(item.key, []))
+    category = SimpleNamespace(name="toy", test=images, defects=lambda item, _=None: defects.get(item.key, []))
     return category, {key: np.array(rows, np.float32) for key, rows in scores.items()}
 
 
@@ -250,7 +250,7 @@ def test_figures_of_maps_in_memory_with_image_scores_of_their_own():
 def test_without_masks_the_images_are_still_scored(tmp_path):
     category, scores = hand_made()
     marked = category.defects
-    category.defects = lambda item: None if item.key == "test/logical_anomalies/001" else marked(item)
+    category.defects = lambda item, _=None: None if item.key == "test/logical_anomalies/001" else marked(item)
     write_maps(tmp_path, scores)
     figures = score_maps(read_maps(tmp_path, category, size_2_by_3))
     assert figures["auroc"] == expected_figures()["auroc"]
