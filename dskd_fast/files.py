@@ -1,5 +1,6 @@
 """Files that appear under their name only when they are complete."""
 
+import json
 import os
 import re
 import shlex
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dskd_fast.errors import UserError
+
+_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -50,6 +53,15 @@ def is_half_written(path: Path) -> bool:
     Where no process writes any more, one that was killed has left it.
     """
     return re.fullmatch(r"\.\d+\.\w+|\.tmp\w{6}", path.name) is not None
+
+
+def printable(text: object) -> str:
+    """Text as one line for a terminal: what would steer the terminal or turn the direction of writing is escaped.
+
+    These are the control characters (C0, DEL and C1, line breaks included), the line separators and the bidirectional
+    controls of Unicode; the escapes are those of JSON. A file's name may hold them.
+    """
+    return _STEERING.sub(lambda found: json.dumps(found[0])[1:-1], str(text))
 
 
 def in_shell(path: Path) -> str:

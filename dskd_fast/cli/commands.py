@@ -12,20 +12,22 @@ from typing import Any
 
 import torch
 
-from dskd_fast.cli.display import backends_table, console, counter, results_table, training_progress
+from dskd_fast.cli.display import backends_table, console, counter, print_line, results_table, training_progress
 from dskd_fast.data.augment import Augmentation, for_category
 from dskd_fast.data.images import image_size
 from dskd_fast.data.layout import (
     HOLDOUT,
     MIN_IMAGES_TO_HOLD_OUT,
     Category,
+    GroundTruth,
     default_data_root,
     list_categories,
     open_category,
+    unused_sentences,
 )
 from dskd_fast.errors import TrainingStopped, UserError
-from dskd_fast.files import in_shell
-from dskd_fast.metrics.maps import read_maps, score_maps
+from dskd_fast.files import in_shell, printable
+from dskd_fast.metrics.maps import maps_without_image, read_maps, score_maps
 from dskd_fast.models.teacher import DEFAULT
 from dskd_fast.workflow import doctor as diagnosis
 from dskd_fast.workflow import run as runs
@@ -33,7 +35,7 @@ from dskd_fast.workflow.demo import make_data, options_for_demo
 from dskd_fast.workflow.detector import Detector
 from dskd_fast.workflow.device import resolve_device
 from dskd_fast.workflow.distributed import ALONE, NEVER, Group, group, use_gpu
-from dskd_fast.workflow.evaluate import absences, count_kinds, threshold_of
+from dskd_fast.workflow.evaluate import count_kinds, remarks, threshold_of
 from dskd_fast.workflow.evaluate import evaluate as evaluate_detector
 from dskd_fast.workflow.export import SUFFIXES
 from dskd_fast.workflow.export import export as export_detector
@@ -129,13 +131,13 @@ def _train_all(
                 use_gpu(resolve_device(options.device))
                 with training_progress(name) as (report, status):
                     if ensure_run(out / name, category, options, holdout=holdout, report=report, status=status):
-                        console.print(f"{name}: trained on {len(category.train)} images, run in {out / name}")
+                        print_line(f"{name}: trained on {len(category.train)} images, run in {out / name}")
                     else:
-                        console.print(f"{name}: was trained before, run in {out / name}")
+                        print_line(f"{name}: was trained before, run in {out / name}")
             except UserError as error:
                 # The others do not depend on it.
                 failed += 1
-                print(f"dskd-fast: {name}: {error}", file=sys.stderr)
+                print(f"dskd-fast: {printable(f'{name}: {error}')}", file=sys.stderr)
         n_failed = processes.add(torch.tensor([float(failed)], dtype=torch.float64)).item()
     return 2 if n_failed else 0
 
@@ -143,26 +145,33 @@ def _train_all(
 def _print_next(folder: Path, category: Category) -> None:
     run = in_shell(folder)
     evaluation = f"dskd-fast evaluate {run}   or   " if category.test else ""
-    console.print(f"\nnext: {evaluation}dskd-fast predict {run} IMAGES")
+    print_line()
+    print_line(f"next: {evaluation}dskd-fast predict {run} IMAGES")
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    _evaluate_run(arguments.run, arguments.data_root, arguments.device, arguments.threshold, arguments.save_maps)
-    return 0
+    metrics = _evaluate_run(
+        arguments.run, arguments.data_root, arguments.device, arguments.threshold, arguments.save_maps
+    )
+    return 1 if metrics["bad_masks"] else 0
 
 
 def evaluate_maps(arguments: argparse.Namespace) -> int:
     category = open_category(arguments.data_root or default_data_root(), arguments.category)
+    truth = GroundTruth(category)
     with counter("scoring maps") as progress:
-        maps = read_maps(arguments.maps, category, image_size)
+        maps = read_maps(arguments.maps, truth, image_size)
         figures = score_maps(_counted(maps, len(category.test), progress))
     result = {"category": category.name, **figures, "image_score": "maximum of the map"}
-    result |= {"n_images": count_kinds(category), "absent": absences(category)}
+    result |= {"n_images": count_kinds(category), **remarks(category, truth)}
+    left = [path.relative_to(arguments.maps).as_posix() for path in maps_without_image(arguments.maps, category)]
+    if left:
+        result["unused"].append({"files": "maps of no test image", "n_files": len(left), "first": left[:3]})
     if arguments.out is not None:
         runs.write_json(arguments.out, result)
     console.print(results_table(f"{category.name}, maps in {arguments.maps}", {"maps": figures}), soft_wrap=False)
-    _print_absent(result)
-    return 0
+    _print_remarks(result)
+    return 1 if result["bad_masks"] else 0
 
 
 def predict(arguments: argparse.Namespace) -> int:
@@ -180,13 +189,19 @@ def predict(arguments: argparse.Namespace) -> int:
             progress=lambda done, total: progress("predicting", done, total),
         )
     failed = [p for p in predictions if p.error is not None]
-    anomalous = sum(p.decision == "anomalous" for p in predictions)
-    console.print(f"{sum(p.score is not None for p in predictions)} images scored", end="")
+    summary = f"{sum(p.score is not None for p in predictions)} images scored"
     if threshold is not None:
-        console.print(f", {anomalous} anomalous (score above {threshold:.4g})", end="")
-    console.print(f"; results in {arguments.out}")
+        anomalous = sum(p.decision == "anomalous" for p in predictions)
+        summary += f", {anomalous} anomalous (score above {threshold:.4g})"
+    n_unread = sum(p.score is None for p in failed)
+    if n_unread:
+        summary += f", {n_unread} NOT inspected"
+    print_line(f"{summary}; results in {arguments.out}")
+    for p in predictions:
+        if p.skipped is not None:
+            print_line(f"skipped: {p.path}: {p.skipped}", style="yellow")
     for p in failed:
-        console.print(f"{'not read' if p.score is None else 'not drawn'}: {p.path}: {p.error}", style="red")
+        print_line(f"{'not read' if p.score is None else 'not drawn'}: {p.path}: {p.error}", style="red")
     return 1 if failed else 0
 
 
@@ -204,10 +219,10 @@ def export(arguments: argparse.Namespace) -> int:
     for name, value in exported.metadata.items():
         if isinstance(value, dict):
             for entry, meaning in value.items():
-                console.print(f"{name.removesuffix('s'):12} {entry}: {meaning}")
+                print_line(f"{name.removesuffix('s'):12} {entry}: {meaning}")
         else:
-            console.print(f"{name:12} {value}")
-    console.print(
+            print_line(f"{name:12} {value}")
+    print_line(
         f"{exported.path}, {exported.n_bytes / 1e6:.1f} MB; differs from this run by at most "
         f"{exported.difference:.1e} (1 + |value|) on 4 test patterns"
     )
@@ -215,6 +230,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
+    said: list[dict[str, Any]] = []
     with counter("scoring") as progress:
         page = write_report(
             arguments.runs,
@@ -223,9 +239,14 @@ def report(arguments: argparse.Namespace) -> int:
             data_root=arguments.data_root,
             device=arguments.device,
             progress=progress,
+            remark=said.append,
         )
-    console.print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB), a page for any browser")
-    return 0
+    print_line(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB), a page for any browser")
+    # Runs of the same data have the same remarks.
+    for number, of_run in enumerate(said):
+        if of_run not in said[:number]:
+            _print_remarks(of_run)
+    return 1 if any(of_run["bad_masks"] for of_run in said) else 0
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -239,29 +260,33 @@ def info(arguments: argparse.Namespace) -> int:
     content["metrics"] = runs.read_json(metrics) if metrics.is_file() else None
     if metrics.is_file() and not (isinstance(content["metrics"], dict) and "auroc" in content["metrics"]):
         raise UserError(f"{metrics} was not written by this program: run evaluate again")
-    console.print_json(json.dumps(content))
+    text = json.dumps(content, ensure_ascii=False)
+    console.print_json(text, ensure_ascii=printable(text) != text)
     return 0
 
 
 def demo(arguments: argparse.Namespace) -> int:
     out = arguments.out
-    console.print(f"1. drawing synthetic images into {out / 'data'}")
+    print_line(f"1. drawing synthetic images into {out / 'data'}")
     category = make_data(out / "data", arguments.seed)
     options = options_for_demo(arguments.device, arguments.seed)
     run = out / "run"
-    console.print("2. training")
+    print_line("2. training")
     _train_into(run, category, options, HOLDOUT)
-    console.print("3. evaluating")
+    print_line("3. evaluating")
     metrics = _evaluate_run(run, category.root.parent, arguments.device, None, None)
-    console.print("4. drawing heat maps")
+    print_line("4. drawing heat maps")
     detector, _, _ = runs.load_run(run, arguments.device)
     predict_images(detector, [category.root / "test"], out / "heat_maps", threshold=metrics["threshold"])
     both, alone = (f"{figures['auroc']['logical']:.3f}" for figures in (metrics, metrics["local"]))
-    console.print(
-        f"\nlogical anomalies (missing, surplus or wrong parts), AUROC: {alone} by the local student alone, "
-        f"{both} with the global one\nheat maps: {out / 'heat_maps' / 'overlays'}\nrun:       {run}\n"
-        f"your own images: dskd-fast train --data-root FOLDER_OF_GOOD_IMAGES --teacher lite",
+    print_line()
+    print_line(
+        f"logical anomalies (missing, surplus or wrong parts), AUROC: {alone} by the local student alone, {both} with "
+        "the global one"
     )
+    print_line(f"heat maps: {out / 'heat_maps' / 'overlays'}")
+    print_line(f"run:       {run}")
+    print_line("your own images: dskd-fast train --data-root FOLDER_OF_GOOD_IMAGES --teacher lite")
     return 0
 
 
@@ -278,26 +303,25 @@ def reproduce(arguments: argparse.Namespace) -> int:
             seeds=given.get("seeds", 3),
             training=training_progress,
             evaluation=counter,
-            tell=console.print,
+            tell=print_line,
         )
     except TrainingStopped as stopped:
         raise TrainingStopped("stopped and saved: the same command goes on from there", stopped.signal) from None
-    console.print()
-    console.print(to_text(outcome.tables, outcome.notes, console.width), end="")
-    console.print("\n".join(["", *map(str, outcome.files)]))
+    lines = to_text(outcome.tables, outcome.notes, console.width).splitlines()
+    for line in ("", *lines, "", *map(str, outcome.files)):
+        print_line(line)
     for failure in outcome.failures:
-        print(f"dskd-fast: {failure}", file=sys.stderr)
+        print(f"dskd-fast: {printable(failure)}", file=sys.stderr)
     return 2 if outcome.failures else 0
 
 
 def doctor(arguments: argparse.Namespace) -> int:
     default = diagnosis.default_backend()
     for name, value in diagnosis.versions().items():
-        console.print(f"{name:14} {value}")
+        print_line(f"{name:14} {value}")
     console.print(backends_table(diagnosis.services()), soft_wrap=False)
-    for build in diagnosis.builds():
-        console.print(build)
-    console.print(default)
+    for line in "\n".join([*diagnosis.builds(), default]).splitlines():
+        print_line(line)
     return 0
 
 
@@ -323,11 +347,12 @@ def _print_trained(folder: Path, detector: Detector) -> None:
             f"images, expected false alarms {calibration.threshold.expected_false_alarm_rate:.1%}"
         )
     n_images = runs.read_config(folder)["n_images"]["train"]
-    console.print(f"trained on {n_images} images, run in {folder}\n{told}")
+    print_line(f"trained on {n_images} images, run in {folder}")
+    print_line(told)
 
 
 def _print_no_decisions() -> None:
-    console.print(
+    print_line(
         "no decisions: the run had no validation images to set a threshold with; pass --threshold", style="yellow"
     )
 
@@ -351,7 +376,7 @@ def _evaluate_run(
         )
     runs.write_json(folder / runs.METRICS, metrics)
     _print_metrics(metrics)
-    console.print(f"figures in {folder / runs.METRICS}, scores of each image in {folder / 'scores.csv'}")
+    print_line(f"figures in {folder / runs.METRICS}, scores of each image in {folder / 'scores.csv'}")
     return metrics
 
 
@@ -371,10 +396,15 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         decided = ", ".join(
             f"{metrics['decisions'][kind]} of {n} {kind}" for kind, n in metrics["n_images"].items() if n
         )
-        console.print(f"called anomalous at threshold {metrics['threshold']:.4g}: {decided}")
-    _print_absent(metrics)
+        print_line(f"called anomalous at threshold {metrics['threshold']:.4g}: {decided}")
+    _print_remarks(metrics)
 
 
-def _print_absent(result: dict[str, Any]) -> None:
-    for reason in result["absent"]:
-        console.print(f"absent: {reason}", style="yellow")
+def _print_remarks(said: dict[str, Any]) -> None:
+    """Print what `dskd_fast.workflow.evaluate.remarks` gave."""
+    for reason in said["absent"]:
+        print_line(f"absent: {reason}", style="yellow")
+    for sentence in unused_sentences(said["unused"]):
+        print_line(sentence, style="yellow")
+    for sentence in said["bad_masks"]:
+        print_line(f"bad mask: {sentence}", style="red")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dskd_fast.files import printable
 from dskd_fast.metrics.spro import FPR_LIMITS
 from dskd_fast.workflow.distributed import is_launched
 from dskd_fast.workflow.doctor import Service
@@ -16,6 +17,11 @@ from dskd_fast.workflow.train import Progress as TrainingState
 
 # What is printed is mostly paths: brackets and colons in them are not markup, and a line break would spoil them.
 console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def print_line(text: str = "", style: str | None = None) -> None:
+    """Print one line; what in it would steer the terminal, as a file's name may hold it, is escaped."""
+    console.print(printable(text), style=style)
 
 
 @contextmanager
@@ -27,7 +33,7 @@ def training_progress(title: str = "") -> Iterator[tuple[Callable[[TrainingState
     has_bar = console.is_terminal and not is_launched()
     prefix = f"{title}: " if title else ""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[losses]}"),
@@ -51,10 +57,10 @@ def training_progress(title: str = "") -> Iterator[tuple[Callable[[TrainingState
             bar.update(task, completed=state.step, losses=losses, description=f"epoch {state.epoch}")
         elif state.step * 10 // state.steps > told:
             told = state.step * 10 // state.steps
-            console.print(f"{prefix}step {state.step}/{state.steps}  epoch {state.epoch}  {losses}")
+            print_line(f"{prefix}step {state.step}/{state.steps}  epoch {state.epoch}  {losses}")
 
     def status(text: str) -> None:
-        console.print(prefix + text)
+        print_line(prefix + text)
 
     with bar:
         yield report, status
@@ -64,7 +70,7 @@ def training_progress(title: str = "") -> Iterator[tuple[Callable[[TrainingState
 def counter(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """Yields progress(stage, done, total): one bar, restarted for each stage; nothing where there is no terminal."""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -72,10 +78,10 @@ def counter(title: str) -> Iterator[Callable[[str, int, int], None]]:
         transient=True,
         disable=not console.is_terminal,
     )
-    task = bar.add_task(title, total=None)
+    task = bar.add_task(printable(title), total=None)
 
     def progress(stage: str, done: int, total: int) -> None:
-        bar.update(task, description=stage, completed=done, total=total)
+        bar.update(task, description=printable(stage), completed=done, total=total)
 
     with bar:
         yield progress
@@ -92,7 +98,7 @@ def backends_table(services: Iterable[Service]) -> Table:
         if before not in (None, call):
             table.add_section()
         served = "yes, and the choice" if service.is_choice else "yes"
-        verdict = f"no: {service.reason}" if service.reason else served
+        verdict = printable(f"no: {service.reason}") if service.reason else served
         table.add_row(*(call if call != before else ("", "")), service.backend, verdict)
         before = call
     return table
@@ -101,9 +107,10 @@ def backends_table(services: Iterable[Service]) -> Table:
 def results_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:
     """AUROC and sPRO of several sets of figures, as `score_maps` gives them; "-" for what cannot be computed.
 
-    One row per figure: that fits a narrow terminal, where a wide table would lose digits.
+    One row per figure: that fits a narrow terminal, where a wide table would lose digits. Of the other FPR limits than
+    0.05 those rows are left out that have no figure at all.
     """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=printable(title), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("", overflow="fold")
     for name in columns:
         table.add_column(name, justify="right", overflow="fold")
@@ -111,10 +118,16 @@ def results_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:
     def add(label: str, values: Iterable[float | None], end_section: bool = False) -> None:
         table.add_row(label, *("-" if v is None else f"{v:.3f}" for v in values), end_section=end_section)
 
+    kinds = ("structural", "logical", "mean")
     for key, label in (("auroc", "AUROC"), ("spro", "sPRO@0.05")):
-        for kind in ("structural", "logical", "mean"):
+        for kind in kinds:
             add(f"{label} {kind}", (figures[key][kind] for figures in columns.values()), end_section=kind == "mean")
     for limit in FPR_LIMITS:
-        if limit != 0.05:
-            add(f"sPRO@{limit:g} mean", (figures["spro_at"][str(limit)]["mean"] for figures in columns.values()))
+        if limit == 0.05:
+            continue
+        for kind in kinds:
+            values = [figures["spro_at"][str(limit)][kind] for figures in columns.values()]
+            if set(values) != {None}:
+                add(f"sPRO@{limit:g} {kind}", values)
+        table.add_section()
     return table

@@ -10,10 +10,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import dskd_fast
 from dskd_fast.errors import PeerFailed, TrainingStopped, UserError
+from dskd_fast.files import printable
 from dskd_fast.functional import TEMPERATURE_RANGE
 from dskd_fast.losses import LOSSES
 from dskd_fast.workflow.device import DEVICES, PRECISIONS, is_out_of_memory
@@ -35,13 +36,24 @@ Each command explains itself: dskd-fast COMMAND --help"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 if some images could not be read, 2 for an error."""
+    """Run the command line; returns the exit code.
+
+    0; 1 if the work is done but for some files that could not be used: images that `predict` did not inspect, masks
+    without which `evaluate`, `evaluate-maps` and `report` have no sPRO; 2 for an error.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names may hold what the terminal's encoding does not.
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     with _terminated_by_exception():
         return _run(arguments)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A file's name that a shell has put in place of `*` may be taken for an option, and is then printed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 class _Terminated(BaseException):
@@ -78,18 +90,18 @@ def _run(arguments: argparse.Namespace) -> int:
             raise UserError(f"{arguments.command} is one process: call it without torchrun")
         return getattr(commands, arguments.command.replace("-", "_"))(arguments)
     except TrainingStopped as error:
-        print(f"dskd-fast: {error}", file=sys.stderr)
+        print(f"dskd-fast: {printable(error)}", file=sys.stderr)
         return 128 + error.signal
     except PeerFailed:
         return 1
     except UserError as error:
         sys.stdout.flush()
-        print(f"dskd-fast: {error}", file=sys.stderr)
+        print(f"dskd-fast: {printable(error)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or ["no details"])[0][:150]
+        reason = printable((str(error).splitlines() or ["no details"])[0][:150])
         print(f"dskd-fast: out of memory ({reason}): lower --batch-size or --image-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -103,12 +115,13 @@ def _run(arguments: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"dskd-fast: {error.filename or 'the system'} cannot be used: {error.strerror or error}", file=sys.stderr)
+        what = printable(f"{error.filename or 'the system'} cannot be used: {error.strerror or error}")
+        print(f"dskd-fast: {what}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dskd-fast", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"dskd-fast {dskd_fast.__version__}")
@@ -131,7 +144,11 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
 
-    evaluate = command("evaluate", "Score a run on its category's test images: AUROC, sPRO, decisions.")
+    evaluate = command(
+        "evaluate",
+        "Score a run on its category's test images: AUROC, sPRO, decisions.",
+        "\n\nExits with 1 if masks cannot be used, which leaves their kind of anomaly without sPRO.",
+    )
     _add_run(evaluate)
     _add_moved_data(evaluate)
     evaluate.add_argument(
@@ -157,8 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     predict = command(
         "predict",
         "Score images, decide, and draw heat maps.",
-        "\n\nWrites DIR/predictions.csv, DIR/predictions.jsonl and DIR/overlays. Exits with 1 if an image could not be "
-        "read\n(the others are still done).",
+        "\n\nWrites DIR/predictions.csv, DIR/predictions.jsonl and DIR/overlays. Exits with 1 if an image file could "
+        "not be\nread (the others are still done). All image files of a folder are scored, but for overlays and maps "
+        "of an earlier\nprediction and for ground_truth beside test, which are listed as skipped.",
     )
     _add_run(predict)
     predict.add_argument("images", type=_path, nargs="+", metavar="IMAGE_OR_FOLDER", help="image files or folders")

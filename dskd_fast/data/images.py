@@ -6,28 +6,51 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tifffile
 from PIL import Image
 
+from dskd_fast.data import jpeg
 from dskd_fast.errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+# Formats that people keep images in and that are not read.
+IMAGE_LIKE_SUFFIXES = (
+    *(".gif", ".apng", ".mpo", ".jfif", ".jpe", ".dib", ".ico", ".svg", ".psd", ".psb", ".xcf"),
+    *(".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr", ".jls", ".qoi"),
+    *(".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".srw", ".orf", ".rw2", ".raf", ".pef"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm", ".tga", ".pcx", ".sgi", ".ras", ".xpm", ".dds"),
+    *(".exr", ".hdr", ".btf", ".dcm", ".fits", ".nii", ".czi", ".lif", ".nd2", ".lsm", ".svs"),
+)
 MIN_SIDE = 32
 
 # For a damaged file tifffile logs several lines, and the caller gets an error that says the same.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
-_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 _ORIENTATION_TAG = 0x0112
 # The type and checksum of the empty chunk that ends every PNG.
 _PNG_END = b"IEND\xaeB`\x82"
-_TIFF_GREY_OR_RGB = (
-    tifffile.PHOTOMETRIC.MINISWHITE,
-    tifffile.PHOTOMETRIC.MINISBLACK,
-    tifffile.PHOTOMETRIC.RGB,
-)
+# How the content of formats that are not read begins, which people have under other suffixes, too.
+_OTHER_FORMATS = {
+    b"GIF8": "a GIF",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000",
+    b"\xff\x4f\xff\x51": "a JPEG 2000",
+    b"\0\0\0\x0cJXL ": "a JPEG XL",
+    b"\xff\x0a": "a JPEG XL",
+    b"8BPS": "a Photoshop file",
+}
+_GREY = (tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.MINISBLACK)
+_TIFF_COLOURS = {
+    tifffile.PHOTOMETRIC.RGB: 3,
+    tifffile.PHOTOMETRIC.YCBCR: 3,
+    tifffile.PHOTOMETRIC.CIELAB: 3,
+    tifffile.PHOTOMETRIC.SEPARATED: 4,
+}
+_TIFF_ALPHA = ((tifffile.EXTRASAMPLE.ASSOCALPHA,), (tifffile.EXTRASAMPLE.UNASSALPHA,))
+_TIFF_JPEG = (tifffile.COMPRESSION.OJPEG, tifffile.COMPRESSION.JPEG)
 
 
 class ImageError(UserError):
@@ -48,6 +71,18 @@ class ImageError(UserError):
 
 class _Unusable(Exception):
     """Carries the reason out of a decoder that does not know the path."""
+
+
+class _Picture(NamedTuple):
+    """What a file holds: upright pixels (H, W, C), uint8, uint16 or float, as they are stored, alpha included.
+
+    `maximum` is the largest value of their type, and means black instead of white where `is_white_zero`.
+    """
+
+    pixels: np.ndarray
+    maximum: int
+    is_white_zero: bool = False
+    is_lossy: bool = False
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -72,28 +107,52 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(images, key=lambda path: natural_key(path.name))
 
 
+def is_image_like(path: Path) -> bool:
+    """Whether a file is, by its suffix (any case), an image of a format that is not read (`IMAGE_LIKE_SUFFIXES`)."""
+    return Path(path).suffix.lower() in IMAGE_LIKE_SUFFIXES
+
+
 def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
     """A sort key that compares runs of digits by their value, and the whole name where that leaves a tie."""
     parts = re.split(r"([0-9]+)", name.casefold())
     return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)], name
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, *, bits: int | None = None) -> np.ndarray:
     """Read an image file as uint8 RGB of shape (H, W, 3), rotated as its EXIF orientation asks.
 
-    PNG, JPEG, BMP and TIFF are recognised by their content. Grey, palette, 1-bit and CMYK images are
+    PNG, JPEG, BMP, TIFF and WebP are recognised by their content. Grey, palette, 1-bit and CMYK images are
     converted to RGB. Alpha is ignored: the stored colours are returned as they are, blended with nothing.
-    Values of more than 8 bits are scaled by their full range and rounded (65535 becomes 255), so 12-bit
-    values kept in a 16-bit file come out dark. Floating-point TIFF must lie in [0, 1]. A TIFF with several
-    pages gives its first.
+    Values of more than 8 bits are scaled by their full range and rounded (65535 becomes 255), or by that of ``bits``.
+    Floating-point TIFF must lie in [0, 1].
+
+    A file holds one picture. Of a TIFF its reduced copies and transparency masks do not count, and three channels of
+    8 or 16 bits that ImageJ keeps as pages are RGB, unless their colours are set to others. Of the several pictures in
+    a phone's JPEG (MPO) the first is the photograph.
+
+    Args:
+        path: the file.
+        bits: of integers of more than 8 bits: 2^bits - 1 is white, and larger values are refused.
 
     Raises:
-        ImageError: the file is missing, empty, truncated or damaged, is of another kind, is smaller than 32
-            pixels on a side, or is so large that Pillow takes it for a decompression bomb.
+        ImageError: the file is missing, empty, truncated or damaged, is of another kind, has several pages or frames,
+            is smaller than 32 pixels on a side, holds a value above those of ``bits``, or is so large that Pillow
+            takes it for a decompression bomb. (Damage inside a file is found by the checksums of a PNG and as far as
+            `dskd_fast.data.jpeg.is_damaged` does; other formats have nothing to tell it by.)
     """
+    return read_image_and_peak(path, bits=bits)[0]
+
+
+def read_image_and_peak(path: Path, *, bits: int | None = None) -> tuple[np.ndarray, int | None]:
+    """What `read_image` gives, and the largest value that is stored, without alpha; None if not of 16 bits."""
     try:
-        pixels, maximum = _decode(_read_bytes(path))
-        return _to_rgb(pixels, maximum)
+        picture = _decode(_read_bytes(path))
+        colours, maximum = _colours(picture, bits)
+        peak = None
+        if picture.maximum == 65535:
+            # Of a picture whose white is 0 the stored values are the differences from white.
+            peak = maximum - int(colours.min()) if picture.is_white_zero else int(colours.max())
+        return _to_rgb(colours, maximum), peak
     except _Unusable as error:
         raise ImageError((Path(path), str(error))) from error
 
@@ -105,34 +164,29 @@ def read_mask(path: Path) -> np.ndarray:
     is 255.
 
     Raises:
-        ImageError: as `read_image`, and for a floating-point mask.
+        ImageError: as `read_image`, and for a floating-point mask, or one in a lossy format (WebP altogether).
     """
     try:
-        pixels, _ = _decode(_read_bytes(path))
-        if pixels.dtype.kind != "u":
+        picture = _decode(_read_bytes(path))
+        if picture.pixels.dtype.kind != "u":
             raise _Unusable("it holds floating-point values, where a mask needs integers")
+        if picture.is_lossy:
+            raise _Unusable("it is a JPEG or WebP, whose compression changes a mask's values: save masks as PNG")
+        return _colours(picture)[0].max(axis=2)
     except _Unusable as error:
         raise ImageError((Path(path), str(error))) from error
-    return _without_alpha(pixels).max(axis=2)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width in pixels of what `read_image` returns, from the file's header where that is enough.
+    """Height and width in pixels of what `read_image` returns.
+
+    The file is decoded, so that both are of one mind on every file.
 
     Raises:
-        ImageError: as `read_image`, as far as the header shows it.
+        ImageError: as `read_image`.
     """
     try:
-        data = _read_bytes(path)
-        try:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                if image.format != "TIFF":
-                    turned = image.getexif().get(_ORIENTATION_TAG) in (5, 6, 7, 8)
-                    return image.size if turned else image.size[::-1]
-        except Exception as error:
-            raise _Unusable(_reason(error)) from error
-        # A TIFF states its orientation in a tag that Pillow has or has not applied to the size by now.
-        return _decode(data)[0].shape[:2]
+        return _decode(_read_bytes(path)).pixels.shape[:2]
     except _Unusable as error:
         raise ImageError((Path(path), str(error))) from error
 
@@ -172,9 +226,14 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "it is no PNG, JPEG, BMP or TIFF image, or its header is damaged"
+        name = next((name for start, name in _OTHER_FORMATS.items() if data.startswith(start)), None)
+        if data[4:8] == b"ftyp":
+            name = "a HEIF, AVIF or other file of MPEG's kind"
+        if name is not None:
+            return f"it is {name}, and no PNG, JPEG, BMP, TIFF or WebP image: save it as PNG or JPEG"
+        return "it is no PNG, JPEG, BMP, TIFF or WebP image, or its header is damaged"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return "it has too many pixels, which could be a decompression bomb"
     if isinstance(error, MemoryError):
@@ -183,27 +242,22 @@ def _reason(error: Exception) -> str:
     return f"it is damaged or truncated ({detail})"
 
 
-def _decode(data: bytes) -> tuple[np.ndarray, int]:
-    """Pixels of shape (H, W, C), upright, as uint8, uint16 or float, and the value that means white."""
+def _decode(data: bytes) -> _Picture:
     try:
-        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            pixels, maximum = _decode_tiff(data)
-        else:
-            pixels = _decode_pillow(data)
-            maximum = np.iinfo(pixels.dtype).max
+        picture = _decode_tiff(data) if _is_tiff(data) else _decode_pillow(data)
     except _Unusable:
         raise
     except Exception as error:
         # The decoders raise whatever a damaged file makes them stumble over: KeyError, struct.error,
         # EOFError, ...
-        raise _Unusable(_reason(error)) from error
-    height, width = pixels.shape[:2]
+        raise _Unusable(_reason(error, data)) from error
+    height, width = picture.pixels.shape[:2]
     if min(height, width) < MIN_SIDE:
         raise _Unusable(f"it has {width} x {height} pixels, and each side needs at least {MIN_SIDE}")
-    return pixels, maximum
+    return picture
 
 
-def _decode_pillow(data: bytes) -> np.ndarray:
+def _decode_pillow(data: bytes, page: int = 0) -> _Picture:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         if image.format == "PNG":
             # Pillow's load stops at the last pixel and skips checksums; verify reads every chunk up to the
@@ -212,16 +266,23 @@ def _decode_pillow(data: bytes) -> np.ndarray:
                 copy.verify()
             if _PNG_END not in data:
                 raise _Unusable("it is damaged or truncated (the end mark is missing)")
+        if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
+            raise _Unusable(f"it is an animation of {image.n_frames} frames: save the one that counts as PNG")
+        image.seek(page)
         image.load()
+        is_jpeg = image.format in ("JPEG", "MPO")
+        if is_jpeg and jpeg.is_damaged(data):
+            raise _Unusable("it is damaged or truncated (some of its coded data is missing)")
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        is_white_zero = False
         if image.format == "PNG" and _png_bit_depth(data) == 16:
             pixels = _decode_png16(data, image.size)
         elif image.mode in ("L", "LA", "RGB", "RGBA"):
             pixels = np.asarray(image)
         elif image.mode.startswith("I;16"):
             pixels = np.asarray(image).astype(np.uint16)
-            if image.format == "TIFF" and image.tag_v2.get(262) == tifffile.PHOTOMETRIC.MINISWHITE:
-                pixels = 65535 - pixels
+            # Of 8-bit values Pillow has made differences from white itself.
+            is_white_zero = image.format == "TIFF" and image.tag_v2.get(262) == tifffile.PHOTOMETRIC.MINISWHITE
         elif image.mode in ("1", "P", "PA", "CMYK", "YCbCr"):
             # Pillow warns about, and otherwise has no use here for, transparency given per palette entry.
             image.info.pop("transparency", None)
@@ -230,7 +291,8 @@ def _decode_pillow(data: bytes) -> np.ndarray:
             raise _Unusable(f"its pixel format ({image.mode} in Pillow's terms) is not supported")
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
-    return _upright(pixels, orientation)
+    maximum = int(np.iinfo(pixels.dtype).max)
+    return _Picture(_upright(pixels, orientation), maximum, is_white_zero, is_jpeg or image.format == "WEBP")
 
 
 def _png_bit_depth(data: bytes) -> int:
@@ -270,53 +332,111 @@ def _png_chunks(data: bytes, wanted: bytes) -> Iterator[bytes]:
         position += 12 + length
 
 
-def _decode_tiff(data: bytes) -> tuple[np.ndarray, int]:
+def _is_tiff(data: bytes) -> bool:
+    return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def _decode_tiff(data: bytes) -> _Picture:
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        page = tiff.pages[0]
-        if page.imagewidth * page.imagelength > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):
-            raise Image.DecompressionBombError
-        # Pillow knows more colour spaces and codecs, but drops the low byte of channels of 16 bits.
-        bits = page.bitspersample
-        signed = page.dtype is not None and page.dtype.kind == "i"
-        if bits <= 8 and not signed:
-            return _decode_pillow(data), 255
-        if page.photometric not in _TIFF_GREY_OR_RGB or page.samplesperpixel > 4:
-            raise _Unusable(
-                f"it is a TIFF of {page.samplesperpixel} channels of {bits} bits, photometric interpretation "
-                f"{int(page.photometric)}, where grey or RGB is needed"
-            )
-        if page.dtype is None or not (page.dtype.kind == "f" or page.dtype == np.uint16):
-            raise _Unusable(
-                f"it is a TIFF of {bits}-bit {page.dtype or 'values'}, where unsigned 8- or 16-bit integers "
-                "or floating-point values from 0 to 1 are needed"
-            )
-        try:
-            pixels = page.asarray()
-        except ValueError as error:
-            if "imagecodecs" in str(error):
-                if bits == 16 and page.samplesperpixel == 1:
-                    return _decode_pillow(data), 65535
-                raise _Unusable(
-                    f"its compression ({page.compression.name} with {bits} bits) needs imagecodecs"
-                ) from error
-            raise
-        if page.axes == "SYX":
-            pixels = pixels.transpose(1, 2, 0)
-        elif page.axes == "YX":
-            pixels = pixels[:, :, None]
-        elif page.axes != "YXS":
-            raise _Unusable(f"it is a TIFF with axes {page.axes}, where one plane of pixels is needed")
-        if pixels.dtype.kind == "f":
-            maximum = 1
-            # Written so that NaN fails, too.
-            if not (pixels.min() >= 0 and pixels.max() <= 1):
-                raise _Unusable("its floating-point values leave the range from 0 to 1")
-        else:
-            maximum = 2**bits - 1
-        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-            pixels = maximum - pixels
-        orientation = page.tags[274].value if 274 in page.tags else 1
-        return _upright(pixels, orientation), maximum
+        parts = [_decode_page(data, page) for page in _pages_of_picture(tiff)]
+    return (
+        parts[0]
+        if len(parts) == 1
+        else parts[0]._replace(pixels=np.concatenate([part.pixels for part in parts], axis=2))
+    )
+
+
+def _pages_of_picture(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
+    """The page that is the picture, or the three that are its red, green and blue."""
+    all_pages = [tiff.pages.get(i) for i in range(len(tiff.pages))]
+    last_link = tiff.pages.next_page_offset
+    if last_link is not None:
+        tiff.filehandle.seek(last_link)
+        # tifffile ends the chain of pages where a link leads nowhere.
+        if any(tiff.filehandle.read(tiff.tiff.offsetsize)):
+            raise _Unusable("it is damaged or truncated (a page is missing)")
+    pages = [page for page in all_pages if not page.is_reduced and not page.is_mask]
+    if not pages and len(all_pages) == 1 and not all_pages[0].subifds:
+        pages = all_pages
+    if not pages:
+        raise _Unusable(
+            "its picture is not among its pages but in a part of one, as in a camera's raw file: save it as PNG"
+        )
+    n_planes = len(pages) * int(pages[0].imagedepth)
+    if tiff.is_imagej or tiff.is_shaped or tiff.is_stk:
+        # These may keep planes behind a single page.
+        n_planes = max(n_planes, tiff.series[0].size // pages[0].size)
+    if n_planes > 1 and not _is_imagej_rgb(tiff, pages):
+        raise _Unusable(
+            f"it is a TIFF of {n_planes} pages or planes, where one picture is needed: save each as a file of its own, "
+            "the channels of a colour picture as RGB, and a mask's parts united in one page"
+        )
+    return pages
+
+
+def _is_imagej_rgb(tiff: tifffile.TiffFile, pages: list[tifffile.TiffPage]) -> bool:
+    """Whether pages are ImageJ's channels red, green and blue, which they are if no other colours are set."""
+    if not tiff.is_imagej or len(pages) != 3 or tiff.series[0].axes != "CYX" or tiff.series[0].shape[0] != 3:
+        return False
+    colours = [np.asarray(table).reshape(3, -1).any(axis=1) for table in tiff.imagej_metadata.get("LUTs", ())]
+    return (not colours or np.array_equal(colours, np.eye(3, dtype=bool))) and all(
+        page.dtype in (np.uint8, np.uint16) and page.samplesperpixel == 1 for page in pages
+    )
+
+
+def _decode_page(data: bytes, page: tifffile.TiffPage) -> _Picture:
+    # A damaged tag may hold a text, whose multiple could fill the memory.
+    if int(page.imagewidth) * int(page.imagelength) > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):
+        raise Image.DecompressionBombError
+    bits, n_channels = page.bitspersample, page.samplesperpixel
+    n_colours = _TIFF_COLOURS.get(page.photometric, 1)
+    # What says grey, but has three values per pixel, is RGB to all but Pillow.
+    is_rgb_named_grey = page.photometric in _GREY and n_channels == 3 and bits >= 8
+    n_others = n_channels - (3 if is_rgb_named_grey else n_colours)
+    is_alpha = n_colours > 1 or page.extrasamples[:1] in _TIFF_ALPHA
+    if n_others > 1 or (n_others == 1 and not is_alpha):
+        raise _Unusable(
+            f"it is a TIFF of {n_channels} channels, where grey or RGB, with or without alpha, is needed: save the "
+            "channels that count"
+        )
+    is_lossy = page.compression in _TIFF_JPEG
+    # Pillow knows more colour spaces and codecs, but drops the low byte of channels of 16 bits.
+    signed = page.dtype is not None and page.dtype.kind == "i"
+    if bits <= 8 and not signed and not is_rgb_named_grey:
+        return _decode_pillow(data, page.index)._replace(is_lossy=is_lossy)
+    if page.photometric not in (*_GREY, tifffile.PHOTOMETRIC.RGB):
+        raise _Unusable(
+            f"it is a TIFF of {n_channels} channels of {bits} bits, photometric interpretation "
+            f"{int(page.photometric)}, where grey or RGB is needed"
+        )
+    if page.dtype is None or not (page.dtype.kind == "f" or page.dtype in (np.uint8, np.uint16)):
+        raise _Unusable(
+            f"it is a TIFF of {bits}-bit {page.dtype or 'values'}, where unsigned 8- or 16-bit integers "
+            "or floating-point values from 0 to 1 are needed"
+        )
+    try:
+        pixels = page.asarray().reshape(page.shape)  # of no pixels it loses the shape
+    except ValueError as error:
+        if "imagecodecs" in str(error):
+            if bits == 16 and n_channels == 1:
+                return _decode_pillow(data, page.index)
+            raise _Unusable(f"its compression ({page.compression.name} with {bits} bits) needs imagecodecs") from error
+        raise
+    if page.axes == "SYX":
+        pixels = pixels.transpose(1, 2, 0)
+    elif page.axes == "YX":
+        pixels = pixels[:, :, None]
+    elif page.axes != "YXS":
+        raise _Unusable(f"it is a TIFF with axes {page.axes}, where one plane of pixels is needed")
+    maximum = 2**bits - 1
+    if pixels.dtype.kind == "f":
+        maximum = 1
+        # Written so that NaN fails, too.
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            raise _Unusable(f"its floating-point values, {pixels.min()} to {pixels.max()}, leave the range from 0 to 1")
+    orientation = page.tags[274].value if 274 in page.tags else 1
+    is_white_zero = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+    return _Picture(_upright(pixels, orientation), maximum, is_white_zero, is_lossy)
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -330,12 +450,21 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def _without_alpha(pixels: np.ndarray) -> np.ndarray:
-    return pixels[:, :, :1] if pixels.shape[2] <= 2 else pixels[:, :, :3]
+def _colours(picture: _Picture, bits: int | None = None) -> tuple[np.ndarray, int]:
+    """Values (H, W, C) from black to white without alpha, C 1 or 3, and the value of white."""
+    pixels, maximum = picture.pixels, picture.maximum
+    pixels = pixels[:, :, :1] if pixels.shape[2] <= 2 else pixels[:, :, :3]
+    if bits is not None and pixels.dtype == np.uint16:
+        maximum = 2**bits - 1
+        if pixels.max() > maximum:
+            raise _Unusable(
+                f"it holds the value {pixels.max()}, above {maximum}, the largest of {bits} bits, as which images are "
+                "read here (--bits)"
+            )
+    return maximum - pixels if picture.is_white_zero else pixels, maximum
 
 
-def _to_rgb(pixels: np.ndarray, maximum: int) -> np.ndarray:
-    pixels = _without_alpha(pixels)
-    if pixels.dtype != np.uint8:
-        pixels = np.rint(pixels.astype(np.float64) * (255 / maximum)).astype(np.uint8)
-    return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C")
+def _to_rgb(colours: np.ndarray, maximum: int) -> np.ndarray:
+    if colours.dtype != np.uint8:
+        colours = np.rint(colours.astype(np.float64) * (255 / maximum)).astype(np.uint8)
+    return np.array(np.broadcast_to(colours, (*colours.shape[:2], 3)), order="C")

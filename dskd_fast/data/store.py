@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dskd_fast.data.images import ImageError, read_image, resize_square
+from dskd_fast.data.images import ImageError, read_image_and_peak, resize_square
 
 # Pillow releases the interpreter lock while it decodes and resizes; more threads would only hold more native
 # images.
@@ -26,12 +26,14 @@ class ImageStore:
         paths: image files; the position in ``paths`` is the index of an image.
         size: side in pixels.
         memory_limit: bytes the resized images may take; 0 keeps none.
+        bits: of values of more than 8 bits, see `dskd_fast.data.images.read_image`.
         progress: called as ``progress(done, total)`` from the constructing thread after each decoded image.
 
     Attributes:
         paths: the image files.
         size: side in pixels.
         native_sizes: (height, width) in pixels of each image before it was resized.
+        peaks: the largest value that each file stores, where its values have 16 bits; else None.
         in_memory: whether the resized images are kept.
 
     Raises:
@@ -45,6 +47,7 @@ class ImageStore:
         size: int,
         *,
         memory_limit: int = 2 * 2**30,
+        bits: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ):
         if size < 1:
@@ -53,9 +56,12 @@ class ImageStore:
             raise ValueError(f"memory_limit must not be negative, but is {memory_limit}")
         self.paths = tuple(Path(path) for path in paths)
         self.size = size
+        self.bits = bits
         self.in_memory = len(self.paths) * 3 * size * size <= memory_limit
         self._images = torch.empty((len(self.paths), 3, size, size), dtype=torch.uint8) if self.in_memory else None
-        self.native_sizes: tuple[tuple[int, int], ...] = self._decode_all(progress)
+        decoded = self._decode_all(progress)
+        self.native_sizes: tuple[tuple[int, int], ...] = tuple(size for size, _ in decoded)
+        self.peaks: tuple[int | None, ...] = tuple(peak for _, peak in decoded)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -79,29 +85,31 @@ class ImageStore:
                 images[position] = image
         return images
 
-    def _decode(self, index: int) -> tuple[torch.Tensor, tuple[int, int]]:
-        image = read_image(self.paths[index])
-        return torch.from_numpy(resize_square(image, self.size)).permute(2, 0, 1), image.shape[:2]
+    def _decode(self, index: int) -> tuple[torch.Tensor, tuple[int, int], int | None]:
+        image, peak = read_image_and_peak(self.paths[index], bits=self.bits)
+        return torch.from_numpy(resize_square(image, self.size)).permute(2, 0, 1), image.shape[:2], peak
 
-    def _decode_all(self, progress: Callable[[int, int], None] | None) -> tuple[tuple[int, int], ...]:
-        def size_or_error(index: int) -> tuple[int, int] | ImageError:
+    def _decode_all(self, progress: Callable[[int, int], None] | None) -> list[tuple[tuple[int, int], int | None]]:
+        """Native size and peak of each image."""
+
+        def decode(index: int) -> tuple[tuple[int, int], int | None] | ImageError:
             try:
-                image, native_size = self._decode(index)
+                image, native_size, peak = self._decode(index)
             except ImageError as error:
                 return error
             if self._images is not None:
                 self._images[index] = image
-            return native_size
+            return native_size, peak
 
-        sizes, failures = [], []
+        decoded, failures = [], []
         with ThreadPoolExecutor(_N_THREADS) as pool:
-            for done, result in enumerate(pool.map(size_or_error, range(len(self.paths))), start=1):
+            for done, result in enumerate(pool.map(decode, range(len(self.paths))), start=1):
                 if isinstance(result, ImageError):
                     failures.extend(result.failures)
                 else:
-                    sizes.append(result)
+                    decoded.append(result)
                 if progress is not None:
                     progress(done, len(self.paths))
         if failures:
             raise ImageError(*failures)
-        return tuple(sizes)
+        return decoded

@@ -49,12 +49,12 @@ class LabelledImage(Protocol):
 
 
 class Category(Protocol):
-    """A category's name, its test images, and the defects of each at the image's own resolution."""
+    """A category's name, its test images, and the defects of each at the image's own resolution, None if unknown."""
 
     name: str
     test: Sequence[LabelledImage]
 
-    def defects(self, item: LabelledImage) -> Sequence[Defect] | None: ...
+    def defects(self, item: LabelledImage, size: tuple[int, int] | None = None) -> Sequence[Defect] | None: ...
 
 
 def save_map(path: str | os.PathLike, anomaly_map: np.ndarray) -> None:
@@ -119,43 +119,61 @@ def read_maps(
     The maximum is the image score of MVTec's own evaluation, too.
 
     Args:
-        maps_folder: holds CATEGORY/test/TYPE/NNN.tiff (or .tif) for each test image; other files are
-            ignored.
+        maps_folder: holds CATEGORY/test/TYPE/NNN.tiff (or .tif) for each test image; for others see
+            `maps_without_image`.
         category: whose maps to read.
         image_size: gives an image file's height and width, which its map must have as well.
 
     Raises:
-        UserError: there are no test images, some have no map (both raised before any map is read), a map
-            cannot be read (see read_map), or it has another size than its image.
+        UserError: there are no test images, some have no map or two (NNN.tiff and NNN.tif) (all raised before any
+            map is read), a map cannot be read (see read_map), or it has another size than its image.
     """
     folder = Path(maps_folder, category.name)
     if not category.test:
         raise UserError(f"category {category.name} has no test images, so there are no maps to score")
-    found, missing = [], []
+    found, missing, doubled = [], [], []
     for image in category.test:
         candidates = [folder / f"{image.key}{suffix}" for suffix in SUFFIXES]
-        path = next((path for path in candidates if path.is_file()), None)
-        if path is None:
+        existing = [path for path in candidates if path.is_file()]
+        if not existing:
             missing.append(str(candidates[0]))
+        elif len(existing) > 1:
+            doubled.append(f"{existing[0]} and {existing[1].name}")
         else:
-            found.append((image, path))
+            found.append((image, existing[0]))
     if missing:
-        named = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
-        raise UserError(f"{len(missing)} of {len(category.test)} test images have no anomaly map: {named}")
+        raise UserError(f"{len(missing)} of {len(category.test)} test images have no anomaly map: {_first(missing)}")
+    if doubled:
+        raise UserError(
+            f"{len(doubled)} of {len(category.test)} test images have two anomaly maps, of which one must be removed: "
+            f"{_first(doubled)}"
+        )
     return (_read_scored(path, image, category, image_size) for image, path in found)
+
+
+def maps_without_image(maps_folder: str | os.PathLike, category: Category) -> list[Path]:
+    """The TIFFs below CATEGORY/test that are maps of no test image, sorted: their images may have been lost."""
+    folder = Path(maps_folder, category.name)
+    expected = {folder / f"{image.key}{suffix}" for image in category.test for suffix in SUFFIXES}
+    tiffs = (path for path in (folder / "test").rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in tiffs if path not in expected and not path.name.startswith("."))
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if names[3:] else "")
 
 
 def _read_scored(
     path: Path, image: LabelledImage, category: Category, image_size: Callable[[Path], tuple[int, int]]
 ) -> ScoredMap:
     anomaly_map = read_map(path)
-    height, width = image_size(image.path)
-    if anomaly_map.shape != (height, width):
+    height, width = size = image_size(image.path)
+    if anomaly_map.shape != size:
         raise UserError(
             f"the anomaly map {path} is {anomaly_map.shape[1]} x {anomaly_map.shape[0]} pixels, but its "
             f"image {image.path} is {width} x {height}; write maps at the resolution of the original images"
         )
-    return ScoredMap(image.key, image.kind, anomaly_map, float(anomaly_map.max()), category.defects(image))
+    return ScoredMap(image.key, image.kind, anomaly_map, float(anomaly_map.max()), category.defects(image, size))
 
 
 def score_maps(scored_maps: Iterable[ScoredMap], spro: SPRO | None = None) -> dict[str, dict]:

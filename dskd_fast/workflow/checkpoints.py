@@ -66,6 +66,7 @@ class Checkpoints:
     Args:
         path: of the file; None keeps nothing.
         owner: what tells this training from others with the same networks.
+        former_owner: how an earlier version would have written that; its files are taken, too.
 
     Attributes:
         found: what the file held at the start; None if there was none.
@@ -74,9 +75,10 @@ class Checkpoints:
         UserError: the file is damaged.
     """
 
-    def __init__(self, path: Path | None, owner: str = "") -> None:
+    def __init__(self, path: Path | None, owner: str = "", former_owner: str = "") -> None:
         self.path = path
         self.owner = owner
+        self.former_owner = former_owner
         self.found: tuple[dict[str, torch.Tensor], Any] | None = None
         self._saved = time.monotonic()
         self._cost = 0.0
@@ -107,7 +109,7 @@ class Checkpoints:
         tensors, state = self.found
         self.found = None  # as large as the model and its optimiser
         try:
-            if state["owner"] != self.owner:
+            if state["owner"] not in (self.owner, self.former_owner):
                 raise ValueError("its images or its options are others")
             random.set_state(tensors.pop("random"))
             trainer.load_state(tensors)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dskd_fast.data.layout import unused_sentences
 from dskd_fast.models.teacher import DEFAULT
 from dskd_fast.workflow.experiments import EMBEDDING, Contestant, Pair, Part, Plan, papers_categories
 from dskd_fast.workflow.tables import Cell, Row, Table, over_seeds
@@ -190,6 +191,9 @@ def _notes_on_data(plan: Plan) -> list[str]:
             f"The paper's means are over the {n_papers} categories of {plan.data_set}, ours over the "
             f"{len(plan.parts)} here."
         )
+    for part in plan.parts:
+        if part.category is not None:
+            notes += [f"{part.label}: {told}." for told in unused_sentences(part.category.unused_summary)]
     seeds = f"mean ± sample standard deviation over the seeds 0 to {plan.seeds - 1}"
     notes.append(f"Ours: {seeds if plan.seeds > 1 else 'seed 0 alone, so no spread'}.")
     if any(part.category is not None and not part.category.validation for part in plan.parts):

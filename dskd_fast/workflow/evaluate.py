@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dskd_fast.data.layout import KINDS, Category
+from dskd_fast.data.layout import KINDS, Category, GroundTruth
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
@@ -55,10 +55,12 @@ def evaluate(
         "category"; "auroc", "spro", "spro_at" as `dskd_fast.metrics.maps.score_maps` gives them, for the combined maps
         and again under "local" and "global" for each student alone (None for one that there is not); "n_images" per
         kind; "decisions" per kind: how many images were called anomalous at "threshold"; "absent": why a figure is
-        None.
+        None; "bad_masks": a sentence for each mask that cannot be used, which leaves its kind without sPRO; "unused":
+        `Category.unused_summary`.
 
     Raises:
-        UserError: no test images, files that cannot be read or written, or maps that would lie in the data set.
+        UserError: no test images, images that cannot be read, files that cannot be written, or maps that would lie in
+            the data set.
     """
     if save_maps is not None and (save_maps / category.name).resolve().is_relative_to(category.root.resolve()):
         raise UserError(
@@ -67,9 +69,10 @@ def evaluate(
         )
     test = score_images(detector, category, batch_size, progress)
     scores = test.scores
+    truth = GroundTruth(category)
 
     def scored(variant: Variant) -> Iterator[ScoredMap]:
-        for image in scored_maps(detector, category, test, variant, progress):
+        for image in scored_maps(detector, truth, test, variant, progress):
             if variant == "combined" and save_maps is not None:
                 save_map(save_maps / category.name / f"{image.key}.tiff", image.anomaly_map)
             yield image
@@ -83,7 +86,7 @@ def evaluate(
         "n_images": count_kinds(category),
         "threshold": threshold,
         "decisions": count_decisions(category, scores["combined"], threshold),
-        "absent": absences(category),
+        **remarks(category, truth),
     }
     if scores_file is not None:
         _write_scores(scores_file, category, scores, threshold)
@@ -112,16 +115,18 @@ def score_images(
 
 def scored_maps(
     detector: Detector,
-    category: Category,
+    truth: GroundTruth,
     test: ScoredImages,
     variant: Variant,
     progress: Callable[[str, int, int], None],
 ) -> Iterator[ScoredMap]:
     """The maps of one variant at native size, one at a time, as `score_maps` takes them."""
-    for i, item in enumerate(category.test):
-        anomaly_map = detector.localisation_map(test.maps.of(variant)[i], test.images.native_sizes[i])
-        yield ScoredMap(item.key, item.kind, anomaly_map, float(test.scores[variant][i]), category.defects(item))
-        progress(f"scoring {variant} maps", i + 1, len(category.test))
+    for i, item in enumerate(truth.test):
+        size = test.images.native_sizes[i]
+        anomaly_map = detector.localisation_map(test.maps.of(variant)[i], size)
+        defects = truth.defects(item, size)
+        yield ScoredMap(item.key, item.kind, anomaly_map, float(test.scores[variant][i]), defects)
+        progress(f"scoring {variant} maps", i + 1, len(truth.test))
 
 
 def count_kinds(category: Category) -> dict[str, int]:
@@ -137,15 +142,27 @@ def count_decisions(category: Category, scores: NDArray[np.float64], threshold: 
     return {kind: int((scores[kinds == kind] > threshold).sum()) for kind in KINDS}
 
 
-def absences(category: Category) -> list[str]:
-    """Why figures are absent, a sentence each; empty if all can be computed."""
+def absences(category: Category, truth: GroundTruth) -> list[str]:
+    """Why figures are absent, a sentence each; empty if all can be computed. All masks must have been read."""
     counts = count_kinds(category)
     reasons = [f"no {kind} test images, so no figures that need them" for kind in KINDS if not counts[kind]]
     for kind in KINDS[1:]:
         obstacle = category.localisation_obstacle(kind)
+        n_bad = len(truth.bad_masks(kind))
+        if n_bad:
+            obstacle = f"masks of category {category.name} cannot be used ({n_bad} such: see bad masks)"
         if obstacle is not None and counts[kind]:
             reasons.append(f"no sPRO of {kind} anomalies: {obstacle}")
     return reasons
+
+
+def remarks(category: Category, truth: GroundTruth) -> dict[str, Any]:
+    """What to say beside the figures: "absent", "bad_masks" and "unused", see `evaluate`."""
+    return {
+        "absent": absences(category, truth),
+        "bad_masks": truth.bad_masks(),
+        "unused": category.unused_summary,
+    }
 
 
 def _all_maps(

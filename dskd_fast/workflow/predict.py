@@ -2,12 +2,12 @@
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, list_images, read_image
+from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, read_image
+from dskd_fast.data.listing import PICTURE_FOLDERS, PREDICTIONS, is_prediction_output, walk
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.maps import save_map
@@ -15,13 +15,13 @@ from dskd_fast.workflow.detector import Detector
 from dskd_fast.workflow.evaluate import decide
 from dskd_fast.workflow.overlay import full_colour, overlay
 
-PREDICTIONS = "predictions.csv"
-_PICTURE_FOLDERS = ("overlays", "maps")
-
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's result; `error` says why there is none."""
+    """One image's result; `error` says why there is none.
+
+    With `skipped` it stands for a folder whose image files were left out: how many, and what they are.
+    """
 
     path: str
     score: float | None = None
@@ -30,6 +30,7 @@ class Prediction:
     overlay: str | None = None
     map: str | None = None
     error: str | None = None
+    skipped: str | None = None
 
 
 def predict(
@@ -46,7 +47,8 @@ def predict(
 
     Args:
         detector: calibrated.
-        inputs: image files, and folders that are searched with their subfolders.
+        inputs: image files, which are read whatever their suffix, and folders that are searched with their subfolders.
+            Hidden files and folders are left out.
         out: folder of the results; those of an earlier call are replaced.
         threshold: of the decisions; None makes none.
         save_maps: also write maps/NAME.tiff, float32 at the image's size.
@@ -55,14 +57,16 @@ def predict(
 
     Returns:
         One entry per image, in order. An image that cannot be read, or whose pictures cannot be written, has its
-        `error` set and does not stop the rest.
+        `error` set and does not stop the rest. After these come the image files whose suffix names a format that is
+        not read, with an `error`, and the folders that hold no photographs to inspect, with `skipped`: overlays and
+        maps of this or another prediction, known by the predictions.csv beside them, and ground_truth beside test.
 
     Raises:
-        UserError: an input does not exist or holds no images, or the results cannot be written.
+        UserError: an input does not exist or holds no image files, or the results cannot be written.
     """
-    named = _with_names(inputs, out)
+    named, others = _with_names(inputs, out)
     require_writable(out / PREDICTIONS)
-    for folder in (out / name for name in _PICTURE_FOLDERS):
+    for folder in (out / name for name in PICTURE_FOLDERS):
         if folder.exists() and not (out / PREDICTIONS).exists():
             raise UserError(
                 f"{folder} is there, and is not from an earlier prediction, of which there would be a {PREDICTIONS} "
@@ -76,8 +80,8 @@ def predict(
             progress(start + len(batch), len(named))
     finally:
         # Also when interrupted: what has been scored should not have to be scored again.
-        _write_results(out, predictions)
-    return predictions
+        _write_results(out, predictions + others)
+    return predictions + others
 
 
 def _predict_batch(
@@ -119,23 +123,31 @@ def _predict_batch(
     return predictions
 
 
-def _with_names(inputs: Sequence[Path], out: Path) -> list[tuple[Path, str]]:
-    """Each image once, with a name for its results: its path below the input folder, without suffix, made unique."""
+def _with_names(inputs: Sequence[Path], out: Path) -> tuple[list[tuple[Path, str]], list[Prediction]]:
+    """The images to score, and entries for what is not scored.
+
+    Each image comes once, with a name for its results: its path below the input folder, without suffix, made unique.
+    """
     found: dict[Path, str] = {}
+    others: dict[Path, Prediction] = {}
     for given in inputs:
         if given.is_dir():
-            paths = _images_below(given, out)
-            if not paths:
+            images, of_folder = _image_files_below(given, out)
+            if not images and not of_folder:
                 raise UserError(
                     f"{given} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): pass image files or a folder "
                     "with images"
                 )
-            for path in paths:
+            others |= of_folder
+            for path in images:
                 found.setdefault(path, path.relative_to(given).with_suffix("").as_posix())
         elif given.exists():
             found.setdefault(given, given.stem)
         else:
             raise UserError(f"there is no image or folder {given}: check the path")
+    if others and not found and all(other.error is None for other in others.values()):
+        skipped = next(iter(others.values()))
+        raise UserError(f"there is nothing to score: {skipped.path} has {skipped.skipped}: pass photographs")
     taken: set[str] = set()
     named = []
     for path, name in found.items():
@@ -145,28 +157,34 @@ def _with_names(inputs: Sequence[Path], out: Path) -> list[tuple[Path, str]]:
             unique = f"{name}-{number}"
         taken.add(unique.casefold())
         named.append((path, unique))
-    return named
+    # One that is also named as a file is read, whatever its suffix.
+    return named, [other for path, other in others.items() if path not in found]
 
 
-def _images_below(folder: Path, out: Path) -> list[Path]:
-    """Images in a folder and its subfolders, but for hidden ones and the results of an earlier call."""
-    results = {out.resolve(), *(out.resolve() / name for name in _PICTURE_FOLDERS)}
+def _image_files_below(folder: Path, out: Path) -> tuple[list[Path], dict[Path, Prediction]]:
+    """The images to score in a folder and its subfolders, and entries for what is not scored, by path."""
+    others: dict[Path, Prediction] = {}
+    pictures = {(out / name).resolve() for name in PICTURE_FOLDERS}
+
+    def is_left_out(path: Path) -> bool:
+        if is_prediction_output(path) or path.resolve() in pictures:
+            what = "drawn by an earlier prediction"
+        elif path.name == "ground_truth" and (path.parent / "test").is_dir():
+            what = "masks of the test images beside them"
+        else:
+            return False
+        n_files = sum(len(listing.all) for listing in walk(path))
+        if n_files:
+            others[path] = Prediction(str(path), skipped=f"{n_files} image file{'s' * (n_files > 1)} ({what})")
+        return True
+
     images = []
-    seen: set[Path] = set()
-
-    def unreadable(error: OSError) -> None:
-        raise UserError(f"cannot list the folder {error.filename}: {error.strerror}") from error
-
-    for name, subfolders, _ in os.walk(folder, onerror=unreadable, followlinks=True):
-        here = Path(name)
-        if here.resolve() in seen:
-            # A link back to where we have been.
-            subfolders.clear()
-            continue
-        seen.add(here.resolve())
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and (here / s).resolve() not in results)
-        images += list_images(here)
-    return images
+    for listing in [] if is_left_out(folder) else walk(folder, is_left_out):
+        images += listing.images
+        for path in listing.others:
+            reason = f"{path.suffix.lower()} files are not read: convert it to png, jpg, bmp, tif or webp"
+            others[path] = Prediction(str(path), error=reason)
+    return images, others
 
 
 def _write_results(out: Path, predictions: Iterable[Prediction]) -> None:

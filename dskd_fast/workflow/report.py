@@ -24,7 +24,7 @@ from PIL import Image
 
 import dskd_fast
 from dskd_fast.data.images import read_image
-from dskd_fast.data.layout import KINDS, Category, LabelledImage
+from dskd_fast.data.layout import KINDS, Category, GroundTruth, LabelledImage, unused_sentences
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.auroc import roc_curve
@@ -33,10 +33,10 @@ from dskd_fast.metrics.spro import ANOMALY_KINDS, SPRO
 from dskd_fast.workflow.detector import Detector, Variant
 from dskd_fast.workflow.evaluate import (
     ScoredImages,
-    absences,
     count_decisions,
     count_kinds,
     decide,
+    remarks,
     score_images,
     scored_maps,
     threshold_of,
@@ -78,6 +78,7 @@ def write_report(
     data_root: Path | None = None,
     device: str = "auto",
     progress: Callable[[str, int, int], None] = lambda *_: None,
+    remark: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Path:
     """Score the test images of runs and write the page.
 
@@ -88,6 +89,8 @@ def write_report(
         data_root: where the data is now, if not where it was in training.
         device: "auto", "cpu" or "cuda".
         progress: called as progress(stage, done, total).
+        remark: called for each run with what `dskd_fast.workflow.evaluate.remarks` says of its data; the page says it,
+            too.
 
     Returns:
         The page, `out`/index.html.
@@ -111,7 +114,9 @@ def write_report(
         decided = threshold_of(detector, threshold)
         category = source.category
         test = score_images(detector, category, options.batch_size, tell)
-        runs.append(_describe_run(source, detector, options, config, test, decided, tell))
+        truth = GroundTruth(category)
+        runs.append(_describe_run(source, truth, detector, options, config, test, decided, tell))
+        remark(remarks(category, truth))
         for i, item in enumerate(category.test):
             # Runs with the same images share their photographs.
             key = item.path.resolve(), item.kind
@@ -186,6 +191,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _describe_run(
     source: _Source,
+    truth: GroundTruth,
     detector: Detector,
     options: TrainingOptions,
     config: dict[str, Any],
@@ -196,6 +202,12 @@ def _describe_run(
     kinds = np.array([item.kind for item in source.category.test])
     size = detector.model.image_size
     alone = "" if options.students == "both" else f", the {options.students} student alone"
+    # First of all, since it reads the masks.
+    variants = {
+        variant: _describe_variant(truth, detector, test, variant, kinds, threshold, progress)
+        for variant in test.scores
+    }
+    said = remarks(source.category, truth)
     return {
         "name": source.name,
         "path": str(source.folder),
@@ -206,16 +218,13 @@ def _describe_run(
         "full_colour": full_colour(threshold),
         "n_images": count_kinds(source.category),
         "decisions": count_decisions(source.category, test.scores["combined"], threshold),
-        "absent": absences(source.category),
-        "variants": {
-            variant: _describe_variant(source.category, detector, test, variant, kinds, threshold, progress)
-            for variant in test.scores
-        },
+        "absent": [*said["absent"], *said["bad_masks"], *unused_sentences(said["unused"])],
+        "variants": variants,
     }
 
 
 def _describe_variant(
-    category: Category,
+    truth: GroundTruth,
     detector: Detector,
     test: ScoredImages,
     variant: Variant,
@@ -224,7 +233,7 @@ def _describe_variant(
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     spro = SPRO()
-    figures = score_maps(scored_maps(detector, category, test, variant, progress), spro)
+    figures = score_maps(scored_maps(detector, truth, test, variant, progress), spro)
     scores = {kind: test.scores[variant][kinds == kind] for kind in KINDS}
     return {
         "auroc": figures["auroc"],

@@ -27,6 +27,7 @@ from typing import Any
 from PIL import Image
 
 from dskd_fast.data.augment import for_category
+from dskd_fast.data.contents import content_digests
 from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.data.layout import KINDS, Category
 from dskd_fast.errors import UserError
@@ -237,7 +238,7 @@ class _Work:
         with contextlib.suppress(UserError):
             found = runs.read_json(place / runs.METRICS)
             if isinstance(found, dict) and found.get("evaluated") == fingerprint and (place / "scores.csv").is_file():
-                self.metrics[recipe.seed, part.name, pair] = found
+                self._keep(part, pair, recipe.seed, found)
                 return
         detector = runs.load_run(folders[0], recipe.device)[0]
         if folders[1] != folders[0]:
@@ -253,8 +254,13 @@ class _Work:
             )
         metrics["evaluated"] = fingerprint
         runs.write_json(place / runs.METRICS, metrics)
-        self.metrics[recipe.seed, part.name, pair] = metrics
+        self._keep(part, pair, recipe.seed, metrics)
         self._tell(f"{title}: evaluated")
+
+    def _keep(self, part: Part, pair: Pair, seed: int, metrics: dict[str, Any]) -> None:
+        self.metrics[seed, part.name, pair] = metrics
+        for sentence in metrics["bad_masks"]:
+            self._fail(f"{part.name}: {sentence}")
 
     def draw_examples(self) -> list[Path]:
         """Of each category the test image with the median score of each kind, with the maps of the first seed."""
@@ -294,12 +300,12 @@ def join(local: Detector, global_: Detector) -> Detector:
 
 
 def _fingerprint(category: Category, folders: Sequence[Path]) -> str:
-    """A hash of what figures are of: names and sizes of test images and masks, and what the trainings ended with."""
+    """A hash of what figures are of: names and contents of test images and masks, and what the trainings ended with."""
     digest = hashlib.sha256()
-    for item in category.test:
-        for path in (item.path, *item.masks):
-            digest.update(os.fsencode(path.relative_to(category.root)) + b"\0%d\0" % path.stat().st_size)
-    digest.update(repr(category.defect_types).encode())
+    paths = [path for item in category.test for path in (item.path, *item.masks)]
+    for path, content in zip(paths, content_digests(paths), strict=True):
+        digest.update(os.fsencode(path.relative_to(category.root)) + b"\0" + (content or bytes(32)))
+    digest.update(repr((category.defect_types, category.stray_masks, category.unused_summary)).encode())
     for folder in folders:
         # Statistics of millions of pixels: other weights have others.
         digest.update((folder / runs.CALIBRATION).read_bytes())

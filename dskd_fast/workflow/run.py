@@ -142,6 +142,7 @@ def describe(options: TrainingOptions, category: Category, holdout: float) -> di
         "images": category.fingerprint,
         "validation_source": category.validation_source,
         "holdout": holdout,
+        "unused": category.unused_summary,
         "held_out": [path.name for path in category.validation] if category.validation_source == "holdout" else [],
         "options": dataclasses.asdict(options),
         "versions": {

@@ -203,7 +203,8 @@ def train(
 
     def prepare() -> tuple[DSKD, ImageStore, Checkpoints]:
         fixed = {name: value for name, value in dataclasses.asdict(options).items() if name not in CHANGEABLE}
-        checkpoints = Checkpoints(checkpoint, f"{category.fingerprint}, {json.dumps(fixed)}")
+        owners = [f"{images}, {json.dumps(fixed)}" for images in (category.fingerprint, category.names_and_sizes)]
+        checkpoints = Checkpoints(checkpoint, *owners)
         status(f"building the networks with the teacher {options.teacher}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dskd_fast.data.layout import Category, open_category
+from dskd_fast.data.layout import Category, open_category, unused_sentences
 from dskd_fast.errors import UserError
 from dskd_fast.workflow import run as runs
 from dskd_fast.workflow.detector import Detector
@@ -64,7 +64,7 @@ def resume_run(
         report, status, group: see `dskd_fast.workflow.train.train`, whose errors it raises.
 
     Raises:
-        UserError: the training has finished, the images are others, or an option cannot be changed.
+        UserError: the training has finished, the images are others by name or content, or an option cannot be changed.
     """
     with contextlib.ExitStack() as stack:
 
@@ -79,11 +79,11 @@ def resume_run(
                 stack.enter_context(runs.claimed(folder, is_new=False))
             options, holdout = runs.read_options(folder, config)
             category = find_category(folder, config, data_root, holdout=holdout, seed=options.seed)
-            if category.fingerprint != config.get("images"):
+            if not _has_same_images(folder, config, category, status):
                 raise UserError(
                     f"the training and validation images in {category.root} are not those with which {folder} began "
-                    f"({_count(config['n_images'])} then, {_count(category.n_images)} now): restore them, or train "
-                    "again into another folder"
+                    f"({_count(config['n_images'])} then, {_count(category.n_images)} now; names and contents are "
+                    "compared): restore them, or train again into another folder"
                 )
             changed = {name: value for name, value in (changes or {}).items() if getattr(options, name) != value}
             fixed = [name for name in changed if name not in CHANGEABLE]
@@ -94,6 +94,8 @@ def resume_run(
                 )
             options = dataclasses.replace(options, **changed)
             record = {"data_root": str(category.root.absolute()), "options": dataclasses.asdict(options)}
+            # From here on contents are compared, also of a run that an earlier version began.
+            record["images"] = category.fingerprint
             if changed:
                 record["changes"] = [*config.get("changes", []), changed]
             if group.is_first and config | record != config:
@@ -116,7 +118,7 @@ def ensure_run(
     """Have a finished run: start it, go on with it, or find that it is there. True unless it was there.
 
     Raises:
-        UserError: the folder holds a run with other options or images.
+        UserError: the folder holds a run with other options or images, which are compared by name and content.
     """
     if not (folder / runs.CONFIG).exists():
         start_run(folder, category, options, holdout=holdout, report=report, status=status)
@@ -134,7 +136,7 @@ def ensure_run(
             f"{folder} holds a run with {others[0]} {getattr(there, others[0])!r}, not "
             f"{getattr(options, others[0])!r}: choose another folder, or move it away"
         )
-    if category.fingerprint != config.get("images"):
+    if not _has_same_images(folder, config, category, status):
         raise UserError(f"{folder} was trained on other images than {category.root} has: move it away to train again")
     if runs.is_finished(folder):
         return False
@@ -164,9 +166,23 @@ def find_category(
     return open_category(data_root, config["category"] if inside else None, holdout=holdout, seed=seed)
 
 
+def _has_same_images(folder: Path, config: dict[str, Any], category: Category, status: Status) -> bool:
+    """Whether a category has the images of a run, as well as the run's config.json can tell."""
+    recorded = config.get("images")
+    if isinstance(recorded, str) and ":" not in recorded:
+        status(
+            f"{folder} was begun by an earlier version, which recorded names and sizes of the images alone: other "
+            "contents would not be noticed"
+        )
+        return category.names_and_sizes == recorded
+    return category.fingerprint == recorded
+
+
 def _train_and_save(
     folder: Path, category: Category, options: TrainingOptions, report: Report, status: Status, group: Group
 ) -> Detector:
+    for sentence in unused_sentences(category.unused_summary):
+        status(sentence)
     detector, history = train(category, options, report, status, checkpoint=folder / runs.CHECKPOINT, group=group)
     if group.is_first:
         runs.save_run(folder, detector, options, history)

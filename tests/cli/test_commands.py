@@ -399,6 +399,39 @@ def test_a_plain_folder_is_enough_to_train_and_predict(train, cli, cli_error, wr
     assert "12 images scored" in result.out
 
 
+def test_image_files_that_are_not_used_are_named_wherever_they_count(train, cli, write_images, tmp_path, below):
+    root = tmp_path / "part"
+    write_images(root / "train" / "good", 2)
+    write_images(root / "test" / "good", 2)
+    write_images(root / "test" / "bad\x1b[2J", 2, seed=1)
+    (root / "test" / "bad\x1b[2J" / "x.heic").touch()
+    told = r"not used: 1 image file (formats that are not read): test/bad\u001b[2J/x.heic"
+    expected = [{"files": "formats that are not read", "n_files": 1, "first": ["test/bad\x1b[2J/x.heic"]}]
+    run = train(root)
+    assert read_json(run / "config.json")["unused"] == expected
+
+    result = cli("evaluate", run, "--save-maps", tmp_path / "maps")
+    assert result.code == 0
+    assert told in result.out.splitlines()
+    assert read_json(run / "metrics.json")["unused"] == expected
+
+    shutil.copytree(tmp_path / "maps" / "part" / "test" / "good", tmp_path / "maps" / "part" / "test" / "gone")
+    arguments = ["evaluate-maps", tmp_path / "maps", "--data-root", tmp_path, "--category", "part"]
+    result = cli(*arguments, "--out", tmp_path / "f.json")
+    assert result.code == 0
+    named = "part/test/gone/000.tiff, part/test/gone/001.tiff"
+    assert f"not used: 2 image files (maps of no test image): {named}" in result.out.splitlines()
+    maps = {"files": "maps of no test image", "n_files": 2, "first": named.split(", ")}
+    assert read_json(tmp_path / "f.json")["unused"] == [*expected, maps]
+
+    result = cli("report", run, "--out", tmp_path / "page")
+    assert result.code == 0
+    assert told in result.out.splitlines()
+    assert "formats that are not read" in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert "\x1b" not in result.out
+    assert "\x1b" not in cli("info", run).out
+
+
 def test_few_images_give_scores_and_no_decisions_and_say_so(train, cli, write_images, tmp_path):
     write_images(tmp_path / "part", 9)
     run = train(tmp_path / "part")
@@ -502,6 +535,35 @@ def test_evaluating_again_gives_the_same_files(cli, own_run):
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("command", ["evaluate", "evaluate-maps", "report"])
+def test_bad_masks_are_all_named_beside_the_figures_that_need_none(cli, own_run, own_data, tmp_path, command):
+    bad = [own_data / "screw_bag" / "ground_truth" / "logical_anomalies" / n / "000.png" for n in ("000", "001")]
+    for path in bad:
+        path.write_bytes(b"garbage")
+    arguments = {
+        "evaluate-maps": [tmp_path / "maps", "--category", "screw_bag"],
+        "report": [own_run, "--out", tmp_path],
+    }
+    if command == "evaluate-maps":
+        cli("evaluate", own_run, "--save-maps", tmp_path / "maps")
+    code, out, err = cli(command, *arguments.get(command, [own_run]), "--data-root", own_data)
+    assert (code, err) == (1, "")
+    lines = [line for line in out.splitlines() if line.startswith("bad mask: ")]
+    assert len(lines) == 2
+    for path, line in zip(bad, lines, strict=True):
+        assert f"the mask {path} is unusable: it is no PNG" in line
+    assert "absent: no sPRO of logical anomalies: masks of category screw_bag cannot be used" in out
+    if command == "report":
+        assert str(bad[1]) in (tmp_path / "index.html").read_text(encoding="utf-8")
+    else:
+        for figure, row in (
+            ("AUROC logical", r" [01]\.\d{3}"),
+            ("sPRO@0.3 structural", r" [01]\.\d{3}"),
+            ("sPRO@0.05 logical", " -"),
+        ):
+            assert re.search(rf"{figure} +{row}", out)
+
+
 @pytest.mark.parametrize("columns", ["40", "60", "80"])
 def test_a_narrow_terminal_loses_no_number(cli, own_run, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
@@ -509,7 +571,7 @@ def test_a_narrow_terminal_loses_no_number(cli, own_run, monkeypatch, columns):
     metrics = read_json(own_run / "metrics.json")
     shown = re.findall(r"\b[01]\.\d{3}\b", out)
     for part in (metrics, metrics["local"], metrics["global"]):
-        for value in (*part["auroc"].values(), *part["spro"].values(), part["spro_at"]["0.3"]["mean"]):
+        for value in (*part["auroc"].values(), *(v for of_kind in part["spro_at"].values() for v in of_kind.values())):
             assert f"{value:.3f}" in shown
     assert "…" not in out
 
@@ -614,6 +676,30 @@ def test_a_corrupt_image_among_good_ones_is_told_at_the_end(cli, tiny_run, write
     assert [bool(row["error"]) for row in rows] == [False, True, False]
     assert [bool(row["score"]) for row in rows] == [True, False, True]
     assert len(list((tmp_path / "results" / "maps").iterdir())) == 2
+
+
+def test_what_is_not_inspected_is_listed_and_only_photographs_make_a_failure(cli, tiny_run, write_images, tmp_path):
+    write_images(tmp_path / "images", 2)
+    arguments = ["predict", tiny_run, tmp_path / "images", "--out", tmp_path / "images" / "results"]
+    assert cli(*arguments).code == 0
+    result = cli(*arguments)
+    overlays = tmp_path / "images" / "results" / "overlays"
+    assert result.code == 0
+    assert f"skipped: {overlays}: 2 image files (drawn by an earlier prediction)\n" in result.out
+
+    (tmp_path / "images" / "x\n\x1b[2J.gif").touch()
+    code, out, err = cli(*arguments)
+    assert (code, err) == (1, "")
+    assert re.search(r"^2 images scored.*, 1 NOT inspected; results in ", out)
+    assert rf"not read: {tmp_path}/images/x\n\u001b[2J.gif: .gif files are not read" in out
+    assert "\x1b" not in out
+    rows = read_rows(tmp_path / "images" / "results" / "predictions.csv")
+    assert [(bool(row["score"]), bool(row["error"]), bool(row["skipped"])) for row in rows] == [
+        *[(True, False, False)] * 2,
+        (False, True, False),
+        (False, False, True),
+    ]
+    assert rows[2]["path"] == str(tmp_path / "images" / "x\n\x1b[2J.gif")
 
 
 def test_the_threshold_of_the_run_decides_unless_another_is_given(cli, tiny_run, data_root, tmp_path):

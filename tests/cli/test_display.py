@@ -19,7 +19,7 @@ def figures(start):
         return {kind: next(values) for kind in ("structural", "logical", "mean")}
 
     auroc, spro_at = three(), {limit: three() for limit in LIMITS}
-    shown = [*auroc.values(), *spro_at["0.05"].values(), *(spro_at[limit]["mean"] for limit in LIMITS)]
+    shown = [*auroc.values(), *(text for texts in spro_at.values() for text in texts.values())]
 
     def as_numbers(texts):
         return {kind: float(text) for kind, text in texts.items()}
@@ -43,7 +43,7 @@ def test_no_terminal_is_too_narrow_for_a_number(monkeypatch, width):
         expected |= shown
     text = printed(monkeypatch, results_table("a title", columns), width)
     assert set(re.findall(r"0\.\d{3}", text)) == expected
-    assert len(expected) == 30
+    assert len(expected) == 3 * (3 + 5 * 3)
     assert "…" not in text
     assert max(len(line) for line in text.splitlines()) <= width
     if width >= 80:
@@ -57,22 +57,24 @@ def test_each_figure_stands_in_its_row_and_column(monkeypatch):
     lines = printed(monkeypatch, results_table("t", {"one": one, "other": other}), 100).splitlines()
     rows = {" ".join(words[:-2]): words[-2:] for words in (line.split() for line in lines) if len(words) >= 3}
     assert rows.keys() == {
-        *(f"{measure} {kind}" for measure in ("AUROC", "sPRO@0.05") for kind in ("structural", "logical", "mean")),
-        *(f"sPRO@{limit} mean" for limit in ("0.01", "0.1", "0.3", "1")),
+        f"{measure} {kind}"
+        for measure in ("AUROC", *(f"sPRO@{limit}" for limit in ("0.01", "0.05", "0.1", "0.3", "1")))
+        for kind in ("structural", "logical", "mean")
     }
     assert rows["AUROC logical"] == [f"{f['auroc']['logical']:.3f}" for f in (one, other)]
     assert rows["sPRO@0.05 structural"] == [f"{f['spro']['structural']:.3f}" for f in (one, other)]
-    assert rows["sPRO@0.3 mean"] == [f"{f['spro_at']['0.3']['mean']:.3f}" for f in (one, other)]
+    for kind in ("structural", "logical", "mean"):
+        assert rows[f"sPRO@0.3 {kind}"] == [f"{f['spro_at']['0.3'][kind]:.3f}" for f in (one, other)]
 
 
-def test_an_absent_figure_is_a_dash(monkeypatch):
+def test_an_absent_figure_is_a_dash_and_hides_no_other(monkeypatch):
     absent = dict.fromkeys(("structural", "logical", "mean"))
-    values = {"auroc": absent | {"structural": 0.5}, "spro": absent, "spro_at": dict.fromkeys(LIMITS, absent)}
+    spro_at = dict.fromkeys(LIMITS, absent) | {"0.3": absent | {"structural": 0.25}}
+    values = {"auroc": absent | {"structural": 0.5}, "spro": absent, "spro_at": spro_at}
     lines = printed(monkeypatch, results_table("t", {"maps": values}), 80).splitlines()
-    last = {line.split()[0] + " " + line.split()[1]: line.split()[-1] for line in lines if " mean" in line}
-    assert set(last.values()) == {"-"}
-    assert len(last) == 6
-    assert any(line.split() == ["AUROC", "structural", "0.500"] for line in lines)
+    rows = {" ".join(words[:2]): words[-1] for words in (line.split() for line in lines) if len(words) == 3}
+    missing = [f"{measure} {kind}" for measure in ("AUROC", "sPRO@0.05") for kind in absent]
+    assert rows == dict.fromkeys(missing, "-") | {"AUROC structural": "0.500", "sPRO@0.3 structural": "0.250"}
     assert "None" not in "".join(lines)
 
 
@@ -133,6 +135,22 @@ def test_the_counter_shows_the_stage_on_a_terminal(monkeypatch):
         progress("reading images", 2, 7)
     assert "reading images" in file.getvalue()
     assert "2/7" in file.getvalue()
+
+
+def test_names_neither_steer_the_terminal_nor_forge_a_line(capsys, monkeypatch):
+    name = "Straße 北京 👩\u200d🔧 \x1b]0;x\x07\r\n0 anomalous\x9b2J\u202egnp.\u2066"
+    shown = r"Straße 北京 👩‍🔧 \u001b]0;x\u0007\r\n0 anomalous\u009b2J\u202egnp.\u2066"
+    display.print_line(name, style="red")
+    with training_progress(name) as (_, status):
+        status("reading")
+    assert capsys.readouterr().out == f"{shown}\n{shown}: reading\n"
+    assert results_table(name, {"maps": figures(100)[0]}).title == shown
+    file = io.StringIO()
+    monkeypatch.setattr(display, "console", Console(file=file, width=200, force_terminal=True))
+    with counter(name) as progress:
+        progress(name, 1, 2)
+    assert shown in file.getvalue()
+    assert not {"\x9b", "\x07", "\u202e"} & set(file.getvalue())
 
 
 def test_the_console_prints_long_lines_unbroken_and_nothing_as_markup(capsys):

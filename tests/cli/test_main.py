@@ -235,3 +235,11 @@ def test_an_empty_name_is_not_the_current_folder(cli, arguments):
     code, _, err = cli(*arguments)
     assert code == 2
     assert "the name is empty" in err
+
+
+@pytest.mark.parametrize("arguments", [("info", "a\n\x1b[2J\u202e.png"), ("info", "run", "--\n\x1b[2J\u202e.png")])
+def test_names_in_errors_do_not_steer_the_terminal(cli, arguments):
+    code, _, err = cli(*arguments)
+    assert code == 2
+    assert r"\n\u001b[2J\u202e.png" in err
+    assert not {"\x1b", "\u202e"} & set(err)

@@ -9,10 +9,14 @@ import tifffile
 from PIL import Image, ImageFile
 
 from dskd_fast.data.images import (
+    IMAGE_LIKE_SUFFIXES,
+    IMAGE_SUFFIXES,
     ImageError,
     image_size,
+    is_image_like,
     list_images,
     read_image,
+    read_image_and_peak,
     read_mask,
     resize_square,
 )
@@ -87,11 +91,17 @@ def rounded(values):
 
 
 def test_list_images_is_natural_and_takes_only_images(tmp_path):
-    wanted = ["1.png", "2.PNG", "10.JpEg", "a b.bmp", "ä.tif", "ö.tiff", "字.jpg"]
+    wanted = ["1.png", "2.PNG", "10.JpEg", "a b.bmp", "ä.tif", "ö.tiff", "ü.webp", "字.jpg"]
     for name in [*wanted, ".hidden.png", "._1.png", "notes.txt", "png", "x.png.part"]:
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in list_images(tmp_path)] == wanted
+
+
+def test_image_formats_are_either_read_or_image_like(tmp_path):
+    assert not set(IMAGE_SUFFIXES) & set(IMAGE_LIKE_SUFFIXES)
+    for name, expected in {"a.GIF": True, "b.heic": True, "c.png": False, "d.txt": False, "gif": False}.items():
+        assert is_image_like(tmp_path / name) is expected
 
 
 def test_list_images_keeps_dangling_links_so_that_reading_fails(tmp_path):
@@ -111,6 +121,7 @@ def test_list_images_of_something_else(tmp_path):
     [
         ("PNG", {}),
         ("BMP", {}),
+        ("WEBP", {"lossless": True}),
         ("TIFF", {}),
         ("TIFF", {"compression": "tiff_lzw"}),
         ("TIFF", {"compression": "tiff_adobe_deflate"}),
@@ -248,10 +259,165 @@ def test_integer_tiff_of_another_width_is_refused(tmp_path, dtype):
         read_image(write(tmp_path / "a.tif", data))
 
 
-def test_first_page_of_a_tiff(tmp_path):
-    pages = [Image.new("L", (48, 40), level) for level in (10, 20, 30)]
-    data = encode(pages[0], "TIFF", save_all=True, append_images=pages[1:])
-    np.testing.assert_array_equal(read_image(write(tmp_path / "a.tif", data)), np.full((40, 48, 3), 10))
+# ------------------------------------------------------------------------------------------ one file, one picture
+
+
+def encode_pages(*pages):
+    """Each page is (array, options of tifffile)."""
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        for array, options in pages:
+            writer.write(array, **{"photometric": "rgb"} | options)
+    return buffer.getvalue()
+
+
+def without_second_page(data):
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        return data[: tiff.pages[1].offset]
+
+
+def lookup_tables(*colours):
+    """ImageJ's tables of 256 colours, from black to each of `colours`."""
+    return [np.outer(colour, np.arange(256)).astype(np.uint8) for colour in colours]
+
+
+RGB_TABLES = lookup_tables((1, 0, 0), (0, 1, 0), (0, 0, 1))
+
+
+def encode_imagej(planes, **metadata):
+    return encode_tiff(planes, imagej=True, metadata={"axes": "CYX"} | metadata)
+
+
+# Files of which one picture can be read, from an array (40, 48, 3).
+ONE_PICTURE = {
+    "planes": lambda rgb: encode_tiff(rgb.transpose(2, 0, 1), photometric="rgb", planarconfig="separate"),
+    "compressed planes": lambda rgb: encode_tiff(
+        rgb.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", compression="zlib"
+    ),
+    "planes and alpha": lambda rgb: encode_tiff(
+        np.concatenate([rgb, rgb[..., :1]], axis=2).transpose(2, 0, 1), photometric="rgb", planarconfig="separate"
+    ),
+    "ImageJ channels": lambda rgb: encode_imagej(rgb.transpose(2, 0, 1)),
+    "ImageJ composite": lambda rgb: encode_imagej(rgb.transpose(2, 0, 1), mode="composite", LUTs=RGB_TABLES),
+    "three channels called grey": lambda rgb: encode_tiff(rgb, photometric="minisblack", planarconfig="contig"),
+    "thumbnail behind": lambda rgb: encode_pages((rgb, {}), (rgb[::2, ::2], {"subfiletype": 1})),
+    "thumbnail before": lambda rgb: encode_pages((rgb[::2, ::2], {"subfiletype": 1}), (rgb, {})),
+    "pyramid": lambda rgb: encode_pages((rgb, {"subifds": 1}), (rgb[::2, ::2], {"subfiletype": 1})),
+    "transparency mask": lambda rgb: encode_pages(
+        (rgb, {}), (rgb[..., 0] > 9, {"subfiletype": 4, "photometric": "minisblack"})
+    ),
+    "a thumbnail alone": lambda rgb: encode_pages((rgb, {"subfiletype": 1})),
+}
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("kind", ONE_PICTURE)
+def test_one_picture_in_a_tiff_is_read_however_it_lies_there(tmp_path, rgb, kind, deep):
+    path = write(tmp_path / "a.tif", ONE_PICTURE[kind](rgb.astype(np.uint16) * 257 if deep else rgb))
+    np.testing.assert_array_equal(read_image(path), rgb)
+    np.testing.assert_array_equal(read_mask(path), rgb.max(axis=2).astype(int) * (257 if deep else 1))
+
+
+def test_a_page_behind_a_thumbnail_is_turned_as_it_says(tmp_path, rgb):
+    tag = (274, 3, 1, 6, True)
+    data = encode_pages((rgb[::2, ::2], {"subfiletype": 1}), (rgb, {"extratags": [tag]}))
+    np.testing.assert_array_equal(read_image(write(tmp_path / "a.tif", data)), np.rot90(rgb, -1))
+
+
+def test_the_first_picture_of_a_phones_jpeg_is_the_photograph(tmp_path, rgb):
+    photograph, depth = Image.fromarray(rgb), Image.new("L", (24, 20))
+    expected = read_image(write(tmp_path / "a.jpg", encode(photograph, "JPEG")))
+    both = encode(photograph, "MPO", save_all=True, append_images=[depth])
+    np.testing.assert_array_equal(read_image(write(tmp_path / "b.jpg", both)), expected)
+
+
+def frames(rgb):
+    return {"save_all": True, "append_images": [Image.fromarray(rgb[::-1].copy())]}
+
+
+# Files of which none can be chosen, or of which something would be lost, and what is said.
+NOT_ONE_PICTURE = {
+    "pages": (lambda rgb: encode_pages((rgb, {}), (rgb, {})), "a TIFF of 2 pages or planes"),
+    "mask's pages": (lambda rgb: encode_tiff(rgb.transpose(2, 0, 1), photometric="minisblack"), "a mask's parts"),
+    "planes behind one page": (
+        lambda rgb: encode_tiff(rgb.transpose(2, 0, 1), photometric="minisblack", truncate=True),
+        "3 pages or planes",
+    ),
+    "ImageJ slices": (lambda rgb: encode_imagej(rgb.transpose(2, 0, 1), axes="ZYX"), "3 pages or planes"),
+    "two ImageJ channels": (lambda rgb: encode_imagej(rgb.transpose(2, 0, 1)[:2]), "2 pages or planes"),
+    "ImageJ channels in other colours": (
+        lambda rgb: encode_imagej(rgb.transpose(2, 0, 1), mode="composite", LUTs=RGB_TABLES[::-1]),
+        "3 pages or planes",
+    ),
+    "floating ImageJ channels": (
+        lambda rgb: encode_imagej(rgb.transpose(2, 0, 1).astype(np.float32) / 255),
+        "3 pages or planes",
+    ),
+    "OME channels": (
+        lambda rgb: encode_tiff(rgb.transpose(2, 0, 1), photometric="minisblack", ome=True, metadata={"axes": "CYX"}),
+        "3 pages or planes",
+    ),
+    "volume": (
+        lambda rgb: encode_tiff(
+            np.zeros((2, 64, 64), np.uint8), volumetric=True, tile=(16, 16, 16), photometric="minisblack"
+        ),
+        "2 pages or planes",
+    ),
+    "two channels": (lambda rgb: encode_tiff(rgb[..., :2], photometric="minisblack", planarconfig="contig"), "2 chann"),
+    "four channels called grey": (
+        lambda rgb: encode_tiff(
+            rgb[:, :, [0, 1, 2, 0]].astype(np.uint16), photometric="minisblack", planarconfig="contig"
+        ),
+        "4 channels",
+    ),
+    "five channels": (lambda rgb: encode_tiff(rgb[:, :, [0, 1, 2, 0, 1]], photometric="rgb"), "5 channels"),
+    "raw file": (
+        lambda rgb: encode_pages((rgb[::2, ::2], {"subfiletype": 1, "subifds": 1}), (rgb, {})),
+        "raw file: save it as PNG",
+    ),
+    "missing page": (
+        lambda rgb: without_second_page(encode_pages((rgb, {}), (rgb[::2, ::2], {"subfiletype": 1}))),
+        "a page is missing",
+    ),
+    "animated PNG": (lambda rgb: encode(Image.fromarray(rgb), "PNG", **frames(rgb)), "an animation of 2 frames"),
+    "animated WebP": (lambda rgb: encode(Image.fromarray(rgb), "WEBP", **frames(rgb)), "an animation of 2 frames"),
+    "GIF": (lambda rgb: encode(Image.fromarray(rgb), "GIF"), "it is a GIF, and no PNG"),
+    "HEIF": (lambda rgb: b"\0\0\0\x18ftypheic" + bytes(99), "it is a HEIF, AVIF or other"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_ONE_PICTURE)
+def test_what_is_not_one_picture_is_refused_by_name(tmp_path, rgb, kind):
+    make, reason = NOT_ONE_PICTURE[kind]
+    path = write(tmp_path / "a", make(rgb))
+    for function in (read_image, read_mask, image_size):
+        with pytest.raises(ImageError, match=reason):
+            function(path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rgb: encode_tiff(rgb.astype(np.float16) / 255, photometric="rgb"),
+        lambda rgb: encode_tiff(rgb.astype(np.float32) / 255, photometric="rgb"),
+        lambda rgb: encode_tiff(rgb[..., 0] / 255),
+        lambda rgb: encode_tiff(rgb[..., 0].astype(">u2"), bigtiff=True, byteorder=">"),
+        lambda rgb: encode_tiff(rgb.astype(np.float32), photometric="rgb"),
+        lambda rgb: encode_tiff(rgb.astype(np.int16), photometric="rgb"),
+        lambda rgb: encode(Image.fromarray(rgb[:31]), "PNG"),
+        *(lambda rgb, f=f: encode(Image.fromarray(rgb), f)[:-30] for f in ("PNG", "JPEG", "BMP", "TIFF", "WEBP")),
+    ],
+)
+def test_the_size_is_that_of_what_is_read_or_refused_for_the_same_reason(tmp_path, rgb, make):
+    path = write(tmp_path / "a", make(rgb))
+
+    def outcome(function):
+        try:
+            return function(path)
+        except ImageError as error:
+            return str(error)
+
+    assert outcome(image_size) == outcome(lambda path: read_image(path).shape[:2])
 
 
 # What each orientation means, by the side that row 0 and column 0 of the stored image show (EXIF 2.32, table
@@ -325,6 +491,8 @@ def test_truncation_is_found_at_every_cut(tmp_path, rng, rgb):
         "tiff jpeg": encode(picture, "TIFF", compression="jpeg"),
         "tiff 16": encode_tiff(deep, photometric="rgb"),
         "tiff 16 deflate": encode_tiff(deep, photometric="rgb", compression="zlib"),
+        "webp": encode(picture, "WEBP"),
+        "lossless webp": encode(picture, "WEBP", lossless=True),
     }
     path = tmp_path / "a"
     for name, data in files.items():
@@ -344,7 +512,7 @@ def test_truncation_is_found_at_every_cut(tmp_path, rng, rgb):
 def test_random_damage_never_escapes_as_another_exception(tmp_path, rng, rgb):
     picture = Image.fromarray(rgb)
     path = tmp_path / "a"
-    for format in ("PNG", "JPEG", "BMP", "TIFF"):
+    for format in ("PNG", "JPEG", "BMP", "TIFF", "WEBP"):
         data = np.frombuffer(encode(picture, format), np.uint8)
         for _ in range(60):
             damaged = data.copy()
@@ -383,6 +551,54 @@ def test_bytes_behind_the_end_of_a_jpeg_do_no_harm(tmp_path, rgb):
     expected = read_image(write(tmp_path / "plain.jpg", data))
     trailed = write(tmp_path / "a.jpg", data + b"video\xff\xda\0\0" * 9)
     np.testing.assert_array_equal(read_image(trailed), expected)
+
+
+@pytest.fixture
+def photograph(rng):
+    """Soft shapes under a little noise, of which a JPEG has a few thousand bytes."""
+    soft = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((160, 128), Image.Resampling.BICUBIC)
+    return Image.fromarray((np.asarray(soft) * 0.9 + rng.integers(0, 20, (128, 160, 3))).astype(np.uint8))
+
+
+JPEGS = {
+    "baseline": {},
+    "all colours": {"quality": 100, "subsampling": 0},
+    "own codes": {"quality": 30, "optimize": True},
+    "progressive": {"progressive": True},
+    "restart markers": {"restart_marker_rows": 1},
+    "many restart markers": {"restart_marker_blocks": 1},
+    "progressive with restart markers": {"progressive": True, "restart_marker_blocks": 9},
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_whose_data_end_early_is_refused_and_a_sound_one_is_not(tmp_path, photograph, kind, mode):
+    data = encode(photograph.convert(mode), "JPEG", **JPEGS[kind])
+    white = encode(Image.new(mode, (160, 128), "white"), "JPEG", **JPEGS[kind])
+    # An end mark before a comment's end, fill bytes before a marker, and what cameras put behind the picture.
+    comment = b"\xff\xfe\0\x06\xff\xd9\xff\xda"
+    for sound in (
+        data,
+        white,
+        data[:2] + comment + data[2:],
+        data[:-2] + b"\xff\xff\xd9",
+        data + b"\xff\xda\0" * 9 + data,
+    ):
+        read_image(write(tmp_path / "a.jpg", sound))
+    # Between scans a progressive JPEG may end, with a picture of less detail.
+    longest = max(data.split(b"\xff\xda"), key=len)
+    for share in (0.3, 0.5, 0.8):
+        at = data.index(longest) + int(share * len(longest))
+        with pytest.raises(ImageError, match="some of its coded data is missing"):
+            read_image(write(tmp_path / "a.jpg", data[:at] + b"\xff\xd9"))
+
+
+def test_a_jpeg_without_one_of_its_restart_intervals_is_refused(tmp_path, photograph):
+    data = encode(photograph, "JPEG", restart_marker_rows=1)
+    begin, end = data.index(b"\xff\xd1"), data.index(b"\xff\xd2")
+    with pytest.raises(ImageError, match="some of its coded data is missing"):
+        read_image(write(tmp_path / "a.jpg", data[:begin] + data[end:]))
 
 
 @pytest.mark.parametrize(
@@ -468,6 +684,67 @@ def test_masks_keep_their_values(tmp_path, rng):
     data = encode_tiff(np.zeros((40, 48), np.float32))
     with pytest.raises(ImageError, match="integers"):
         read_mask(write(path, data))
+
+
+@pytest.mark.parametrize(("format", "options"), [("JPEG", {}), ("WEBP", {}), ("TIFF", {"compression": "jpeg"})])
+def test_a_mask_in_a_format_that_smears_is_refused(tmp_path, rgb, format, options):
+    with pytest.raises(ImageError, match="save masks as PNG"):
+        read_mask(write(tmp_path / "m.png", encode(Image.fromarray(rgb), format, **options)))
+
+
+# -------------------------------------------------------------------------------------- fewer bits than the file has
+
+
+@pytest.mark.parametrize("bits", [9, 12, 16])
+@pytest.mark.parametrize(
+    ("channels", "make"),
+    [
+        (1, lambda array: encode_png16(array)),
+        (2, lambda array: encode_png16(array)),
+        (3, lambda array: encode_png16(array)),
+        (1, lambda array: encode_tiff(array[..., 0])),
+        (3, lambda array: encode_tiff(array, photometric="rgb")),
+        (3, lambda array: encode_imagej(array.transpose(2, 0, 1))),
+    ],
+)
+def test_values_of_fewer_bits_than_the_file_has(tmp_path, rng, bits, channels, make):
+    largest = 2**bits - 1
+    array = rng.integers(0, largest, (40, 48, channels)).astype(np.uint16)
+    array[7, 8, 0] = largest
+    if channels == 2:
+        array[..., 1] = 65535  # alpha has its own range
+    path = write(tmp_path / "a", make(array))
+    colours = array[..., :1] if channels == 2 else array
+    # In whole numbers, as above: the largest value is odd.
+    expected = (510 * colours.astype(np.int64) + largest) // (2 * largest)
+    image, peak = read_image_and_peak(path, bits=bits)
+    np.testing.assert_array_equal(image, np.broadcast_to(expected, (40, 48, 3)))
+    assert peak == largest
+    if bits < 16:
+        array[7, 8, 0] += 1
+        with pytest.raises(
+            ImageError, match=rf"holds the value {largest + 1}, above {largest}, the largest of {bits} b"
+        ):
+            read_image(write(path, make(array)), bits=bits)
+
+
+def test_fewer_bits_where_white_is_zero(tmp_path):
+    array = np.full((40, 48), 95, np.uint16)
+    path = write(tmp_path / "a.tif", encode_tiff(array, photometric="miniswhite"))
+    image, peak = read_image_and_peak(path, bits=12)
+    assert (image == 249).all()  # 4000 of 4095
+    assert peak == 95
+
+
+def test_fewer_bits_change_nothing_where_values_have_8_or_are_floating(tmp_path, rgb):
+    for data in (
+        *(encode(Image.fromarray(rgb), format) for format in ("PNG", "JPEG", "BMP", "TIFF", "WEBP")),
+        encode_tiff(rgb.astype(np.float32) / 255, photometric="rgb"),
+    ):
+        path = write(tmp_path / "a", data)
+        image, peak = read_image_and_peak(path, bits=9)
+        np.testing.assert_array_equal(image, read_image(path))
+        assert peak is None
 
 
 def triangle_resize(signal, size):

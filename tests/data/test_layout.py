@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,15 @@ import pytest
 from PIL import Image
 
 from dskd_fast.data.images import ImageError
-from dskd_fast.data.layout import DataNotFound, default_data_root, open_category
+from dskd_fast.data.layout import (
+    DataNotFound,
+    GroundTruth,
+    MaskError,
+    default_data_root,
+    list_categories,
+    open_category,
+    unused_sentences,
+)
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
 
@@ -132,18 +141,67 @@ def test_bad_loco_masks(loco, mask, reason):
     path = loco / "ground_truth/logical_anomalies/000/000.png"
     save(path, mask)
     category = open_category(loco, None)
-    with pytest.raises(UserError, match=reason) as caught:
+    with pytest.raises(MaskError, match=reason) as caught:
         category.defects(item_of(category, "test/logical_anomalies/000"))
     assert str(path) in str(caught.value)
 
 
-def test_a_damaged_mask_is_named(loco):
-    path = loco / "ground_truth/logical_anomalies/000/000.png"
-    path.write_bytes(path.read_bytes()[:60])
+def test_all_bad_masks_are_named_and_hide_neither_the_good_ones_nor_each_other(loco):
+    folder = loco / "ground_truth/logical_anomalies"
+    damaged, lossy, other = folder / "000/000.png", folder / "000/001.JPG", folder / "001/000.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    save(lossy, blob())
+    save(other, blob(7))
     category = open_category(loco, None)
-    with pytest.raises(ImageError) as caught:
+    with pytest.raises(MaskError) as caught:
         category.defects(item_of(category, "test/logical_anomalies/000"))
-    assert str(path) in str(caught.value)
+    reasons = caught.value.reasons
+    assert len(reasons) == 2
+    assert f"the mask {damaged} is unusable: it is damaged" in reasons[0]
+    assert f"the mask {lossy} is in a format that may smear" in reasons[1]
+
+    truth = GroundTruth(category)
+    for _ in range(2):  # as for two variants of the maps
+        found = {item.key: truth.defects(item) for item in category.test}
+    assert [defect.saturation for defect in found["test/structural_anomalies/000"]] == [100]
+    assert found["test/logical_anomalies/000"] is found["test/logical_anomalies/001"] is None
+    assert found["test/good/000"] == []
+    assert truth.bad_masks("structural") == []
+    assert truth.bad_masks() == truth.bad_masks("logical")
+    assert truth.bad_masks()[:2] == list(reasons)
+    assert f"{other} holds the pixel value 7" in truth.bad_masks()[2]
+    assert len(truth.bad_masks()) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "kinds", "sentence"),
+    [
+        ("bad/1_mask.png", ["structural"], "{0} belongs to no image of {root}/test/bad"),
+        ("bad/01/0.png", ["structural"], "{0} belongs to no image of {root}/test/bad"),
+        ("bad/0/deep/0.png", ["structural"], "{0} belongs to no image of {root}/test/bad"),
+        ("bad/0.tif", ["structural"], "{0} is a second one beside {root}/ground_truth/bad/0_mask.PNG"),
+        ("bad/0_mask.webp", ["structural"], "{0} is a second one beside {root}/ground_truth/bad/0_mask.PNG"),
+        ("logical_anomalies/0.png", ["logical"], "{root}/ground_truth/logical_anomalies holds masks, but {root}/test/"),
+        ("0.png", ["structural", "logical"], "{0} lies directly in {root}/ground_truth"),
+    ],
+)
+def test_a_mask_without_an_image_of_its_own_is_named(tmp_path, file, kinds, sentence):
+    touch(tmp_path / "train/good", "0.png")
+    save(tmp_path / "test/bad/0.png", IMAGE)
+    touch(tmp_path / "test/good", "0.png")
+    save(tmp_path / "ground_truth/bad/0_mask.PNG", blob())
+    category = open_category(tmp_path, None)
+    assert (category.stray_masks, category.unused) == ({}, {})
+    save(tmp_path / "ground_truth" / file, blob())
+    category = open_category(tmp_path, None)
+    assert sorted(category.stray_masks) == sorted(kinds)
+    expected = sentence.format(tmp_path / "ground_truth" / file, root=tmp_path)
+    for kind in kinds:
+        (found,) = category.stray_masks[kind]
+        assert expected in found
+    truth = GroundTruth(category)
+    assert truth.bad_masks() == [found]
+    assert (truth.defects(item_of(category, "test/bad/0")) is None) == ("structural" in kinds)
 
 
 def test_masks_fit_images_that_exif_turns(loco):
@@ -305,7 +363,8 @@ def test_a_subfolder_of_that_name_wins_over_the_folder_itself(tmp_path):
     touch(root, "0.png")
     touch(root / "a", "1.png")
     assert open_category(root, "a").train == (root / "a" / "1.png",)
-    assert open_category(root, None).train == (root / "0.png",)
+    with pytest.raises(UserError, match=r"a/a holds images that would not be used"):
+        open_category(root, None)
 
 
 def test_the_name_of_the_working_directory(tmp_path, monkeypatch):
@@ -470,15 +529,157 @@ def test_a_test_set_alone_is_a_category_without_training_images(tmp_path):
     assert (category.train, category.validation, len(category.test)) == ((), (), 2)
 
 
-@pytest.mark.parametrize("split", ["train/good", "train", "validation/good"])
-def test_images_that_would_be_passed_over_are_an_error(tmp_path, split):
-    touch(tmp_path / "train/good", "0.png")
-    touch(tmp_path / split, "1.png")
-    touch(tmp_path / split / "line 2", "2.png")
-    if split == "train":
-        (tmp_path / "train/good/0.png").unlink()
-    with pytest.raises(UserError, match="line 2 holds images that would not be used"):
+BASE = ("train/good/0.png", "test/good/0.png", "test/bad/0.png")
+
+
+def write(root, *names):
+    for name in names:
+        touch((root / name).parent, Path(name).name)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        # What would not be used.
+        (["train/good/line 2/1.gif"], "train/good/line 2 holds images that would not be used; move good ones to"),
+        (["train/good2/1.png"], "train/good2 holds images that would not be used"),
+        (["train/bad/a/b/1.png"], "train/bad/a/b holds images that would not be used"),
+        (["train/1.png"], "train holds images that would not be used, 1.png among them, because .*train/good has some"),
+        (["validation/1.png", "validation/good/2.heic"], "validation holds images that would not be used, 1.png"),
+        (["validation/1.png", "validation/cam/2.png"], "validation/cam holds images that would not be used"),
+        (["validation/1.gif", "validation/2.gif"], "none of the 2 image files in .*validation is of a format"),
+        (["test/bad/cam1/10.png"], "test/bad/cam1 holds images that would not be used; .* such as .*/test/bad_cam1"),
+        (["test/good/a/b/1.png"], "test/good/a/b holds images that would not be used"),
+        (["test/1.gif"], "test holds images directly"),
+        (["test/bad/0_mask.png"], "test/bad/0_mask.png looks like the mask of the image beside it"),
+        (["test/ground_truth/bad/0.png"], "test/ground_truth looks like the masks"),
+        (["test/masks/0.png"], "test/masks looks like the masks"),
+        # Names that are nearly right.
+        *(([f"{name}/good/1.png"], f"{name} .* looks like the folder validation; rename it to .*/validation")
+          for name in ("val", "VAL", "Valid", "Validation", "validation_set")),
+        *(([f"{name}/good/1.png"], f"{name} .* looks like the folder train")
+          for name in ("Train", "training", "train-images")),
+        *(([f"{name}/bad/1.png"], f"{name} .* looks like the folder test") for name in ("Test", "testing")),
+        *(([f"{name}/bad/0.png"], f"{name} .* looks like the folder ground_truth")
+          for name in ("groundtruth", "ground-truth", "Ground Truth", "GT", "masks")),
+        *(([f"{split}/{name}/1.png"], f"{split}/{name} .* looks like the folder good")
+          for split in ("train", "test") for name in ("Good", "GOOD", "ok", "OK", "normal")),
+        (["validation/normal/1.png"], "validation/normal .* looks like the folder good; rename it to .*/validation/go"),
+        (["test/logical/1.png"], "test/logical .* looks like the folder logical_anomalies"),
+        (["test/Logical Anomalies/1.png"], "Logical Anomalies .* looks like the folder logical_anomalies"),
+    ],
+)  # fmt: skip
+def test_images_that_would_be_passed_over_or_misjudged_are_an_error(tmp_path, files, message):
+    write(tmp_path, *BASE)
+    assert open_category(tmp_path, None).unused == {}
+    write(tmp_path, *files)
+    with pytest.raises(UserError, match=message):
         open_category(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["0.png", "cam1/1.png"], "cam1 holds images that would not be used; move good ones to"),
+        (["0.png", "Test/bad/1.png"], "Test .* looks like the folder test"),
+        (["0.gif", "1.heic"], "none of the 2 image files in .* is of a format that is read, 0.gif among them"),
+        (["Train/good/0.png"], "Train .* looks like the folder train"),
+        (["train/ok/0.png"], "train/ok .* looks like the folder good"),
+        (["train/0.gif"], "none of the 1 image files in .*train is of a format that is read"),
+    ],
+)
+def test_a_folder_of_good_images_is_looked_at_as_closely(tmp_path, files, message):
+    write(tmp_path / "part", *files)
+    with pytest.raises(UserError, match=message):
+        open_category(tmp_path, "part")
+
+
+def test_image_files_that_nothing_reads_are_listed(tmp_path):
+    write(tmp_path, *BASE, "ground_truth/good/0.png")
+    write(tmp_path, *(f"train/good/{i}.gif" for i in range(1, 6)), "test/bad/9.HEIC")
+    write(tmp_path, "preview.webp", "Thumbs.db", "new/a/1.png", "new/notes.txt", ".cache/1.png", "train/good/._0.png")
+    write(tmp_path, "results/overlays/0.png")
+    (tmp_path / "results/predictions.csv").write_text("path,score,threshold,decision,overlay,map,error\n")
+    category = open_category(tmp_path, None)
+    assert category.n_images == {"train": 1, "validation": 0, "test/good": 1, "test/structural": 1, "test/logical": 0}
+    assert category.stray_masks == {}
+    assert {what: len(paths) for what, paths in category.unused.items()} == {
+        "formats that are not read": 6,
+        "directly in the folder of the category": 1,
+        "in folders that have no meaning here": 1,
+        "drawn by an earlier prediction": 1,
+        "masks of good images": 1,
+    }
+    assert set(unused_sentences(category.unused_summary)) == {
+        "not used: 6 image files (formats that are not read): "
+        "train/good/1.gif, train/good/2.gif, train/good/3.gif, ...",
+        "not used: 1 image file (directly in the folder of the category): preview.webp",
+        "not used: 1 image file (in folders that have no meaning here): new/a/1.png",
+        "not used: 1 image file (drawn by an earlier prediction): results/overlays/0.png",
+        "not used: 1 image file (masks of good images): ground_truth/good/0.png",
+    }
+    json.dumps(category.unused_summary)
+
+
+@pytest.mark.parametrize("where", [".", "results"])
+def test_results_of_a_prediction_among_good_images_are_listed_and_not_trained_on(tmp_path, where):
+    write(tmp_path, "0.png", *(f"{where}/{folder}/0.png" for folder in ("overlays", "maps")))
+    (tmp_path / where / "predictions.csv").write_text("path,score,threshold,decision,overlay,map,error,skipped\n")
+    category = open_category(tmp_path, None)
+    assert category.train == (tmp_path / "0.png",)
+    assert {what: len(paths) for what, paths in category.unused.items()} == {"drawn by an earlier prediction": 2}
+
+
+def test_the_published_layouts_and_links_have_nothing_to_complain_of(loco, tmp_path):
+    mvtec_ad(tmp_path, "cable", bent_wire=2, cable_swap=2)
+    for root in (loco, tmp_path / "cable"):
+        write(root, "license.txt", "readme.txt", ".DS_Store", "train/.DS_Store", "test/good/Thumbs.db")
+    # Another spelling as a link to the folder, as for data that also another program reads.
+    (tmp_path / "cable/Test").symlink_to(tmp_path / "cable/test")
+    for root in (loco, tmp_path / "cable"):
+        category = open_category(root, None)
+        assert (category.unused, category.stray_masks) == ({}, {})
+
+
+@pytest.mark.parametrize("names", [("good", "bad"), ("OK", "NG"), ("defects", "line 1"), ("normal",)])
+def test_classes_are_not_taken_for_categories(tmp_path, names):
+    write(tmp_path, *(f"{name}/0.png" for name in names))
+    for find in (list_categories, lambda root: open_category(root, None)):
+        with pytest.raises(
+            UserError, match=f"{names[0]}.* looks like a class of images.* put good images into .*/train/"
+        ):
+            find(tmp_path)
+    write(tmp_path, *(f"{name}/train/0.png" for name in names))
+    for name in names:
+        (tmp_path / name / "0.png").unlink()
+    assert sorted(list_categories(tmp_path)) == sorted(names)
+
+
+def test_a_folder_of_anomalous_images_is_not_trained_on(tmp_path):
+    write(tmp_path, "good/0.png", "n.o.k./0.png")
+    assert open_category(tmp_path, "good").train == (tmp_path / "good/0.png",)
+    for root, name in ((tmp_path, "n.o.k."), (tmp_path / "n.o.k.", None)):
+        with pytest.raises(UserError, match="looks by its name like a folder of anomalous images"):
+            open_category(root, name)
+
+
+def test_the_fingerprint_is_of_names_and_contents(tmp_path, write_images):
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        for path in write_images(tmp_path / folder / "train", 3, seed=seed):
+            Image.open(path).save(path.with_suffix(".bmp"))
+            path.unlink()
+    a, b, c = (open_category(tmp_path, name) for name in "abc")
+    assert a.fingerprint == b.fingerprint
+    # The same names and sizes, other pixels: what older versions took for the same.
+    assert a.names_and_sizes == c.names_and_sizes
+    assert a.fingerprint != c.fingerprint
+    before = b.fingerprint
+    shutil.copy(c.train[1], b.train[1])
+    assert b.fingerprint != before
+    shutil.copy(a.train[1], b.train[1])
+    assert b.fingerprint == before
+    b.train[0].rename(b.train[0].with_name("z.bmp"))
+    assert open_category(tmp_path, "b").fingerprint != before
 
 
 def test_a_dead_link_has_a_place_in_the_fingerprint(tmp_path, write_images):

@@ -57,8 +57,10 @@ def test_the_limit_is_inclusive_to_the_byte(paths, short, in_memory):
 @pytest.mark.parametrize(("memory_limit", "later"), [(2 * 2**30, 0), (0, 2)])
 def test_how_often_files_are_decoded(paths, monkeypatch, memory_limit, later):
     calls = []
-    original = store_module.read_image
-    monkeypatch.setattr(store_module, "read_image", lambda path: calls.append(path) or original(path))
+    original = store_module.read_image_and_peak
+    monkeypatch.setattr(
+        store_module, "read_image_and_peak", lambda path, **options: calls.append(path) or original(path, **options)
+    )
     store = ImageStore(paths, 32, memory_limit=memory_limit)
     assert sorted(calls) == sorted(paths)
     calls.clear()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dskd_fast.errors import UserError
 from dskd_fast.metrics import maps
-from dskd_fast.metrics.maps import ScoredMap, read_map, read_maps, save_map, score_maps
+from dskd_fast.metrics.maps import ScoredMap, maps_without_image, read_map, read_maps, save_map, score_maps
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (1, 7), (7, 1), (1, 1), (5, 3), (5, 4), (3, 6)])
@@ -194,7 +194,7 @@ def hand_made():
         "test/logical_anomalies/001": [SimpleNamespace(mask=LEFT, saturation=1)],
     }
     images = [SimpleNamespace(key=key, kind=kind, path=Path(f"{key}.png")) for key, kind in kinds.items()]
-    category = SimpleNamespace(name="toy", test=images, defects=lambda item: defects.get(item.key, []))
+    category = SimpleNamespace(name="toy", test=images, defects=lambda item, _=None: defects.get(item.key, []))
     return category, {key: np.array(rows, np.float32) for key, rows in scores.items()}
 
 
@@ -250,7 +250,7 @@ def test_figures_of_maps_in_memory_with_image_scores_of_their_own():
 def test_without_masks_the_images_are_still_scored(tmp_path):
     category, scores = hand_made()
     marked = category.defects
-    category.defects = lambda item: None if item.key == "test/logical_anomalies/001" else marked(item)
+    category.defects = lambda item, _=None: None if item.key == "test/logical_anomalies/001" else marked(item)
     write_maps(tmp_path, scores)
     figures = score_maps(read_maps(tmp_path, category, size_2_by_3))
     assert figures["auroc"] == expected_figures()["auroc"]
@@ -278,6 +278,28 @@ def test_missing_maps_are_counted_and_named(tmp_path):
 
     with pytest.raises(UserError, match=r"5 of 5 .*000\.tiff, \.\.\.$"):
         read_maps(tmp_path / "elsewhere", category, size_2_by_3)
+
+
+def test_two_maps_of_one_image_are_refused_by_name(tmp_path):
+    category, scores = hand_made()
+    write_maps(tmp_path, scores)
+    write_maps(tmp_path, dict(list(scores.items())[:2]), ".tif")
+    with pytest.raises(UserError) as error:
+        read_maps(tmp_path, category, size_2_by_3)
+    assert "2 of 5 test images have two anomaly maps" in str(error.value)
+    for key in list(scores)[:2]:
+        assert f"{tmp_path / 'toy' / key}.tiff and {Path(key).name}.tif" in str(error.value)
+
+
+def test_maps_of_no_test_image_are_found(tmp_path):
+    category, scores = hand_made()
+    write_maps(tmp_path, scores)
+    assert maps_without_image(tmp_path, category) == maps_without_image(tmp_path / "elsewhere", category) == []
+    lost = [tmp_path / "toy/test/good/002.tif", tmp_path / "toy/test/bad/a/000.TIFF"]
+    for path in lost:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert maps_without_image(tmp_path, category) == sorted(lost)
 
 
 def test_no_test_images(tmp_path):

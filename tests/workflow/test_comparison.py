@@ -13,9 +13,13 @@ LOCO = PAPER["loco"]["categories"]
 RECIPE = TrainingOptions("wide_resnet50_2")
 
 
-def part(name, *, is_synthetic=False, is_papers=True, logical=3, validation=4, failed=False):
+def part(name, *, is_synthetic=False, is_papers=True, logical=3, validation=4, failed=False, unused=()):
     counts = {"train": 12, "validation": validation, "test/good": 4, "test/structural": 3, "test/logical": logical}
-    category = None if failed else SimpleNamespace(n_images=counts, validation=("x",) * validation)
+    category = (
+        None
+        if failed
+        else SimpleNamespace(n_images=counts, validation=("x",) * validation, unused_summary=list(unused))
+    )
     return Part(name, category, "it is gone" if failed else None, is_synthetic, is_papers)
 
 
@@ -136,7 +140,8 @@ def test_nothing_stands_where_the_paper_prints_nothing(experiment, label, printe
 
 
 def test_other_data_has_no_printed_figures_and_the_notes_say_so():
-    parts = [part("screw_bag", is_synthetic=True, is_papers=False), part("board", is_papers=False)]
+    unused = [{"files": "formats that are not read", "n_files": 1, "first": ["test/bad/a.gif"]}]
+    parts = [part("screw_bag", is_synthetic=True, is_papers=False), part("board", is_papers=False, unused=unused)]
     found = results("loco", parts, {(0, p.name): metrics(0.6, 0.4) for p in parts})
     spro = tables_of(found)[0]
     assert list(spro.columns) == ["screw_bag (synthetic)", "board", "mean"]
@@ -146,6 +151,7 @@ def test_other_data_has_no_printed_figures_and_the_notes_say_so():
     assert "screw_bag (drawn by dskd-fast; 12 training and 4 validation images" in notes
     assert "test images: 4 good, 3 structural, 3 logical" in notes
     assert "over the 5 categories of MVTec LOCO AD, ours over the 2 here" in notes
+    assert "board: not used: 1 image file (formats that are not read): test/bad/a.gif." in notes
 
 
 def test_the_papers_own_categories_are_said_to_be_taken_for_them():

@@ -14,7 +14,7 @@ import dskd_fast.workflow.evaluate as evaluate_module
 from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import open_category
 from dskd_fast.errors import UserError
-from dskd_fast.workflow.evaluate import absences, decide, evaluate
+from dskd_fast.workflow.evaluate import decide, evaluate
 
 KINDS = ("good", "structural", "logical")
 MEASURES = {"structural", "logical", "mean"}
@@ -220,6 +220,27 @@ def test_without_masks_there_is_an_auroc_and_no_spro(tiny_detector, own_data):
     assert "logical_anomalies" in figures["absent"][0]
 
 
+def test_bad_masks_leave_their_kind_without_spro_and_hide_nothing_else(tiny_detector, own_data, evaluated):
+    bad = [own_data / "ground_truth" / "logical_anomalies" / name / "000.png" for name in ("000", "002")]
+    bad[0].write_bytes(bad[0].read_bytes()[:40])
+    Image.new("L", (120, 96)).save(bad[1])
+    (own_data / "train" / "good" / "a.gif").touch()
+    figures = evaluate(tiny_detector, open_category(own_data, None), threshold=None, batch_size=4)
+    expected, _, _ = evaluated
+    assert figures["auroc"] == expected["auroc"]
+    for name in ("local", "global"):
+        assert figures[name]["auroc"] == expected[name]["auroc"]
+    for limit, values in figures["spro_at"].items():
+        assert values == {"structural": expected["spro_at"][limit]["structural"], "logical": None, "mean": None}
+    assert len(figures["bad_masks"]) == 2
+    for path, sentence in zip(bad, figures["bad_masks"], strict=True):
+        assert str(path) in sentence
+    assert len(figures["absent"]) == 1
+    assert "no sPRO of logical anomalies: masks of category screw_bag cannot be used (2 such" in figures["absent"][0]
+    assert figures["unused"] == [{"files": "formats that are not read", "n_files": 1, "first": ["train/good/a.gif"]}]
+    assert expected["bad_masks"] == expected["unused"] == []
+
+
 @pytest.mark.parametrize(
     ("removed", "absent"),
     [("good", {"structural", "logical", "mean"}), ("logical_anomalies", {"logical", "mean"})],
@@ -250,13 +271,12 @@ def test_a_plain_folder_of_broken_ones_counts_as_structural(tiny_detector, tmp_p
     write_images(tmp_path / "part" / "train", 2)
     write_images(tmp_path / "part" / "test" / "good", 3)
     write_images(tmp_path / "part" / "test" / "broken", 2, seed=5)
-    category = open_category(tmp_path / "part", None)
-    figures = evaluate(tiny_detector, category, threshold=None)
+    figures = evaluate(tiny_detector, open_category(tmp_path / "part", None), threshold=None)
     assert figures["n_images"] == {"good": 3, "structural": 2, "logical": 0}
     assert figures["auroc"]["structural"] is not None
     assert figures["auroc"]["mean"] is None
     assert set(figures["spro"].values()) == {None}
-    assert any("broken" in reason for reason in absences(category))
+    assert any("broken" in reason for reason in figures["absent"])
 
 
 def test_mvtec_ads_layout_with_logical_images_split_out(tiny_detector, tmp_path, write_images):

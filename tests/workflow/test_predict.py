@@ -34,7 +34,7 @@ def predicted(tiny_detector, out):
             table = list(csv.DictReader(file))
         assert table == [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
         for prediction in predictions:
-            assert (prediction.error is None) == (prediction.score is not None)
+            assert [prediction.error, prediction.skipped].count(None) == 1 + (prediction.score is not None)
             for file in (prediction.overlay, prediction.map):
                 assert file is None or (out / file).is_file()
         return predictions
@@ -187,11 +187,49 @@ def test_hidden_files_and_folders_are_left_out(predicted, write_images, tmp_path
 
 
 @pytest.mark.parametrize("inside", ["results", "."])
-def test_results_of_an_earlier_call_are_not_taken_for_images(tiny_detector, write_images, tmp_path, inside):
-    write_images(tmp_path / "images", 2)
-    out = tmp_path / "images" / inside
-    for _ in range(2):
-        assert len(predict(tiny_detector, [tmp_path / "images"], out, threshold=None, save_maps=True)) == 2
+@pytest.mark.parametrize("other", [False, True])
+def test_results_of_earlier_calls_are_not_taken_for_images(predicted, tiny_detector, out, write_images, inside, other):
+    folder = out.parent / "images"
+    first = write_images(folder, 2)
+    own = folder / inside
+    predict(tiny_detector, [folder], own, threshold=None, save_maps=True)
+    write_images(own / "later", 1)
+    found = (
+        predicted(folder) if other else predict(tiny_detector, [folder, *first], own, threshold=None, save_maps=True)
+    )
+    assert {p.path: p.skipped for p in found if p.skipped is not None} == {
+        str(own / name): "2 image files (drawn by an earlier prediction)" for name in ("maps", "overlays")
+    }
+    assert {p.path for p in found if p.skipped is None} == {str(own / "later" / "000.png"), *map(str, first)}
+
+
+def test_masks_beside_test_images_are_skipped_and_elsewhere_inspected(predicted, write_images, tmp_path):
+    write_images(tmp_path / "part" / "test" / "bad", 1)
+    write_images(tmp_path / "part" / "ground_truth" / "bad" / "000", 3)
+    write_images(tmp_path / "other" / "ground_truth", 1)
+    found = predicted(tmp_path)
+    assert [p.path for p in found if p.score is not None] == [
+        str(tmp_path / "other" / "ground_truth" / "000.png"),
+        str(tmp_path / "part" / "test" / "bad" / "000.png"),
+    ]
+    assert {p.path: p.skipped for p in found if p.score is None} == {
+        str(tmp_path / "part" / "ground_truth"): "3 image files (masks of the test images beside them)"
+    }
+
+
+def test_formats_that_are_not_read_are_errors_unless_the_file_itself_is_named(predicted, write_images, tmp_path):
+    (image,) = write_images(tmp_path / "images", 1)
+    for name in ("a.gif", "deep/b.HEIC", ".hidden.gif", "notes.txt"):
+        (tmp_path / "images" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(image, tmp_path / "images" / name)
+    scored, gif, heic = predicted(tmp_path / "images")
+    assert scored.path == str(image)
+    assert [p.path for p in (gif, heic)] == [str(tmp_path / "images" / name) for name in ("a.gif", "deep/b.HEIC")]
+    assert gif.error == ".gif files are not read: convert it to png, jpg, bmp, tif or webp"
+    assert heic.error.startswith(".heic files are not read")
+    named = predicted(tmp_path / "images", tmp_path / "images" / "a.gif")
+    assert {p.path: p.error is None for p in named} == {str(image): True, gif.path: True, heic.path: False}
+    assert [p.error is None for p in predicted(tmp_path / "images" / "deep")] == [False]
 
 
 def test_a_second_call_replaces_the_results_of_the_first(predicted, out, write_images, tmp_path):
@@ -290,10 +328,14 @@ def test_an_input_that_is_missing_stops_before_anything_is_written(tiny_detector
     assert not out.exists()
 
 
-def test_a_folder_without_images_stops_before_anything_is_written(tiny_detector, out, tmp_path):
+def test_a_folder_without_images_stops_before_anything_is_written(tiny_detector, out, write_images, tmp_path):
     (tmp_path / "empty" / "deeper").mkdir(parents=True)
     with pytest.raises(UserError, match="empty holds no images"):
         predict(tiny_detector, [tmp_path / "empty"], out, threshold=None)
+    (tmp_path / "part" / "test").mkdir(parents=True)
+    write_images(tmp_path / "part" / "ground_truth", 1)
+    with pytest.raises(UserError, match=r"nothing to score: .*ground_truth has 1 image file \(masks"):
+        predict(tiny_detector, [tmp_path / "part"], out, threshold=None)
     assert not out.exists()
 
 

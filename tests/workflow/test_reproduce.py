@@ -190,7 +190,9 @@ def test_a_pair_has_the_maps_of_its_students(run_tiny, tmp_path, data_root):
 # ---------------------------------------------------------------------------------------------------- what restarts
 
 
-@pytest.mark.parametrize("damage", ["none", "no metrics", "broken metrics", "evaluate", "no scores", "image", "mask"])
+@pytest.mark.parametrize(
+    "damage", ["none", "no metrics", "broken metrics", "evaluate", "no scores", "image", "mask", "content of a mask"]
+)
 def test_figures_are_computed_again_only_if_they_are_of_something_else(run_tiny, two_categories, tmp_path, damage, cli):
     run_tiny("loco", data_root=two_categories, categories=["screw_bag"])
     run = tmp_path / "out" / RUN
@@ -208,8 +210,19 @@ def test_figures_are_computed_again_only_if_they_are_of_something_else(run_tiny,
         (category / "test" / "good" / "003.png").unlink()
     elif damage == "mask":
         shutil.rmtree(category / "ground_truth" / "logical_anomalies" / "002")
+    elif damage == "content of a mask":  # not its name or size
+        mask = category / "ground_truth" / "logical_anomalies" / "002" / "000.png"
+        mask.write_bytes(bytes(mask.stat().st_size))
     outcome, told = run_tiny("loco", data_root=two_categories, categories=["screw_bag"])
-    assert outcome.failures == []
+    if damage == "content of a mask":
+        (failure,) = outcome.failures
+        assert failure.startswith(f"screw_bag: the mask {mask} is unusable")
+        assert told.pop(1) == f"failed: {failure}"
+        assert outcome.tables[1].rows[-1].cells[1].value is not None  # AUROC of logical anomalies
+        # Also when the figures are there already.
+        assert run_tiny("loco", data_root=two_categories, categories=["screw_bag"])[0].failures == [failure]
+    else:
+        assert outcome.failures == []
     assert [sentence.split(": ")[1] for sentence in told] == [
         "was trained before",
         *([] if damage == "none" else ["evaluated"]),
@@ -218,8 +231,8 @@ def test_figures_are_computed_again_only_if_they_are_of_something_else(run_tiny,
     weights = f"{RUN}/weights.safetensors"
     assert after[weights] == before[weights]
     same = after[f"{RUN}/metrics.json"][1] == before[f"{RUN}/metrics.json"][1]
-    assert same == (damage not in ("image", "mask"))
-    if damage == "mask":
+    assert same == ("image" not in damage and "mask" not in damage)
+    if "mask" in damage:
         assert any("no sPRO of logical anomalies" in note for note in outcome.notes)
 
 

@@ -310,11 +310,34 @@ def test_what_the_result_hangs_on_may_not_change(stopped, change):
 
 
 @pytest.mark.parametrize("where", ["train", "validation"])
-def test_other_images_are_refused(stopped, category, write_images, where):
-    write_images(category.root / where / "good" / "more", 1)
-    shutil.move(category.root / where / "good" / "more" / "000.png", category.root / where / "good" / "999.png")
+@pytest.mark.parametrize("replaced", [False, True])
+def test_other_images_are_refused(stopped, category, where, replaced):
+    folder = category.root / where / "good"
+    if replaced:
+        content = (folder / "001.png").read_bytes()
+        (folder / "001.png").write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    else:
+        shutil.copy(folder / "001.png", folder / "999.png")
     with pytest.raises(UserError, match=r"are not those with which .* began \(.*\"train\": 7.* then, "):
         resume_run(stopped)
+
+
+def test_a_run_of_a_version_that_compared_names_and_sizes_goes_on_and_says_so(stopped, category, start, tmp_path, edit):
+    start("reference")
+    edit(stopped / "config.json", lambda config: config.update(images=category.names_and_sizes))
+    tensors, state = load_tensors(stopped / "checkpoint.safetensors")
+    assert state["owner"].startswith(category.fingerprint)
+    former = state | {"owner": state["owner"].replace(category.fingerprint, category.names_and_sizes)}
+    save_tensors(stopped / "checkpoint.safetensors", tensors, former)
+    (category.root / "train" / "good" / "more.gif").touch()
+    told = []
+    resume_run(stopped, status=told.append)
+    assert "recorded names and sizes of the images alone" in told[0]
+    assert "not used: 1 image file (formats that are not read): train/good/more.gif" in told
+    same_result(stopped, tmp_path / "reference")
+    # From here on it is known by its contents.
+    config = json.loads((stopped / "config.json").read_text())
+    assert config["images"] == category.fingerprint
 
 
 def test_data_that_moved_are_found_where_they_are_said_to_be(stopped, category, start, tmp_path):
@@ -510,7 +533,7 @@ def test_a_disk_without_room_is_told_before_the_training(start, tmp_path, monkey
 # ---------------------------------------------------------------------------------------------- having a finished run
 
 
-def test_a_run_is_had_by_starting_going_on_or_finding_it(category, options, start, tmp_path, always_due):
+def test_a_run_is_had_by_starting_going_on_or_finding_it(category, options, start, tmp_path, always_due, edit):
     start("reference")
     run = tmp_path / "run"
     seen = []
@@ -534,6 +557,8 @@ def test_a_run_is_had_by_starting_going_on_or_finding_it(category, options, star
     assert len(seen) == 7
     with pytest.raises(UserError, match=r"holds a run with lr 0\.005, not 0\.1"):
         ensure(lr=0.1)
+    edit(run / "config.json", lambda config: config.update(images=category.names_and_sizes))
+    assert not ensure()
     (category.root / "train" / "good" / "000.png").unlink()
     with pytest.raises(UserError, match="was trained on other images"):
         ensure_run(run, open_category(category.root, None), options, holdout=0.1)
