@@ -14,6 +14,7 @@ from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.metrics.maps import ScoredMap, save_map, score_maps
 from dskd_fast.workflow.detector import VARIANTS, Detector, Maps, Variant
+from dskd_fast.workflow.inputs import check_batch_size
 
 
 class ScoredImages(NamedTuple):
@@ -59,6 +60,7 @@ def evaluate(
 
     Raises:
         UserError: no test images, files that cannot be read or written, or maps that would lie in the data set.
+        ValueError: `batch_size` is no whole number from 1 up.
     """
     if save_maps is not None and (save_maps / category.name).resolve().is_relative_to(category.root.resolve()):
         raise UserError(
@@ -97,12 +99,15 @@ def score_images(
 
     Raises:
         UserError: no test images, or files that cannot be read.
+        ValueError: `batch_size` is no whole number from 1 up.
     """
+    check_batch_size(batch_size)
     if not category.test:
         raise UserError(f"{category.root} has no test images: figures need a folder test, `predict` does not")
     images = ImageStore(
         [item.path for item in category.test],
         detector.model.image_size,
+        bits=detector.bits,
         progress=lambda done, total: progress("reading images", done, total),
     )
     maps = _all_maps(detector, images, batch_size, progress)
@@ -119,8 +124,9 @@ def scored_maps(
 ) -> Iterator[ScoredMap]:
     """The maps of one variant at native size, one at a time, as `score_maps` takes them."""
     for i, item in enumerate(category.test):
-        anomaly_map = detector.localisation_map(test.maps.of(variant)[i], test.images.native_sizes[i])
-        yield ScoredMap(item.key, item.kind, anomaly_map, float(test.scores[variant][i]), category.defects(item))
+        size = test.images.native_sizes[i]
+        anomaly_map = detector.localisation_map(test.maps.of(variant)[i], size)
+        yield ScoredMap(item.key, item.kind, anomaly_map, float(test.scores[variant][i]), category.defects(item, size))
         progress(f"scoring {variant} maps", i + 1, len(category.test))
 
 
