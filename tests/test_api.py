@@ -13,6 +13,7 @@ from dskd_fast import DSKD
 from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.data.layout import open_category
 from dskd_fast.errors import UserError
+from dskd_fast.workflow.evaluate import evaluate
 from dskd_fast.workflow.predict import predict as predict_files
 
 
@@ -172,6 +173,8 @@ IMAGE = np.zeros((64, 64, 3), np.uint8)
         (IMAGE.astype(np.uint16), ValueError, "images has dtype uint16"),
         (IMAGE.astype(bool), ValueError, "images has dtype bool"),
         (IMAGE + 1.5, ValueError, "images has floating values from 1.5 to 1.5: pass values from 0 to 1, or uint8"),
+        (IMAGE + np.float32(1.0000001), ValueError, "images has floating values from 1.000000119"),
+        (torch.ones(3, 64, 64) * 1.0000001, ValueError, "images has floating values from 1.000000119"),
         (IMAGE - 0.1, ValueError, "images has floating values from -0.1"),
         (IMAGE * np.nan, ValueError, "images has floating values from nan"),
         ([IMAGE, IMAGE[:31]], ValueError, r"images\[1\] has 64 x 31 pixels: pass at least 32"),
@@ -184,10 +187,21 @@ def test_what_is_no_image_is_named(detector, images, error, message):
         detector.predict(images)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_a_batch_size_below_1_is_refused(detector, batch_size):
-    with pytest.raises(ValueError, match="batch_size="):
-        detector.predict(IMAGE, batch_size=batch_size)
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, 8.0, "8", None, True])
+def test_a_batch_size_that_is_no_whole_number_from_1_up_is_refused(detector, data_root, tmp_path, batch_size):
+    category = open_category(data_root, "screw_bag")
+    for call in (
+        lambda: detector.predict(IMAGE, batch_size=batch_size),
+        lambda: predict_files(detector, [category.root], tmp_path / "out", threshold=None, batch_size=batch_size),
+        lambda: evaluate(detector, category, threshold=None, batch_size=batch_size),
+    ):
+        with pytest.raises(ValueError, match=f"^batch_size={batch_size!r} is not possible: use a whole number from 1"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_size_may_be_numpys(detector, pixels):
+    assert_same(detector.predict(pixels, batch_size=np.int64(3)), detector.predict(pixels, batch_size=3))
 
 
 def test_images_are_not_changed(detector, pixels):

@@ -285,6 +285,15 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "one (default: auto)",
     )
 
+    data.add_argument(
+        "--bits",
+        type=_bits,
+        metavar="B",
+        help="how many bits the camera gives, 9 to 16, where its files could hold more: 2^B - 1 is white, and an image "
+        "with a larger value is refused, then and later; 8-bit images stay as they are (default: the full range of the "
+        "file's type)",
+    )
+
     model = parser.add_argument_group("model")
     _add_teacher(model)
     model.add_argument(
@@ -483,6 +492,10 @@ def _natural(text: str) -> int:
 
 def _positive(text: str) -> int:
     return _number(text, int, "a whole number from 1 up to 2^31 - 1", low=1, high=2**31 - 1)
+
+
+def _bits(text: str) -> int:
+    return _number(text, int, "a whole number from 9 to 16", low=9, high=16)
 
 
 def _positive_number(text: str) -> float:

@@ -35,7 +35,8 @@ def is_damaged(data: bytes) -> bool:
     and draws something wrong. Neither are whole scans that a progressive JPEG lacks, which leaves less detail. Of
     photographs that were changed in more than 1 % of their pixels, in ten kinds of JPEG, this and Pillow together
     find: the rest cut off before the end mark, all of 355; 512 bytes removed, 97 %; 4096 bytes zeroed, 79 %, 512 bytes
-    zeroed, 68 %; one byte changed, 12 %. Of 9,800 sound ones of four encoders none was called damaged.
+    zeroed, 68 %; one byte changed, 12 %. Of 11,000 sound ones by libjpeg-turbo, mozjpeg and jpegli none was called
+    damaged.
 
     Args:
         data: a file that Pillow can decode. What lies behind the end of its (first) picture does not matter.

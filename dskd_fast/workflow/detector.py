@@ -17,7 +17,7 @@ from dskd_fast.data.images import resize_square
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 from dskd_fast.workflow.device import numerics
-from dskd_fast.workflow.inputs import Images, rgb_images
+from dskd_fast.workflow.inputs import Images, check_batch_size, rgb_images
 
 Variant = Literal["combined", "local", "global"]
 VARIANTS: tuple[Variant, ...] = ("combined", "local", "global")
@@ -131,11 +131,17 @@ class Detection:
 
 @dataclass
 class Detector:
-    """DSKD with everything that turns its features into maps, scores and decisions."""
+    """DSKD with everything that turns its features into maps, scores and decisions.
+
+    Attributes:
+        model, scoring, calibration: what that is.
+        bits: as which image files of more than 8 bits were and are read, see `dskd_fast.data.images.read_image`.
+    """
 
     model: DSKD
     scoring: Scoring
     calibration: Calibration | None = None
+    bits: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -162,14 +168,13 @@ class Detector:
             One entry per image, in order; a list for a single image, too.
 
         Raises:
-            TypeError, ValueError: `images` is none of the above, or `batch_size` is below 1.
+            TypeError, ValueError: `images` is none of the above, or `batch_size` is no whole number from 1 up.
             ImageError: a file cannot be read.
             UserError: the networks give values that are not finite.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is not possible: use a whole number from 1 up")
+        check_batch_size(batch_size)
         detections: list[Detection] = []
-        remaining = rgb_images(images)
+        remaining = rgb_images(images, bits=self.bits)
         while batch := list(itertools.islice(remaining, batch_size)):
             detections += self._predict_batch(batch)
         return detections

@@ -14,6 +14,7 @@ from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.metrics.maps import ScoredMap, save_map, score_maps
 from dskd_fast.workflow.detector import VARIANTS, Detector, Maps, Variant
+from dskd_fast.workflow.inputs import check_batch_size
 
 
 class ScoredImages(NamedTuple):
@@ -61,6 +62,7 @@ def evaluate(
     Raises:
         UserError: no test images, images that cannot be read, files that cannot be written, or maps that would lie in
             the data set.
+        ValueError: `batch_size` is no whole number from 1 up.
     """
     if save_maps is not None and (save_maps / category.name).resolve().is_relative_to(category.root.resolve()):
         raise UserError(
@@ -100,12 +102,15 @@ def score_images(
 
     Raises:
         UserError: no test images, or files that cannot be read.
+        ValueError: `batch_size` is no whole number from 1 up.
     """
+    check_batch_size(batch_size)
     if not category.test:
         raise UserError(f"{category.root} has no test images: figures need a folder test, `predict` does not")
     images = ImageStore(
         [item.path for item in category.test],
         detector.model.image_size,
+        bits=detector.bits,
         progress=lambda done, total: progress("reading images", done, total),
     )
     maps = _all_maps(detector, images, batch_size, progress)

@@ -68,7 +68,8 @@ class Exported:
 def export(detector: Detector, path: Path, file_format: Format, *, category: str, threshold: float | None) -> Exported:
     """Write a detector as one file, which is kept only if it agrees with the detector.
 
-    The file takes uint8 RGB images (B, 3, H, W), each side at least 32 pixels, B, H and W free from call to call.
+    The file takes uint8 RGB images (B, 3, H, W), each side at least 32 pixels, B, H and W free from call to call. A
+    value v of more than 8 bits has to be made round(255 v / (2^bits - 1)) before, `bits` being the run's, or 16.
 
     Args:
         detector: calibrated.
@@ -218,7 +219,11 @@ def _metadata(detector: Detector, file_format: Format, category: str, threshold:
         "image_size": detector.model.image_size,
         "threshold": threshold,
         **({"opset": OPSET} if file_format == "onnx" else {}),
-        "inputs": {"images": f"uint8 (batch, 3, height, width), RGB, each side at least {MIN_SIDE} pixels"},
+        **({} if detector.bits is None else {"bits": detector.bits}),
+        "inputs": {
+            "images": f"uint8 (batch, 3, height, width), RGB, each side at least {MIN_SIDE} pixels; a value of more "
+            f"than 8 bits as round(value * 255 / {2 ** (detector.bits or 16) - 1})"
+        },
         "outputs": outputs,
         "tolerance": f"{TOLERANCE:g} (1 + |value|)",
     }

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,21 @@ _ACCEPTED = (
 )
 
 
-def rgb_images(images: Images) -> Iterator[NDArray[np.uint8]]:
+def check_batch_size(batch_size: int) -> None:
+    """Raise ValueError for what is no whole number from 1 up."""
+    is_whole = isinstance(batch_size, Integral) and not isinstance(batch_size, bool)
+    if not is_whole or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} is not possible: use a whole number from 1 up")
+
+
+def rgb_images(images: Images, *, bits: int | None = None) -> Iterator[NDArray[np.uint8]]:
     """Each image as uint8 RGB (H, W, 3), read or converted when it is asked for.
 
     Args:
         images: a path, an array (H, W, 3) or (B, H, W, 3), a tensor (3, H, W) or (B, 3, H, W) on any device, a Pillow
             image, or an iterable of such single images, which may differ in kind and size. Arrays and tensors are RGB,
             uint8 or floating from 0 to 1; sides have at least 32 pixels.
+        bits: of files of more than 8 bits, see `dskd_fast.data.images.read_image`.
 
     Raises:
         TypeError: something else.
@@ -37,18 +46,18 @@ def rgb_images(images: Images) -> Iterator[NDArray[np.uint8]]:
     """
     if isinstance(images, _SINGLE):
         if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
-            yield from (_rgb(image, f"images[{i}]") for i, image in enumerate(images))
+            yield from (_rgb(image, f"images[{i}]", bits) for i, image in enumerate(images))
         else:
-            yield _rgb(images, "images")
+            yield _rgb(images, "images", bits)
     elif isinstance(images, Iterable) and not isinstance(images, bytes | dict):
-        yield from (_rgb(image, f"images[{i}]") for i, image in enumerate(images))
+        yield from (_rgb(image, f"images[{i}]", bits) for i, image in enumerate(images))
     else:
         raise TypeError(f"images is a {type(images).__name__}: {_ACCEPTED}")
 
 
-def _rgb(image: OneImage, name: str) -> NDArray[np.uint8]:
+def _rgb(image: OneImage, name: str, bits: int | None) -> NDArray[np.uint8]:
     if isinstance(image, str | os.PathLike):
-        return read_image(Path(image))
+        return read_image(Path(image), bits=bits)
     if isinstance(image, Image.Image):
         pixels = _from_pillow(image, name)
     elif isinstance(image, Tensor):
@@ -81,5 +90,5 @@ def _to_uint8(pixels: NDArray, name: str) -> NDArray[np.uint8]:
         raise ValueError(f"{name} has dtype {pixels.dtype}: pass uint8, or floating values from 0 to 1")
     low, high = pixels.min(), pixels.max()
     if not (low >= 0 and high <= 1):  # NaN fails, too
-        raise ValueError(f"{name} has floating values from {low:g} to {high:g}: pass values from 0 to 1, or uint8")
+        raise ValueError(f"{name} has floating values from {low} to {high}: pass values from 0 to 1, or uint8")
     return np.rint(pixels * 255.0).astype(np.uint8)

@@ -13,6 +13,7 @@ from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.maps import save_map
 from dskd_fast.workflow.detector import Detector
 from dskd_fast.workflow.evaluate import decide
+from dskd_fast.workflow.inputs import check_batch_size
 from dskd_fast.workflow.overlay import full_colour, overlay
 
 
@@ -63,7 +64,9 @@ def predict(
 
     Raises:
         UserError: an input does not exist or holds no image files, or the results cannot be written.
+        ValueError: `batch_size` is no whole number from 1 up.
     """
+    check_batch_size(batch_size)
     named, others = _with_names(inputs, out)
     require_writable(out / PREDICTIONS)
     for folder in (out / name for name in PICTURE_FOLDERS):
@@ -90,7 +93,7 @@ def _predict_batch(
     images, errors = {}, {}
     for path, _ in batch:
         try:
-            images[path] = read_image(path)
+            images[path] = read_image(path, bits=detector.bits)
         except ImageError as error:
             errors[path] = "; ".join(reason for _, reason in error.failures)
     if images:

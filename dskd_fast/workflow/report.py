@@ -125,7 +125,7 @@ def write_report(
                 images[key] = {
                     "name": f"{category.name}/{name}" if many_categories else name,
                     "kind": item.kind,
-                    **_photograph(item),
+                    **_photograph(item, detector.bits),
                     "runs": [None] * len(sources),
                 }
             images[key]["runs"][number] = _describe_result(detector, test, i, decided)
@@ -284,8 +284,8 @@ def _points(curve: tuple[NDArray, NDArray] | None, width: float) -> list[list[fl
     return [[float(f"{value:.5g}") for value in values[kept]] for values in (x, y)]
 
 
-def _photograph(item: LabelledImage) -> dict[str, Any]:
-    image = Image.fromarray(read_image(item.path))
+def _photograph(item: LabelledImage, bits: int | None = None) -> dict[str, Any]:
+    image = Image.fromarray(read_image(item.path, bits=bits))
     image.thumbnail((_PHOTO_SIDE, _PHOTO_SIDE))
     for quality in _PHOTO_QUALITIES:
         file = io.BytesIO()

@@ -296,7 +296,8 @@ def join(local: Detector, global_: Detector) -> Detector:
     statistics = {
         name: detector.calibration.statistics[name] for name, detector in (("local", local), ("global", global_))
     }
-    return Detector(model, scoring, Calibration(statistics, local.calibration.source, local.calibration.n_images))
+    calibration = Calibration(statistics, local.calibration.source, local.calibration.n_images)
+    return Detector(model, scoring, calibration, local.bits)
 
 
 def _fingerprint(category: Category, folders: Sequence[Path]) -> str:
@@ -316,7 +317,7 @@ def _examples(detector: Detector, part: Part, scores_file: Path) -> Image.Image:
     rows = []
     for index, score in _medians(part.category, scores_file):
         item = part.category.test[index]
-        image = read_image(item.path)
+        image = read_image(item.path, bits=detector.bits)
         [found] = detector.predict(image)
         caption = f"{item.kind}: {item.path.relative_to(part.category.root)}, score {score:.2f}"
         rows.append((caption, [image, found.local_map, found.global_map, found.map]))

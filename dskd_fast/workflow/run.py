@@ -36,7 +36,7 @@ from dskd_fast.workflow.checkpoints import Epoch
 from dskd_fast.workflow.detector import Calibration, Detector, Statistics, Threshold
 from dskd_fast.workflow.device import resolve_device
 from dskd_fast.workflow.tensors import load_tensors, save_tensors
-from dskd_fast.workflow.train import TrainingOptions
+from dskd_fast.workflow.train import ADDED_OPTIONS, TrainingOptions
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
@@ -213,7 +213,7 @@ def read_options(folder: Path, config: dict[str, Any]) -> tuple[TrainingOptions,
     """
     try:
         # One that is missing is not its default: a later version may have another.
-        options = {**config["options"]}
+        options = ADDED_OPTIONS | config["options"]
         missing = [field.name for field in dataclasses.fields(TrainingOptions) if field.name not in options]
         if missing:
             raise UserError(f"no {', '.join(missing)} among the options")
@@ -264,7 +264,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
             f"{weights} belongs to another run ({reason[:200]}): train again, or restore the file"
         ) from None
     model = model.to(resolve_device(device), memory_format=torch.channels_last)
-    return Detector(model, options.scoring, calibration), options, config
+    return Detector(model, options.scoring, calibration, options.bits), options, config
 
 
 def read_json(path: Path) -> Any:

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -48,6 +48,9 @@ _CHOICES = {
 }
 
 
+# What cameras give in files of 16 bits. Read as 16, even the most of them are a quarter as bright as they could be.
+_CAMERA_BITS = (10, 12, 14)
+
 # An epoch whose loss is so many times the first one's has lost more than it had learned.
 _EXPLODED = 10
 
@@ -72,6 +75,8 @@ class TrainingOptions:
         compile: whether training runs through torch.compile.
         device: "auto", "cpu" or "cuda".
         seed: of the initial weights, the order and the augmentation.
+        bits: of values of more than 8 bits in image files, 9 to 16: 2^bits - 1 is white; None takes the full range of
+            a file's type.
 
     Raises:
         UserError: a value of the wrong type or out of range. (Whether `image_size` and `gccb` fit the teacher shows
@@ -99,6 +104,7 @@ class TrainingOptions:
     compile: bool = False
     device: str = "auto"
     seed: int = 0
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, valid: bool, accepted: str) -> None:
@@ -114,6 +120,7 @@ class TrainingOptions:
             check(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
         for name in ("image_size", "epochs", "batch_size"):
             check(name, getattr(self, name) >= 1, "a whole number from 1 up")
+        check("bits", self.bits is None or 9 <= self.bits <= 16, "a whole number from 9 to 16")
         check("seed", 0 <= self.seed < 2**63, "a whole number from 0 up")
         check("lr", 0 < self.lr < math.inf, "a number above 0")
         low, high = TEMPERATURE_RANGE
@@ -148,6 +155,9 @@ class TrainingOptions:
 
 # What may change in the middle of a training: the model and what it has seen stay what they are.
 CHANGEABLE = ("epochs", "batch_size", "lr", "precision", "compile", "device")
+
+# Options that runs of earlier versions do not have, and what these did.
+ADDED_OPTIONS = {"bits": None}
 
 
 @dataclass(frozen=True)
@@ -203,6 +213,8 @@ def train(
 
     def prepare() -> tuple[DSKD, ImageStore, Checkpoints]:
         fixed = {name: value for name, value in dataclasses.asdict(options).items() if name not in CHANGEABLE}
+        # A checkpoint of an earlier version names none of them.
+        fixed = {name: value for name, value in fixed.items() if (name, value) not in ADDED_OPTIONS.items()}
         owners = [f"{images}, {json.dumps(fixed)}" for images in (category.fingerprint, category.names_and_sizes)]
         checkpoints = Checkpoints(checkpoint, *owners)
         status(f"building the networks with the teacher {options.teacher}")
@@ -213,7 +225,10 @@ def train(
         _check_batches(model, len(category.train), options, group)
         checkpoints.check_room(model)
         status(f"reading the images: {len(category.train)} to train on, {len(category.validation)} to validate with")
-        return model, ImageStore([*category.train, *category.validation], options.image_size), checkpoints
+        images = ImageStore([*category.train, *category.validation], options.image_size, bits=options.bits)
+        if (notice := _notice_on_bits(images.peaks, options.bits)) is not None:
+            status(notice)
+        return model, images, checkpoints
 
     model, images, checkpoints = group.agree(prepare)
     train_indices = list(range(len(category.train)))
@@ -221,12 +236,34 @@ def train(
     with stopping_signal(checkpoint is not None) as signal_number, deterministic_convolutions():
         history = _fit(model, images, train_indices, options, report, checkpoints, group, signal_number)
 
-    detector = Detector(model, options.scoring)
+    detector = Detector(model, options.scoring, bits=options.bits)
     if group.is_first:
         source = "validation" if validation_indices else "train"
         status(f"calibrating on the {source} images")
         detector.calibrate(_Batches(images, validation_indices or train_indices, options.batch_size), source)
     return detector, history
+
+
+def _notice_on_bits(peaks: Iterable[int | None], bits: int | None) -> str | None:
+    """What to say where most images of 16 bits use few of them, or where no image needs `bits`.
+
+    Args:
+        peaks: the largest value of each image of 16 bits, None for the others.
+        bits: see `TrainingOptions`.
+    """
+    deep = [peak for peak in peaks if peak is not None]
+    if bits is not None:
+        return None if deep else f"--bits {bits} changes nothing: no image has values of 16 bits"
+    dark = [peak for peak in deep if peak < 2 ** max(_CAMERA_BITS)]
+    if not dark or 2 * len(dark) < len(deep):
+        return None
+    needed = next(n for n in _CAMERA_BITS if max(dark) < 2**n)
+    others = f", which then refuses the other {len(deep) - len(dark)}" if len(dark) < len(deep) else ""
+    return (
+        f"warning: {len(dark)} of the {len(deep)} images of more than 8 bits never exceed {2**needed - 1} of 65535, so "
+        f"they are read as dark as {round(max(dark) * 255 / 65535)} of 255: if the camera gives {needed} bits, train "
+        f"with --bits {needed}{others}; if they are to be that dark, with --bits 16"
+    )
 
 
 class Trainer:

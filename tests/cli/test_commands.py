@@ -14,9 +14,11 @@ import safetensors.torch
 import tifffile
 import timm
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import dskd_fast.workflow.train as train_module
+from dskd_fast import DSKD
 from dskd_fast.cli import commands
 from dskd_fast.data.layout import open_category
 from dskd_fast.files import write_file
@@ -172,6 +174,7 @@ def test_every_option_arrives_in_the_config(train, write_images, tmp_path):
         "--students": "global",
         "--seed": 5,
         "--sigma": 1.5,
+        "--bits": 12,
         "--precision": "bf16",
         "--device": "cpu",
     }
@@ -181,6 +184,50 @@ def test_every_option_arrives_in_the_config(train, write_images, tmp_path):
     for option, value in options.items():
         assert recorded[option.removeprefix("--").replace("-", "_")] == value
     assert recorded["filter_maps"] is recorded["align_corners"] is True
+
+
+def test_a_cameras_12_bits_in_files_of_16(cli, cli_error, tiny_arguments, tmp_path):
+    """The range is said to be wrong in training, and kept with the run by all that reads images for it."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "part"
+    images = {}
+    for name in ("train/good/0.tif", "train/good/1.png", "test/good/0.tif", "test/bad/0.png"):
+        images[name] = rng.integers(0, 4096, (40, 48), dtype=np.uint16)
+        images[name][0, 0] = 4095
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[name]).save(folder / name)
+    run = tmp_path / "run"
+    training = ["train", "--data-root", folder, *tiny_arguments]
+    dark = cli(*training, "--out", tmp_path / "dark")
+    assert "2 of the 2 images of more than 8 bits never exceed 4095 of 65535" in dark.out
+    assert "train with --bits 12" in dark.out
+    assert "warning" not in cli(*training, "--bits", 12, "--out", run).out
+
+    as_8_bits = [np.rint(image * (255 / 4095)).astype(np.uint8) for image in images.values()]
+    detector = DSKD.load(run)
+    expected = [one.score for one in detector.predict([np.stack([image] * 3, axis=2) for image in as_8_bits])]
+    assert [one.score for one in detector.predict([folder / name for name in images])] == expected
+    assert cli("predict", run, folder / "test", "--out", tmp_path / "out").code == 0
+    by_path = {row["path"]: float(row["score"]) for row in read_rows(tmp_path / "out" / "predictions.csv")}
+    assert by_path == pytest.approx(
+        {str(folder / name): expected[i] for i, name in enumerate(images) if i > 1}, rel=1e-4
+    )
+    assert cli("evaluate", run).code == 0
+    evaluated = {row["image"]: float(row["score"]) for row in read_rows(run / "scores.csv")}
+    assert evaluated == pytest.approx({name: expected[i] for i, name in enumerate(images) if i > 1}, rel=1e-4)
+    assert cli("report", run, "--out", tmp_path / "report").code == 0
+    exported = cli("export", run, "--format", "torch").out
+    assert re.search(r"bits +12\n", exported)
+    assert "a value of more than 8 bits as round(value * 255 / 4095)" in exported
+
+    images["test/bad/0.png"][3, 4] = 4096
+    Image.fromarray(images["test/bad/0.png"]).save(folder / "test/bad/0.png")
+    result = cli("predict", run, folder / "test", "--out", tmp_path / "out")
+    assert result.code == 1
+    assert "1 images scored" in result.out
+    assert "bad/0.png: it holds the value 4096, above 4095, the largest of 12 bits" in result.out
+    for command in (["evaluate", run], ["report", run, "--out", tmp_path / "report"]):
+        assert "it holds the value 4096" in cli_error(*command)
 
 
 def test_the_default_run_folder_names_the_category(cli, tiny_arguments, write_images, tmp_path, monkeypatch):

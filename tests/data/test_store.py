@@ -84,6 +84,17 @@ def test_one_error_names_every_bad_file_and_no_good_one(paths, memory_limit):
         assert (f"{path}: " in message) == (i in (1, 4, 6))
 
 
+def test_values_of_16_bits_are_read_with_the_range_that_is_given(tmp_path):
+    deep, shallow = tmp_path / "deep.png", tmp_path / "shallow.png"
+    Image.fromarray(np.full((40, 48), 1023, np.uint16)).save(deep)
+    Image.fromarray(np.full((40, 48), 200, np.uint8)).save(shallow)
+    store = ImageStore([deep, shallow], 32, bits=10, memory_limit=0)
+    assert store.peaks == (1023, None)
+    assert store.batch([0, 1]).float().mean((1, 2, 3)).tolist() == [255, 200]
+    with pytest.raises(ImageError, match="above 511"):
+        ImageStore([deep, shallow], 32, bits=9)
+
+
 def test_a_streamed_file_that_goes_bad_later(paths):
     store = ImageStore(paths, 32, memory_limit=0)
     paths[2].unlink()

@@ -276,6 +276,12 @@ def test_what_is_loaded_is_what_was_saved(data_root, tiny_options, tmp_path, bel
     assert json.loads((tmp_path / "run" / "history.json").read_text()) == [dataclasses.asdict(e) for e in history]
 
 
+def test_a_run_of_an_earlier_version_reads_images_as_that_did(run, edit):
+    edit(run / "config.json", lambda config: config["options"].pop("bits"))
+    detector, options, _ = load_run(run, "cpu")
+    assert detector.bits is options.bits is None
+
+
 def test_the_config_says_how_the_run_came_about(tiny_run, tiny_options, data_root):
     config = read_config(tiny_run)
     assert config["category"] == "screw_bag"
@@ -384,6 +390,8 @@ def test_another_format_names_both(run, found, edit):
         ("config.json", lambda c: c["options"].update(batch_size=0)),
         ("config.json", lambda c: c["options"].update(temperature=0)),
         ("config.json", lambda c: c["options"].update(sigma=-1.0)),
+        ("config.json", lambda c: c["options"].update(bits=8)),
+        ("config.json", lambda c: c["options"].update(bits=12.0)),
         ("config.json", lambda c: c["options"].update(precision="fp8")),
         ("config.json", lambda c: c.pop("category")),
         ("config.json", lambda c: c.update(data_root=None)),

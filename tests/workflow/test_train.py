@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 import shutil
 import weakref
 from itertools import chain
@@ -88,6 +89,39 @@ def test_each_part_of_the_recipe_has_an_effect(few, tiny_options):
         {"batch_size": 4},
     ):
         assert not same_weights(train(category, dataclasses.replace(options, **different))[0], reference), different
+
+
+# ------------------------------------------------------------------------------------- images of more than 8 bits
+
+
+@pytest.mark.parametrize(
+    ("peaks", "bits", "message"),
+    [
+        ([], None, None),
+        ([None, None], None, None),
+        ([65535, 40000, None], None, None),
+        ([16384, 20000], None, None),
+        # Dark images among bright ones are no camera's range.
+        ([4095, 65535, 65000], None, None),
+        (
+            [4095, 3000, None],
+            None,
+            "2 of the 2 images of more than 8 bits never exceed 4095 of 65535, so they are read ",
+        ),
+        ([4095], None, "as dark as 16 of 255: if the camera gives 12 bits, train with --bits 12; if"),
+        ([1023, 200], None, "never exceed 1023 of 65535"),
+        ([1024], None, "with --bits 12;"),
+        ([16383, 9], None, "as dark as 64 of 255: if the camera gives 14 bits, train with --bits 14;"),
+        ([4095, 4000, 65535], None, "2 of the 3 .* with --bits 12, which then refuses the other 1; if"),
+        ([0], None, "with --bits 10;"),
+        ([4095], 12, None),
+        ([4095], 16, None),
+        ([None], 12, "--bits 12 changes nothing: no image has values of 16 bits"),
+    ],
+)
+def test_unused_bits_are_told_once_with_what_to_do(peaks, bits, message):
+    told = train_module._notice_on_bits(peaks, bits)
+    assert (told is None) if message is None else re.search(message, told)
 
 
 # ------------------------------------------------------------------------------------------------- what is seen

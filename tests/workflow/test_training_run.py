@@ -301,7 +301,7 @@ def test_some_options_may_change_and_are_recorded(stopped):
     assert len(json.loads((stopped / "history.json").read_text())) == 4
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"image_size": 128}, {"temperature": 0.5}, {"students": "local"}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"image_size": 128}, {"bits": 12}, {"students": "local"}])
 def test_what_the_result_hangs_on_may_not_change(stopped, change):
     (name,) = change
     with pytest.raises(UserError, match=f"^{name} of .* cannot change from"):
@@ -347,6 +347,15 @@ def test_data_that_moved_are_found_where_they_are_said_to_be(stopped, category, 
         resume_run(stopped)
     resume_run(stopped, data_root=tmp_path / "elsewhere")
     same_result(stopped, tmp_path / "reference")
+
+
+def test_the_state_of_an_earlier_version_is_gone_on_with(stopped, edit):
+    """Options that it does not know are in neither of its files."""
+    _, state = load_tensors(stopped / "checkpoint.safetensors")
+    assert not any(f'"{name}"' in state["owner"] for name in train_module.ADDED_OPTIONS)
+    edit(stopped / "config.json", lambda config: [config["options"].pop(n) for n in train_module.ADDED_OPTIONS])
+    resume_run(stopped)
+    assert load_run(stopped, "cpu")[1].bits is None
 
 
 def test_a_damaged_checkpoint_is_named(stopped):
