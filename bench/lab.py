@@ -32,8 +32,6 @@ _WARM = 1.0
 _SLOW = 3.0
 # What would take longer than this is not run at all: with the gate and the memory it is about ten calls.
 _LONGEST = 30.0
-# A first small call that takes this long is work, not overhead, and tells how long larger ones would take.
-_TELLING = 0.25
 _NOT_QUICK = "not in the quick run: --bench-full"
 # After this many seconds the quick run begins no further row, so that it ends within five minutes on any machine.
 _QUICK_SECONDS = 240.0
@@ -110,14 +108,14 @@ class Lab:
         device: on which all runs.
         started: when it was made, by `time.monotonic`.
         not_timed: what was not timed, with the reason.
-        only_full: one row of each group of which the quick run times nothing.
+        only_full: the groups of which the quick run times nothing.
     """
 
     def __init__(self, device: torch.device, is_full: bool) -> None:
         self.device = device
         self.is_full = is_full
         self.not_timed: list[dict] = []
-        self.only_full: list[dict] = []
+        self.only_full: list[str] = []
         self.started = time.monotonic()
         self._not_quick: set = set()
         self._verdicts: dict[tuple, tuple] = {}
@@ -129,7 +127,7 @@ class Lab:
             return full
         groups = {case.group for case in quick}
         self._not_quick.update(set(full) - set(quick))
-        self.only_full += {case.group: case.row() for case in full if case.group not in groups}.values()
+        self.only_full += dict.fromkeys(case.group for case in full if case.group not in groups)
         return [case for case in full if case.group in groups]
 
     def compare(self, benchmark, case: Comparison) -> None:
@@ -140,39 +138,28 @@ class Lab:
             self.leave_out(info, case.group, reason)
         self.leave_out_of_quick(case)
         # The gate makes calls with the gradient, whatever the mode.
-        key = case.key
+        if reason := self.too_long(case.key, case.cost(shape)):
+            self.leave_out(info, case.group, reason)
         try:
-            if self.is_full:
-                self._probe(key, case)
-            if reason := self.too_long(key, case.cost(shape)):
-                self.leave_out(info, case.group, reason)
-            function, found, complaint = self._verdict(case)
+            function, info["errors"], complaint = self._verdict(case)
         except Exception as error:
             if contestant.ours:
                 raise
-            self.leave_out(
-                info,
-                case.group,
-                f"it failed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}",
-            )
-        info["errors"] = found
+            said = (str(error).strip() or "no message").splitlines()[0][:200]
+            self.leave_out(info, case.group, f"it failed: {type(error).__name__}: {said}")
         if complaint is not None:
             self.leave_out(info, case.group, complaint)
         info["extra_bytes"], info["extra_bytes_note"] = memory.extra_bytes(
             case.kernel, case.index, shape, mode, self.device
         )
         student, teacher = features(shape, 1.0, self.device)
-        if not benchmark.enabled:
-            benchmark(run, function, student, teacher, mode)
-            return
         call = functools.partial(run, function, student, teacher, mode)
         seconds = self.time(benchmark, case.group, info, call, reference=self._reference(case, student, teacher))
         if mode == "forward+backward":
-            self.note_time(key, case.cost(shape), seconds, _shape_text(shape))
+            self.note_time(case.key, case.cost(shape), seconds, _shape_text(shape))
         if case.kernel == "affinity":
-            seconds = self.product_seconds(shape, contestant.precision)
-            info["product_seconds"] = seconds
-            info["percent_of_product"] = 100 * UNITS[mode] * seconds / benchmark.stats.stats.median
+            product = self.product_seconds(shape, contestant.precision)
+            info["percent_of_product"] = 100 * UNITS[mode] * product / benchmark.stats.stats.median
 
     def time(
         self,
@@ -191,7 +178,7 @@ class Lab:
             seconds = self._seconds_of(call)
             if seconds > _LONGEST:
                 self.leave_out(info, group, f"it takes {_duration(seconds)} a call")
-        if warm_up == 1 and seconds <= _WARM:
+        if seconds <= _WARM:
             seconds = self._seconds_of(call)
         rounds = min(_ROUNDS[1], max(_ROUNDS[0], int(_SECONDS / seconds)))
         benchmark.group = group
@@ -247,27 +234,11 @@ class Lab:
         known, seconds, _ = self._longest.get(key, (1, 0.0, ""))
         return seconds * cost / known
 
-    def _probe(self, key: tuple, case: Comparison) -> None:
-        """Where nothing is known of a contestant: time it on small images until that tells enough of `case`."""
-        if key in self._longest:
-            return
-        function = case.contestant.make()
-        side, cost = 16, case.cost(case.work.shape)
-        while case.cost(shape := (1, case.work.shape[1], side, side)) < cost:
-            call = functools.partial(run, function, *features(shape, 1.0, self.device), "forward+backward")
-            self._seconds_of(call)  # it may compile
-            seconds = self._seconds_of(call)
-            self.note_time(key, case.cost(shape), seconds, _shape_text(shape))
-            if seconds > _TELLING or self.too_long(key, cost) is None:
-                return
-            side *= 2
-
     def _reference(self, case: Comparison, student: Tensor, teacher: Tensor) -> Callable[[], object] | None:
         """A warm call of the reference to take turns with, None with itself and where it would take too long."""
         reference, shape = case.reference, case.work.shape
         if reference == case or reference.contestant.refusal(shape, self.device, self._free_memory()):
             return None
-        self._probe(reference.key, reference)
         if self._expected(reference.key, reference.cost(shape)) > _SLOW:
             return None
         call = functools.partial(run, reference.contestant.make(), student, teacher, case.mode)
@@ -357,7 +328,6 @@ def row(
         "extra_bytes": None,
         "extra_bytes_note": None,
         "reference_seconds": None,
-        "product_seconds": None,
         "percent_of_product": None,
     }
 

@@ -1,4 +1,4 @@
-"""Opt-in autotuning of the Triton kernels: `python -m dskd_fast.backends.triton_tune 4096x256 1024x512`.
+"""Opt-in autotuning of the Triton kernels: `python -m bench.triton_tune 4096x256 1024x512`.
 
 The fixed table of `dskd_fast.kernels.configs` was made without running anything. This times its entries, those made for
 other architectures too, on the GPU that is there. It never happens by itself: not in a training step, not at import.
@@ -118,7 +118,7 @@ def _batch(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Time each level given as NxC and print what is fastest."""
-    parser = argparse.ArgumentParser(prog="python -m dskd_fast.backends.triton_tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.triton_tune", description=__doc__)
     parser.add_argument("levels", nargs="+", type=_level, metavar="NxC", help="positions and channels, as in 4096x256")
     parser.add_argument("--batch", type=_batch, default=8, metavar="B", help="images per call (default: 8)")
     parser.add_argument("--precision", choices=("ieee", "tf32", "bf16", "fp16"), default="bf16")

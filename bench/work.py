@@ -25,11 +25,15 @@ class Work(NamedTuple):
 
 _PAPER = ((256, 64), (512, 32), (1024, 16))
 _LITE = ((144, 64), (240, 32), (672, 16))
-LEVELS = (
-    *(Work(f"256 px, level {i}", (2, c, h, h), True) for i, (c, h) in enumerate(_PAPER, 1)),
-    *(Work(f"256 px, level {i}", (b, c, h, h)) for b in (1, 16) for i, (c, h) in enumerate(_PAPER, 1)),
-    *(Work(f"512 px, level {i}", (1, c, 2 * h, 2 * h)) for i, (c, h) in enumerate(_PAPER, 1)),
-    *(Work(f"lite teacher, 256 px, level {i}", (2, c, h, h)) for i, (c, h) in enumerate(_LITE, 1)),
+# The cheapest first: what they take foretells what the dearer ones would.
+LEVELS = sorted(
+    (
+        *(Work(f"256 px, level {i}", (2, c, h, h), True) for i, (c, h) in enumerate(_PAPER, 1)),
+        *(Work(f"256 px, level {i}", (b, c, h, h)) for b in (1, 16) for i, (c, h) in enumerate(_PAPER, 1)),
+        *(Work(f"512 px, level {i}", (1, c, 2 * h, 2 * h)) for i, (c, h) in enumerate(_PAPER, 1)),
+        *(Work(f"lite teacher, 256 px, level {i}", (2, c, h, h)) for i, (c, h) in enumerate(_LITE, 1)),
+    ),
+    key=lambda work: work.shape[0] * work.shape[1] * work.positions**2,
 )
 GROWTH = tuple(Work(f"N = {side**2:,}", (1, 256, side, side), side <= 128) for side in (32, 64, 128, 256))
 

@@ -1,7 +1,7 @@
 """Block sizes, warps and pipeline stages: one fixed table per architecture, operand type and number of channels.
 
 How the entries were chosen is in README.md. `python -m dskd_fast.kernels.report` shows what the compiler makes of each,
-`dskd_fast.backends.triton_tune` times them on a GPU.
+`bench.triton_tune` times them on a GPU.
 """
 
 import copy
