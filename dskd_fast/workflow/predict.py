@@ -11,8 +11,7 @@ from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, list_images, read_
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.maps import save_map
-from dskd_fast.workflow.detector import Detector
-from dskd_fast.workflow.evaluate import decide
+from dskd_fast.workflow.detector import Detector, decide
 from dskd_fast.workflow.overlay import full_colour, overlay
 
 PREDICTIONS = "predictions.csv"
