@@ -214,7 +214,6 @@ class Detector:
         Raises:
             UserError: they are not finite.
         """
-        self.model.eval()
         batch = to_float(images, self.device)
         # Always float32, however the students were trained: a score should not depend on what the machine can round.
         with torch.inference_mode(), numerics("fp32", self.device):

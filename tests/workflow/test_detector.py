@@ -24,7 +24,6 @@ class Networks:
     def __init__(self, local=lambda x: x[:, 0], global_=lambda x: x[:, 1].square()):
         self.local, self.global_ = local, global_
         self.calls = []
-        self.training = True
         self.scale = 1.0
 
     @property
@@ -34,11 +33,7 @@ class Networks:
     mean = torch.zeros(1)
     students = ("local", "global")
 
-    def eval(self):
-        self.training = False
-
     def anomaly_maps(self, images, temperature, *, local_map, global_map, align_corners):
-        assert not self.training
         self.calls.append((temperature, local_map, global_map, align_corners, torch.is_inference_mode_enabled()))
         return self.scale * self.local(images), self.scale * self.global_(images)
 
