@@ -1,10 +1,12 @@
 """Reading image files as 8-bit RGB, whatever the file holds."""
 
+import contextlib
 import io
 import logging
 import re
 import struct
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,16 @@ from dskd_fast.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 MIN_SIDE = 32
+MAX_PIXELS = 250_000_000
+"""Images with more pixels are not read, unless `pixel_limit` says otherwise: a small file may unpack to any size."""
 
 # For a damaged file tifffile logs several lines, and the caller gets an error that says the same.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 _ORIENTATION_TAG = 0x0112
+_max_pixels = MAX_PIXELS
+_PILLOW_LIMIT_LOCK = threading.Lock()
 # The type and checksum of the empty chunk that ends every PNG.
 _PNG_END = b"IEND\xaeB`\x82"
 _TIFF_GREY_OR_RGB = (
@@ -89,7 +95,7 @@ def read_image(path: Path) -> np.ndarray:
 
     Raises:
         ImageError: the file is missing, empty, truncated or damaged, is of another kind, is smaller than 32
-            pixels on a side, or is so large that Pillow takes it for a decompression bomb.
+            pixels on a side, or has more pixels than the limit (`MAX_PIXELS`, `pixel_limit`).
     """
     try:
         pixels, maximum = _decode(_read_bytes(path))
@@ -125,10 +131,12 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         data = _read_bytes(path)
         try:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with open_image(data) as image:
                 if image.format != "TIFF":
                     turned = image.getexif().get(_ORIENTATION_TAG) in (5, 6, 7, 8)
                     return image.size if turned else image.size[::-1]
+        except _Unusable:
+            raise
         except Exception as error:
             raise _Unusable(_reason(error)) from error
         # A TIFF states its orientation in a tag that Pillow has or has not applied to the size by now.
@@ -155,6 +163,59 @@ def resize_square(image: np.ndarray, size: int) -> np.ndarray:
     return np.array(narrowed.resize((size, size), Image.Resampling.BILINEAR))
 
 
+@contextlib.contextmanager
+def pixel_limit(n: int) -> Iterator[None]:
+    """Read images of up to `n` pixels, in all threads, within the context."""
+    global _max_pixels
+    before, _max_pixels = _max_pixels, n
+    try:
+        yield
+    finally:
+        _max_pixels = before
+
+
+def open_image(data: bytes, formats: Sequence[str] = _FORMATS) -> Image.Image:
+    """`Image.open` with `pixel_limit` in place of Pillow's own limit, which is the whole process's, and warns.
+
+    `load_image` loads it. Raises what Pillow raises.
+    """
+    Image.preinit()
+    for name in formats:
+        if name not in Image.OPEN:
+            Image.init()
+        factory, accept = Image.OPEN[name]
+        if accept is not None and accept(data[:16]) is not True:
+            continue
+        try:
+            image = factory(io.BytesIO(data), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            continue  # as Image.open takes it: another format, or a damaged header
+        _check_pixels(*image.size)
+        return image
+    raise Image.UnidentifiedImageError("cannot identify the image")
+
+
+def load_image(image: Image.Image) -> None:
+    """`Image.load` without Pillow's limit, which its TIFF reader looks at again."""
+    if image.format != "TIFF" or image.width * image.height <= (Image.MAX_IMAGE_PIXELS or np.inf):
+        image.load()
+        return
+    with _PILLOW_LIMIT_LOCK:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image.load()
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > _max_pixels:
+        raise _Unusable(
+            f"it has {width} x {height} pixels, more than the limit of {_max_pixels:,} against decompression bombs: "
+            f"raise it with --max-pixels {width * height} (in Python, dskd_fast.data.images.pixel_limit)"
+        )
+
+
 def _read_bytes(path: Path) -> bytes:
     path = Path(path)
     try:
@@ -175,8 +236,8 @@ def _read_bytes(path: Path) -> bytes:
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "it is no PNG, JPEG, BMP or TIFF image, or its header is damaged"
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return "it has too many pixels, which could be a decompression bomb"
+    if isinstance(error, Image.DecompressionBombError):  # of plugins that have a limit of their own
+        return "it has more pixels than Pillow reads of this format: save it as PNG or TIFF"
     if isinstance(error, MemoryError):
         return "it does not fit in memory"
     detail = " ".join(str(error).split()) or type(error).__name__
@@ -204,15 +265,15 @@ def _decode(data: bytes) -> tuple[np.ndarray, int]:
 
 
 def _decode_pillow(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with open_image(data) as image:
         if image.format == "PNG":
             # Pillow's load stops at the last pixel and skips checksums; verify reads every chunk up to the
             # end mark.
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as copy:
+            with open_image(data, ("PNG",)) as copy:
                 copy.verify()
             if _PNG_END not in data:
                 raise _Unusable("it is damaged or truncated (the end mark is missing)")
-        image.load()
+        load_image(image)
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
         if image.format == "PNG" and _png_bit_depth(data) == 16:
             pixels = _decode_png16(data, image.size)
@@ -273,8 +334,7 @@ def _png_chunks(data: bytes, wanted: bytes) -> Iterator[bytes]:
 def _decode_tiff(data: bytes) -> tuple[np.ndarray, int]:
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page = tiff.pages[0]
-        if page.imagewidth * page.imagelength > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):
-            raise Image.DecompressionBombError
+        _check_pixels(page.imagewidth, page.imagelength)
         # Pillow knows more colour spaces and codecs, but drops the low byte of channels of 16 bits.
         bits = page.bitspersample
         signed = page.dtype is not None and page.dtype.kind == "i"

@@ -1,7 +1,7 @@
 """A trained detector: the networks, the statistics that make their maps comparable, and the decision threshold."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -183,30 +183,34 @@ class Detector:
 
         Raises:
             TypeError, ValueError: `images` is none of the above, or `batch_size` is below 1.
-            ImageError: a file cannot be read.
+            ImageError: a file cannot be read, or has more pixels than `dskd_fast.data.images.pixel_limit` allows.
             UserError: the networks give values that are not finite.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is not possible: use a whole number from 1 up")
         detections: list[Detection] = []
         remaining = rgb_images(images)
-        while batch := list(itertools.islice(remaining, batch_size)):
-            detections += self._predict_batch(batch)
+        # Of the images themselves only one at a time is held.
+        while batch := [(self.resized(x), x.shape[:2]) for x in itertools.islice(remaining, batch_size)]:
+            detections += self._predict_batch(*zip(*batch, strict=True))
         return detections
 
-    def _predict_batch(self, images: list[NDArray[np.uint8]]) -> list[Detection]:
-        size = self.model.image_size
-        maps = self.maps(torch.stack([torch.from_numpy(resize_square(x, size)).permute(2, 0, 1) for x in images]))
+    def _predict_batch(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detection]:
+        maps = self.maps(torch.stack(images))
         threshold = self.calibration.threshold
         detections = []
-        for i, (image, score) in enumerate(zip(images, self.image_scores(maps.combined).tolist(), strict=True)):
+        for i, (size, score) in enumerate(zip(sizes, self.image_scores(maps.combined).tolist(), strict=True)):
             located = (
-                None if maps.of(variant) is None else self.localisation_map(maps.of(variant)[i], image.shape[:2])
+                None if maps.of(variant) is None else self.localisation_map(maps.of(variant)[i], size)
                 for variant in VARIANTS
             )
             anomalous = None if threshold is None else bool(is_above(score, threshold.value))
             detections.append(Detection(score, anomalous, *located))
         return detections
+
+    def resized(self, image: NDArray[np.uint8]) -> Tensor:
+        """A uint8 RGB image (H, W, 3) as the networks see it, (3, S, S)."""
+        return torch.from_numpy(resize_square(image, self.model.image_size)).permute(2, 0, 1)
 
     def raw_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """Each student's map before normalisation, in the order of `model.students`, for uint8 images (B, 3, S, S).
