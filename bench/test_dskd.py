@@ -111,6 +111,7 @@ def _dskd(case: Case, device: torch.device) -> Callable[[], object]:
         batch = to_float(images, device)
         return lambda: trainer.step(batch)
     if case.contestant == _EAGER:
+        model.eval()
         model.anomaly_maps = lambda *arguments, **named: _eager_maps(model, *arguments)
     statistics = {"local": Statistics(0.0, 1.0), "global": Statistics(0.0, 1.0)}
     detector = Detector(model, options.scoring, Calibration(statistics, "train", 1))

@@ -26,7 +26,7 @@ ALLOWED = {
     "losses": {"functional"},
     "models": {"functional", "losses"},
     "data": set(),
-    "metrics": {"files"},
+    "metrics": {"files", "data"},
     "workflow": {"files", "data", "metrics", "models", "losses", "functional", "ops", "backends", "package"},
     "cli": {"files", "workflow", "data", "metrics", "models", "losses", "functional", "package"},
     "api": {"models", "workflow"},

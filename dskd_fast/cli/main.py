@@ -81,6 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         # Imported late: timm, scipy and scikit-learn would slow down --help.
         from dskd_fast.cli import commands
+        from dskd_fast.data.images import MAX_PIXELS, pixel_limit
         from dskd_fast.workflow.distributed import launched_as
 
         rank, size = launched_as()
@@ -88,7 +89,8 @@ def _run(arguments: argparse.Namespace) -> int:
             if rank > 0:
                 raise PeerFailed
             raise UserError(f"{arguments.command} is one process: call it without torchrun")
-        return getattr(commands, arguments.command.replace("-", "_"))(arguments)
+        with pixel_limit(getattr(arguments, "max_pixels", None) or MAX_PIXELS):
+            return getattr(commands, arguments.command.replace("-", "_"))(arguments)
     except TrainingStopped as error:
         print(f"dskd-fast: {printable(error)}", file=sys.stderr)
         return 128 + error.signal
@@ -158,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write float32 TIFFs at native size as DIR/CATEGORY/test/TYPE/NNN.tiff, the layout of MVTec's evaluator",
     )
     _add_threshold(evaluate)
+    _add_max_pixels(evaluate)
     _add_device(evaluate)
 
     maps = command(
@@ -170,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_root(maps)
     maps.add_argument("--category", required=True, metavar="C", help="the category to score")
     maps.add_argument("--out", type=_path, metavar="F.json", help="also write the figures there")
+    _add_max_pixels(maps)
 
     predict = command(
         "predict",
@@ -185,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--save-maps", action="store_true", help="also write each map as DIR/maps/NAME.tiff, float32")
     _add_threshold(predict)
+    _add_max_pixels(predict)
     _add_device(predict)
 
     export = command(
@@ -217,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_moved_data(report)
     _add_threshold(report)
+    _add_max_pixels(report)
     _add_device(report)
 
     info = command("info", "Show what a run folder holds.")
@@ -293,6 +299,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "with a larger value is refused, then and later; 8-bit images stay as they are (default: the full range of the "
         "file's type)",
     )
+    _add_max_pixels(data)
 
     model = parser.add_argument_group("model")
     _add_teacher(model)
@@ -380,6 +387,7 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of runs, tables and figures, for all tables of one recipe (default: reproduction)",
     )
+    _add_max_pixels(parser)
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
         "--seeds", type=_positive, metavar="N", help="trainings of each kind, with the seeds 0 to N-1 (default: 3)"
@@ -458,6 +466,12 @@ def _add_device(parser: argparse._ActionsContainer) -> None:
         choices=DEVICES,
         default="auto",
         help="auto: the GPU if there is one (default: auto)",
+    )
+
+
+def _add_max_pixels(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--max-pixels", type=_positive, metavar="N", help="refuse images with more pixels (default: 250 million)"
     )
 
 

@@ -1,10 +1,12 @@
 """Reading image files as 8-bit RGB, whatever the file holds."""
 
+import contextlib
 import io
 import logging
 import re
 import struct
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +27,16 @@ IMAGE_LIKE_SUFFIXES = (
     *(".exr", ".hdr", ".btf", ".dcm", ".fits", ".nii", ".czi", ".lif", ".nd2", ".lsm", ".svs"),
 )
 MIN_SIDE = 32
+MAX_PIXELS = 250_000_000
+"""Images with more pixels are not read, unless `pixel_limit` says otherwise: a small file may unpack to any size."""
 
 # For a damaged file tifffile logs several lines, and the caller gets an error that says the same.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 _ORIENTATION_TAG = 0x0112
+_max_pixels = MAX_PIXELS
+_PILLOW_LIMIT_LOCK = threading.Lock()
 # The type and checksum of the empty chunk that ends every PNG.
 _PNG_END = b"IEND\xaeB`\x82"
 # How the content of formats that are not read begins, which people have under other suffixes, too.
@@ -136,8 +142,8 @@ def read_image(path: Path, *, bits: int | None = None) -> np.ndarray:
 
     Raises:
         ImageError: the file is missing, empty, truncated or damaged, is of another kind, has several pages or frames,
-            is smaller than 32 pixels on a side, holds a value above those of ``bits``, or is so large that Pillow
-            takes it for a decompression bomb. (Damage inside a file is found by the checksums of a PNG and as far as
+            is smaller than 32 pixels on a side, holds a value above those of ``bits``, or has more pixels than the
+            limit (`MAX_PIXELS`, `pixel_limit`). (Damage inside a file is found by the checksums of a PNG and as far as
             `dskd_fast.data.jpeg.is_damaged` does; other formats have nothing to tell it by.)
     """
     return read_image_and_peak(path, bits=bits)[0]
@@ -209,6 +215,50 @@ def resize_square(image: np.ndarray, size: int) -> np.ndarray:
     return np.array(narrowed.resize((size, size), Image.Resampling.BILINEAR))
 
 
+@contextlib.contextmanager
+def pixel_limit(n: int) -> Iterator[None]:
+    """Read images of up to `n` pixels, in all threads, within the context."""
+    global _max_pixels
+    before, _max_pixels = _max_pixels, n
+    try:
+        yield
+    finally:
+        _max_pixels = before
+
+
+@contextlib.contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """Pillow's own limit of pixels is the whole process's, and warns: ours takes its place while a file is opened."""
+    with _PILLOW_LIMIT_LOCK:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def open_image(data: bytes, formats: Sequence[str] = _FORMATS) -> Image.Image:
+    """`Image.open` with `pixel_limit` in place of Pillow's own limit, raising what it raises; for `load_image`."""
+    with _without_pillows_limit():
+        image = Image.open(io.BytesIO(data), formats=formats)
+    _check_pixels(*image.size)
+    return image
+
+
+def load_image(image: Image.Image) -> None:
+    """`Image.load` without Pillow's limit, which its TIFF reader looks at again."""
+    with _without_pillows_limit() if image.format == "TIFF" else contextlib.nullcontext():
+        image.load()
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > _max_pixels:
+        raise _Unusable(
+            f"it has {width} x {height} pixels, more than the limit of {_max_pixels:,} against decompression bombs: "
+            f"raise it with --max-pixels {width * height} (in Python, dskd_fast.data.images.pixel_limit)"
+        )
+
+
 def _read_bytes(path: Path) -> bytes:
     path = Path(path)
     try:
@@ -234,8 +284,8 @@ def _reason(error: Exception, data: bytes) -> str:
         if name is not None:
             return f"it is {name}, and no PNG, JPEG, BMP, TIFF or WebP image: save it as PNG or JPEG"
         return "it is no PNG, JPEG, BMP, TIFF or WebP image, or its header is damaged"
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return "it has too many pixels, which could be a decompression bomb"
+    if isinstance(error, Image.DecompressionBombError):  # of plugins that have a limit of their own
+        return "it has more pixels than Pillow reads of this format: save it as PNG or TIFF"
     if isinstance(error, MemoryError):
         return "it does not fit in memory"
     detail = " ".join(str(error).split()) or type(error).__name__
@@ -258,18 +308,18 @@ def _decode(data: bytes) -> _Picture:
 
 
 def _decode_pillow(data: bytes, page: int = 0) -> _Picture:
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with open_image(data) as image:
         if image.format == "PNG":
             # Pillow's load stops at the last pixel and skips checksums; verify reads every chunk up to the
             # end mark.
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as copy:
+            with open_image(data, ("PNG",)) as copy:
                 copy.verify()
             if _PNG_END not in data:
                 raise _Unusable("it is damaged or truncated (the end mark is missing)")
         if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
             raise _Unusable(f"it is an animation of {image.n_frames} frames: save the one that counts as PNG")
         image.seek(page)
-        image.load()
+        load_image(image)
         is_jpeg = image.format in ("JPEG", "MPO")
         if is_jpeg and jpeg.is_damaged(data):
             raise _Unusable("it is damaged or truncated (some of its coded data is missing)")
@@ -386,8 +436,7 @@ def _is_imagej_rgb(tiff: tifffile.TiffFile, pages: list[tifffile.TiffPage]) -> b
 
 def _decode_page(data: bytes, page: tifffile.TiffPage) -> _Picture:
     # A damaged tag may hold a text, whose multiple could fill the memory.
-    if int(page.imagewidth) * int(page.imagelength) > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):
-        raise Image.DecompressionBombError
+    _check_pixels(int(page.imagewidth), int(page.imagelength))
     bits, n_channels = page.bitspersample, page.samplesperpixel
     n_colours = _TIFF_COLOURS.get(page.photometric, 1)
     # What says grey, but has three values per pixel, is RGB to all but Pillow.

@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import tifffile
-from PIL import Image
 
+from dskd_fast.data.images import load_image, open_image
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.metrics.auroc import auroc
@@ -102,7 +102,8 @@ def read_map(path: str | os.PathLike) -> np.ndarray:
     except Exception as error:
         # Some compressions, LZW among them, tifffile leaves to a package of codecs; Pillow brings its own.
         try:
-            with Image.open(path, formats=["TIFF"]) as image:
+            with open_image(Path(path).read_bytes(), ("TIFF",)) as image:
+                load_image(image)
                 scores = np.asarray(image)
         except Exception:
             raise UserError(f"the anomaly map {path} cannot be read: {error}") from error

@@ -125,7 +125,13 @@ class DSKD(nn.Module):
         return (self.global_bottleneck, self.global_student) if "global" in self.students else ()
 
     def forward(self, images: Tensor) -> Features:
-        """RGB images (B, 3, S, S), float in [0, 1] -> the three networks' features."""
+        """RGB images (B, 3, S, S), float in [0, 1] -> the three networks' features.
+
+        Of the images only the shape is checked, for training's sake: looking at values makes a GPU wait.
+
+        Raises:
+            ValueError: another shape.
+        """
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
                 f"images has shape {tuple(images.shape)}: pass (B, 3, {self.image_size}, {self.image_size})"
@@ -149,16 +155,32 @@ class DSKD(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Each branch's anomaly map before normalisation (paper eq. 8): levels upsampled bilinearly and added.
 
+        The networks score in eval mode and are then in the mode they were in, each part of them.
+
         Args:
-            images: (B, 3, S, S), RGB, float in [0, 1].
+            images: (B, 3, S, S), RGB, from 0 to 1: the teacher normalises them itself. Any floating dtype, converted to
+                the networks' own, float32 (bfloat16 has lost up to half a level of 8-bit pixels, float16 a sixteenth).
+                Traced by torch.compile or torch.export, values are not checked.
             temperature: T of the contextual affinity, as in training.
             local_map, global_map: "cosine" (distance per position, eq. 1) or "contextual-affinity" (KL, eq. 6).
             align_corners: of the upsampling, on which the paper is silent.
 
         Returns:
             Local map and global map, each (B, S, S), float32; None for a student that there is not.
+
+        Raises:
+            TypeError: `images` is no tensor.
+            ValueError: another shape, integers, or values outside 0 to 1.
         """
-        features = self(images)
+        _check_images(images)
+        training = [part for part in self.modules() if part.training]
+        try:
+            for part in training:
+                part.training = False
+            features = self(images.to(self.teacher.mean.dtype))
+        finally:
+            for part in training:
+                part.training = True
         size = images.shape[-2:]
 
         def add_levels(student: list[Tensor] | None, kind: str) -> Tensor | None:
@@ -188,3 +210,20 @@ class DSKD(nn.Module):
         # A ResNet's relatives (grouped, squeeze-and-excitation, deeper stems) have a stage 4 of another kind.
         if {k: v.shape for k, v in stage4.items()} == {k: v.shape for k, v in ours.items()}:
             self.global_bottleneck.embed.load_state_dict(stage4)
+
+
+def _check_images(images: Tensor) -> None:
+    """Raise TypeError or ValueError for what is no RGB image from 0 to 1; shapes apart."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images is a {type(images).__name__}: pass a tensor (B, 3, S, S) with values from 0 to 1")
+    if not images.is_floating_point():
+        dtype = str(images.dtype).removeprefix("torch.")
+        raise ValueError(f"images has dtype {dtype}: pass floating values from 0 to 1 (uint8 images divided by 255)")
+    if torch.compiler.is_compiling() or images.is_meta or not images.numel():
+        return
+    low, high = torch.stack(images.aminmax()).tolist()
+    if not (low >= 0 and high <= 1):  # NaN fails, too
+        raise ValueError(
+            f"images has values from {low:g} to {high:g}: pass values from 0 to 1 (8-bit ones divided by 255, and not "
+            "normalised, which the teacher does)"
+        )

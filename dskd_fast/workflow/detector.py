@@ -1,10 +1,9 @@
 """A trained detector: the networks, the statistics that make their maps comparable, and the decision threshold."""
 
 import itertools
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +21,26 @@ from dskd_fast.workflow.inputs import Images, check_batch_size, rgb_images
 Variant = Literal["combined", "local", "global"]
 VARIANTS: tuple[Variant, ...] = ("combined", "local", "global")
 
+TOLERANCE = 1e-3
+"""Most that scores and maps of an exported file may differ from `Detector.predict`'s, as a multiple of 1 + |value|.
+
+They are in standard deviations. Float32 rounding in another order is off by about 1e-6 of a feature; a student's
+difference from its teacher, on which the maps depend, is some hundred times smaller than the features.
+"""
+
+# Once for an exported file, once for all that changes a score within the run (batches, threads, devices): about 1e-5.
+_MARGIN = 2 * TOLERANCE
+# Most that a value of a map before normalisation changes by rounding, as a share of the map's mean: measured, 2e-6.
+_MAP_ROUNDING = 1e-5
+# Standard deviations by which rounding may move a score before a warning says that it decides.
+_MAX_ROUNDING = 0.1
+
 THRESHOLD_RULE = (
     "smallest score of a normal validation image such that the expected share of false alarms is at most 1 %, "
-    "or the largest score where there are too few images to tell 1 %"
+    "or the largest score where there are too few images to tell 1 %; raised by 0.002 (1 + |score|), and by what "
+    "rounding of maps that hardly vary adds, so that rounding cannot lift the image that set it above it"
 )
-_FALSE_ALARM_RATE = 0.01
+_PERCENT_OF_FALSE_ALARMS = 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,11 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The decision threshold: an image is anomalous if its score is above `value`."""
+    """The decision threshold: an image is anomalous if its score is above `value` (`is_above`).
+
+    `value` includes the margin above the validation score that set it, if `rule` says so: runs from before that keep
+    the value they have.
+    """
 
     value: float
     rule: str
@@ -89,12 +107,14 @@ class Calibration:
         source: which images they come from: "validation", or "train" where there are none.
         n_images: how many.
         threshold: None where there are no validation images: training images score too low to set it.
+        warnings: what makes the statistics or the threshold doubtful, a sentence each.
     """
 
     statistics: dict[str, Statistics]
     source: Literal["validation", "train"]
     n_images: int
     threshold: Threshold | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 class Maps(NamedTuple):
@@ -169,28 +189,33 @@ class Detector:
 
         Raises:
             TypeError, ValueError: `images` is none of the above, or `batch_size` is no whole number from 1 up.
-            ImageError: a file cannot be read.
+            ImageError: a file cannot be read, or has more pixels than `dskd_fast.data.images.pixel_limit` allows.
             UserError: the networks give values that are not finite.
         """
         check_batch_size(batch_size)
         detections: list[Detection] = []
         remaining = rgb_images(images, bits=self.bits)
-        while batch := list(itertools.islice(remaining, batch_size)):
-            detections += self._predict_batch(batch)
+        # Of the images themselves only one at a time is held.
+        while batch := [(self.resized(x), x.shape[:2]) for x in itertools.islice(remaining, batch_size)]:
+            detections += self._predict_batch(*zip(*batch, strict=True))
         return detections
 
-    def _predict_batch(self, images: list[NDArray[np.uint8]]) -> list[Detection]:
-        size = self.model.image_size
-        maps = self.maps(torch.stack([torch.from_numpy(resize_square(x, size)).permute(2, 0, 1) for x in images]))
+    def _predict_batch(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detection]:
+        maps = self.maps(torch.stack(images))
         threshold = self.calibration.threshold
         detections = []
-        for i, (image, score) in enumerate(zip(images, self.image_scores(maps.combined).tolist(), strict=True)):
+        for i, (size, score) in enumerate(zip(sizes, self.image_scores(maps.combined).tolist(), strict=True)):
             located = (
-                None if maps.of(variant) is None else self.localisation_map(maps.of(variant)[i], image.shape[:2])
+                None if maps.of(variant) is None else self.localisation_map(maps.of(variant)[i], size)
                 for variant in VARIANTS
             )
-            detections.append(Detection(score, None if threshold is None else score > threshold.value, *located))
+            anomalous = None if threshold is None else bool(is_above(score, threshold.value))
+            detections.append(Detection(score, anomalous, *located))
         return detections
+
+    def resized(self, image: NDArray[np.uint8]) -> Tensor:
+        """A uint8 RGB image (H, W, 3) as the networks see it, (3, S, S)."""
+        return torch.from_numpy(resize_square(image, self.model.image_size)).permute(2, 0, 1)
 
     def raw_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """Each student's map before normalisation, in the order of `model.students`, for uint8 images (B, 3, S, S).
@@ -198,7 +223,6 @@ class Detector:
         Raises:
             UserError: they are not finite.
         """
-        self.model.eval()
         batch = to_float(images, self.device)
         # Always float32, however the students were trained: a score should not depend on what the machine can round.
         with torch.inference_mode(), numerics("fp32", self.device):
@@ -254,6 +278,8 @@ class Detector:
             batches: uint8 RGB images of normal objects, (B, 3, S, S) each; visited once for the statistics and, for
                 validation images, once more for the scores.
             source: what they are.
+
+        What makes the result doubtful is in the calibration's `warnings`: maps or scores that do not vary.
         """
         students = self.model.students
         count, total, squares = 0, np.zeros(len(students)), np.zeros(len(students))
@@ -276,26 +302,77 @@ class Detector:
         statistics = {
             name: Statistics(float(mean[i]), 1.0 if constant[i] else float(std[i])) for i, name in enumerate(students)
         }
-        self.calibration = Calibration(statistics, source, n_images)
+        rounding = {name: _MAP_ROUNDING * abs(x.mean) / x.std for name, x in statistics.items()}
+        warnings = [
+            f"the maps of the {name} student are constant over the normal images (mean {mean[i]:.3g}, standard "
+            f"deviation {std[i]:.1e}), so that its part of a score is rounding: look at the images, and train longer"
+            for i, name in enumerate(students)
+            if constant[i] or rounding[name] > _MAX_ROUNDING
+        ]
+        self.calibration = Calibration(statistics, source, n_images, warnings=warnings)
         if source == "validation":
             scores = np.concatenate([self.image_scores(self.maps(images).combined) for images in batches])
-            self.calibration = Calibration(statistics, source, n_images, threshold_from(scores))
+            total_rounding = sum(rounding.values())
+            if np.ptp(scores) <= _margin(scores.max(), total_rounding):
+                warnings.append(
+                    f"the threshold rests on one score, {scores.max():.4g}, which all validation images have "
+                    f"({n_images} in number), so that other good images may well be above it: put more good images, "
+                    "and different ones, into validation/good"
+                )
+            self.calibration = Calibration(
+                statistics, source, n_images, threshold_from(scores, total_rounding), warnings
+            )
 
     def _filtered(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         return ndimage.gaussian_filter(maps, sigma=(0, self.scoring.sigma, self.scoring.sigma))
 
 
-def threshold_from(scores: Iterable[float]) -> Threshold:
+def threshold_from(scores: Iterable[float], rounding: float = 0.0) -> Threshold:
     """Threshold from the image scores of normal images that were not trained on.
 
     A new normal image is equally likely to rank anywhere among n others, so the k-th largest of their scores is
-    exceeded with probability k / (n + 1), whatever the distribution (split conformal prediction). That the maps are
-    normalised on the same images shifts this a little, and more the fewer they are.
+    exceeded with probability at most k / (n + 1), whatever the distribution (split conformal prediction); equal scores
+    and a margin only lower it. That the maps are normalised on the same images shifts this a little, and more the fewer
+    they are.
+
+    The value lies 0.002 (1 + |score|) + `rounding` above that score: the same image in another batch, on another device
+    or in an exported file is not above it.
+
+    Args:
+        scores: in standard deviations.
+        rounding: what rounding of the maps may add to a score where they hardly vary.
     """
     ranked = np.sort(np.asarray(list(scores), dtype=np.float64))[::-1]
     n = len(ranked)
-    k = max(1, math.floor(_FALSE_ALARM_RATE * (n + 1)))
-    return Threshold(float(ranked[k - 1]), THRESHOLD_RULE, n, k / (n + 1))
+    k = max(1, _PERCENT_OF_FALSE_ALARMS * (n + 1) // 100)
+    score = float(ranked[k - 1])
+    return Threshold(score + _margin(score, rounding), THRESHOLD_RULE, n, k / (n + 1))
+
+
+def _margin(score: float, rounding: float) -> float:
+    return _MARGIN * (1 + abs(score)) + rounding
+
+
+def is_above(score: float | NDArray[np.floating] | Tensor, threshold: float) -> Any:
+    """Whether scores are above a threshold, which makes images anomalous; a tie is normal.
+
+    Everything that decides calls this: run, figures, report and exported file.
+
+    Args:
+        score: a number, array or tensor, compared in float64: float32 would round the threshold.
+        threshold: `Threshold.value`, or the user's.
+
+    Returns:
+        NumPy's or PyTorch's booleans, of the shape of `score`.
+    """
+    return (score.double() if isinstance(score, Tensor) else np.asarray(score, np.float64)) > threshold
+
+
+def decide(score: float, threshold: float | None) -> str | None:
+    """ "anomalous" above the threshold, else "normal"; None without a threshold."""
+    if threshold is None:
+        return None
+    return "anomalous" if is_above(score, threshold) else "normal"
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.metrics.maps import ScoredMap, save_map, score_maps
-from dskd_fast.workflow.detector import VARIANTS, Detector, Maps, Variant
+from dskd_fast.workflow.detector import VARIANTS, Detector, Maps, Variant, decide, is_above
 from dskd_fast.workflow.inputs import check_batch_size
 
 
@@ -144,7 +144,7 @@ def count_decisions(category: Category, scores: NDArray[np.float64], threshold: 
     if threshold is None:
         return None
     kinds = np.array([item.kind for item in category.test])
-    return {kind: int((scores[kinds == kind] > threshold).sum()) for kind in KINDS}
+    return {kind: int(is_above(scores[kinds == kind], threshold).sum()) for kind in KINDS}
 
 
 def absences(category: Category, truth: GroundTruth) -> list[str]:
@@ -212,10 +212,3 @@ def threshold_of(detector: Detector, given: float | None) -> float | None:
     if given is not None:
         return given
     return None if detector.calibration.threshold is None else detector.calibration.threshold.value
-
-
-def decide(score: float, threshold: float | None) -> str | None:
-    """ "anomalous" above the threshold, else "normal"; None without a threshold."""
-    if threshold is None:
-        return None
-    return "anomalous" if score > threshold else "normal"

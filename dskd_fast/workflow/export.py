@@ -25,7 +25,7 @@ from dskd_fast.data.images import MIN_SIDE
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.ops.portable import DECOMPOSITIONS
-from dskd_fast.workflow.detector import Detector, to_float
+from dskd_fast.workflow.detector import TOLERANCE, Detector, is_above, to_float
 from dskd_fast.workflow.device import numerics
 
 Format = Literal["torch", "onnx"]
@@ -33,13 +33,6 @@ SUFFIXES: dict[Format, str] = {"torch": ".pt2", "onnx": ".onnx"}
 OPSET = 18
 METADATA = "dskd_fast.json"
 """Name of the metadata among a .pt2's extra files."""
-
-TOLERANCE = 1e-3
-"""Most that scores and maps of a file may differ from `Detector.predict`'s, as a multiple of 1 + |value|.
-
-They are in standard deviations. Float32 rounding in another order is off by about 1e-6 of a feature; a student's
-difference from its teacher, on which the maps depend, is some hundred times smaller than the features.
-"""
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _MAX_ONNX_BYTES = 2**31 - 2**25  # protobuf's 2 GiB, less room for what is not weights
@@ -146,7 +139,7 @@ class Inspection(nn.Module):
         located = enlarge(blurred if self.scoring.filter_maps else combined, images.shape[-2:], align_corners)
         outputs = {"score": score, "map": located}
         if self.threshold is not None:
-            outputs["anomalous"] = score.double() > self.threshold
+            outputs["anomalous"] = is_above(score, self.threshold)
         return outputs
 
 
@@ -315,7 +308,7 @@ def _difference(detector: Detector, run: Callable[[NDArray[np.uint8]], Outputs],
         pairs = [(found["score"], np.array([one.score for one in expected]))]
         pairs.append((found["map"], np.stack([one.map for one in expected])))
         differences += [np.max(np.abs(ours - theirs) / (1 + np.abs(theirs))) for ours, theirs in pairs]
-        if threshold is not None and (found["anomalous"] != (found["score"] > threshold)).any():
+        if threshold is not None and (found["anomalous"] != is_above(found["score"], threshold)).any():
             differences.append(np.inf)
     return float(np.max(differences))
 

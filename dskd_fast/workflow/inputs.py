@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dskd_fast.data.images import MIN_SIDE, read_image
+from dskd_fast.data.images import MIN_SIDE, load_image, read_image
 
 OneImage = str | os.PathLike[str] | NDArray | Tensor | Image.Image
 Images = OneImage | Iterable[OneImage]
@@ -80,6 +80,7 @@ def _rgb(image: OneImage, name: str, bits: int | None) -> NDArray[np.uint8]:
 def _from_pillow(image: Image.Image, name: str) -> NDArray[np.uint8]:
     if image.mode not in _PILLOW_MODES:
         raise ValueError(f"{name} is a Pillow image of mode {image.mode}: pass one of {', '.join(_PILLOW_MODES)}")
+    load_image(image)
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 

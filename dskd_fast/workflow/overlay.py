@@ -1,5 +1,7 @@
 """Heat maps for people: the photograph beside itself under its anomaly map."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -8,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 _STOPS = np.array([0.0, 0.35, 0.7, 1.0])
 _COLOURS = np.array([[40, 0, 90], [200, 20, 60], [255, 160, 0], [255, 255, 190]], dtype=np.float64)
 _OPACITY = 0.75
+# Pixels that are drawn at a time: their colours are made in float64, 24 bytes each and several times over.
+_BLOCK = 2**16
 
 # Full colour where there is no threshold: standard deviations above the normal mean.
 _FULL_COLOUR = 20.0
@@ -37,10 +41,19 @@ def colours(strength: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArra
 
 
 def heat(image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
-    """The photograph (H, W, 3) under its map (H, W); see `overlay`."""
-    rgb, opacity = colours(np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1))
-    opacity = opacity[..., None]
-    return (image * (1 - opacity) + rgb * opacity).round().astype(np.uint8)
+    """The photograph (H, W, 3) under its map (H, W), uint8; see `overlay`."""
+    drawn = np.empty_like(image)
+    for rows in _blocks(image):
+        rgb, opacity = colours(np.clip((anomaly_map[rows] - low) / max(high - low, 1e-12), 0, 1))
+        opacity = opacity[..., None]
+        drawn[rows] = (image[rows] * (1 - opacity) + rgb * opacity).round()
+    return drawn
+
+
+def _blocks(image: NDArray[np.uint8]) -> Iterator[slice]:
+    """Rows of an image, so many at a time that memory beside the image is small."""
+    n = max(1, _BLOCK // image.shape[1])
+    return (slice(start, start + n) for start in range(0, len(image), n))
 
 
 def overlay(
@@ -61,8 +74,9 @@ def overlay(
     strip = 2 * text_size
     gap = max(2, width // 100)
     canvas = Image.new("RGB", (2 * width + gap, height + strip), BACKGROUND)
-    canvas.paste(Image.fromarray(image), (0, 0))
-    canvas.paste(Image.fromarray(heat(image, anomaly_map, low, high)), (width + gap, 0))
+    for rows in _blocks(image):
+        canvas.paste(Image.fromarray(image[rows]), (0, rows.start))
+        canvas.paste(Image.fromarray(heat(image[rows], anomaly_map[rows], low, high)), (width + gap, rows.start))
     draw = ImageDraw.Draw(canvas)
     draw.text((text_size // 2, height + text_size // 2), caption, font=font, fill=FOREGROUND)
     return canvas

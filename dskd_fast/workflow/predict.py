@@ -6,15 +6,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, read_image
 from dskd_fast.data.listing import PICTURE_FOLDERS, PREDICTIONS, is_prediction_output, walk
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.maps import save_map
-from dskd_fast.workflow.detector import Detector
-from dskd_fast.workflow.evaluate import decide
+from dskd_fast.workflow.detector import Detector, decide
 from dskd_fast.workflow.inputs import check_batch_size
 from dskd_fast.workflow.overlay import full_colour, overlay
+
+# A batch for the networks ends where its photographs, held until they are drawn, take so many bytes. Large ones so go
+# through them singly, which costs less than to read them twice.
+_MAX_HELD = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -90,40 +97,58 @@ def predict(
 def _predict_batch(
     detector: Detector, batch: list[tuple[Path, str]], out: Path, threshold: float | None, save_maps: bool
 ) -> list[Prediction]:
-    images, errors = {}, {}
-    for path, _ in batch:
-        try:
-            images[path] = read_image(path, bits=detector.bits)
-        except ImageError as error:
-            errors[path] = "; ".join(reason for _, reason in error.failures)
-    if images:
-        found = detector.predict(images.values(), batch_size=len(images))
-        detections = dict(zip(images, found, strict=True))
+    names = dict(batch)
+    predictions: dict[Path, Prediction] = {}
+    held: dict[Path, NDArray[np.uint8]] = {}
+    high = full_colour(threshold)
 
-    predictions = []
-    for path, name in batch:
-        if path in errors:
-            predictions.append(Prediction(str(path), error=errors[path]))
-            continue
-        image, score, anomaly_map = images[path], detections[path].score, detections[path].map
-        decision = decide(score, threshold)
-        caption = f"score {score:.2f}"
-        if threshold is not None:
-            caption += f"   threshold {threshold:.2f}   {decision}"
-        picture = overlay(image, anomaly_map, caption, low=0.0, high=full_colour(threshold))
-        written: dict[str, str] = {}
+    def predict_held() -> None:
+        maps = detector.maps(torch.stack([detector.resized(image) for image in held.values()])).combined
+        for path, score, coarse_map in zip(list(held), detector.image_scores(maps).tolist(), maps, strict=True):
+            decision = decide(score, threshold)
+            caption = f"score {score:.2f}"
+            if threshold is not None:
+                caption += f"   threshold {threshold:.2f}   {decision}"
+            # The image and its map are freed before the next map is made.
+            written = _write_pictures(detector, held.pop(path), coarse_map, caption, high, out, names[path], save_maps)
+            predictions[path] = Prediction(str(path), score, threshold, decision, **written)
+
+    for path in names:
         try:
-            overlay_name = f"overlays/{name}.png"
-            write_file(out / overlay_name, lambda temporary, picture=picture: picture.save(temporary))
-            written["overlay"] = overlay_name
-            if save_maps:
-                map_name = f"maps/{name}.tiff"
-                save_map(out / map_name, anomaly_map)
-                written["map"] = map_name
-        except UserError as error:
-            written["error"] = str(error)
-        predictions.append(Prediction(str(path), score, threshold, decision, **written))
-    return predictions
+            held[path] = read_image(path, bits=detector.bits)
+        except ImageError as error:
+            predictions[path] = Prediction(str(path), error="; ".join(reason for _, reason in error.failures))
+        if sum(image.nbytes for image in held.values()) >= _MAX_HELD:
+            predict_held()
+    if held:
+        predict_held()
+    return [predictions[path] for path in names]
+
+
+def _write_pictures(
+    detector: Detector,
+    image: NDArray[np.uint8],
+    coarse_map: NDArray[np.float32],
+    caption: str,
+    high: float,
+    out: Path,
+    name: str,
+    save_maps: bool,
+) -> dict[str, str]:
+    """The fields of `Prediction` that say what was written, or why not."""
+    written: dict[str, str] = {}
+    anomaly_map = detector.localisation_map(coarse_map, image.shape[:2])
+    try:
+        overlay_name = f"overlays/{name}.png"
+        write_file(out / overlay_name, overlay(image, anomaly_map, caption, low=0.0, high=high).save)
+        written["overlay"] = overlay_name
+        if save_maps:
+            map_name = f"maps/{name}.tiff"
+            save_map(out / map_name, anomaly_map)
+            written["map"] = map_name
+    except UserError as error:
+        written["error"] = str(error)
+    return written
 
 
 def _with_names(inputs: Sequence[Path], out: Path) -> tuple[list[tuple[Path, str]], list[Prediction]]:

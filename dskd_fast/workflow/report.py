@@ -30,12 +30,11 @@ from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.auroc import roc_curve
 from dskd_fast.metrics.maps import score_maps
 from dskd_fast.metrics.spro import ANOMALY_KINDS, SPRO
-from dskd_fast.workflow.detector import Detector, Variant
+from dskd_fast.workflow.detector import Detector, Variant, decide
 from dskd_fast.workflow.evaluate import (
     ScoredImages,
     count_decisions,
     count_kinds,
-    decide,
     remarks,
     score_images,
     scored_maps,

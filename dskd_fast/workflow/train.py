@@ -241,6 +241,8 @@ def train(
         source = "validation" if validation_indices else "train"
         status(f"calibrating on the {source} images")
         detector.calibrate(_Batches(images, validation_indices or train_indices, options.batch_size), source)
+        for warning in detector.calibration.warnings:
+            status(f"warning: {warning}")
     return detector, history
 
 

@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 import dskd_fast.workflow.train as train_module
 from dskd_fast import DSKD
 from dskd_fast.cli import commands
+from dskd_fast.data.images import read_image
 from dskd_fast.data.layout import open_category
 from dskd_fast.files import write_file
 from dskd_fast.workflow.export import Exported
@@ -493,6 +494,26 @@ def test_few_images_give_scores_and_no_decisions_and_say_so(train, cli, write_im
     assert "no decisions" not in result.out
     rows = read_rows(tmp_path / "results" / "predictions.csv")
     assert {row["decision"] for row in rows} == {"normal"}
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "report", "predict"])
+def test_images_beyond_the_limit_of_pixels_are_named_with_the_option(
+    command, cli, tiny_run, tiny_arguments, data_root, tmp_path
+):
+    """120 x 96; and the limit is the call's alone."""
+    data = data_root / "screw_bag"
+    arguments = {
+        "train": ["--data-root", data, *tiny_arguments, "--out", tmp_path / "run"],
+        "evaluate": [tiny_run],
+        "report": [tiny_run, "--out", tmp_path / "report"],
+        "predict": [tiny_run, data / "test" / "good", "--out", tmp_path / "results"],
+    }
+    result = cli(command, *arguments[command], "--max-pixels", 120 * 96 - 1)
+    assert result.code == (1 if command == "predict" else 2)
+    told = result.out if command == "predict" else result.err
+    assert "000.png: it has 120 x 96 pixels, more than the limit of 11,519" in told
+    assert "--max-pixels 11520" in told
+    read_image(data / "test" / "good" / "000.png")
 
 
 def test_nothing_is_held_out_if_so_wished(train, write_images, tmp_path):

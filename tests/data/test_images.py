@@ -1,6 +1,7 @@
 import io
 import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -15,6 +16,7 @@ from dskd_fast.data.images import (
     image_size,
     is_image_like,
     list_images,
+    pixel_limit,
     read_image,
     read_image_and_peak,
     read_mask,
@@ -656,8 +658,42 @@ def bomb_tiff():
 
 @pytest.mark.parametrize("make", [bomb_png, bomb_tiff])
 def test_decompression_bomb(tmp_path, make):
-    with pytest.raises(ImageError, match="bomb"):
-        read_image(write(tmp_path / "a", make()))
+    path = write(tmp_path / "a", make())
+    for read in (read_image, read_mask, image_size):
+        with pytest.raises(ImageError, match=r"60000 x 60000 pixels, more than the limit of 250,000,000 .*bomb"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options", "deep"),
+    [
+        ("PNG", {}, False),
+        ("PNG", {}, True),
+        ("JPEG", {"quality": 95}, False),
+        ("BMP", {}, False),
+        ("TIFF", {}, False),
+        ("TIFF", {"compression": "tiff_lzw"}, False),
+        ("TIFF", {}, True),
+    ],
+)
+def test_the_limit_of_pixels_is_ours_and_pillows_is_neither_used_nor_changed(
+    tmp_path, rng, monkeypatch, file_format, options, deep
+):
+    values = rng.integers(0, 256, (40, 48), dtype=np.uint8)
+    image = Image.fromarray(values * np.uint16(257)) if deep else Image.fromarray(values)
+    path = write(tmp_path / "a", encode(image, file_format, **options))
+    expected = read_image(path)
+    for pillows in (1919, 900, None):  # it warns, fails, and has been switched off
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            np.testing.assert_array_equal(read_image(path), expected)
+            assert image_size(path) == (40, 48)
+        assert pillows == Image.MAX_IMAGE_PIXELS
+    with pixel_limit(1919), pytest.raises(ImageError, match=r"48 x 40 pixels, .* 1,919 .*--max-pixels 1920"):
+        read_image(path)
+    with pixel_limit(1920):
+        read_image(path)
 
 
 def test_errors_survive_pickling_and_list_every_file():

@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import pytest
@@ -346,6 +347,77 @@ def test_anomaly_maps_are_the_sum_of_the_upsampled_levels(images, temperature, a
         assert got.dtype == torch.float32
         assert not got.requires_grad
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    torch.manual_seed(0)
+    return DSKD(LITE, image_size=64, gccb=8, pretrained=False).eval()
+
+
+def modes(model):
+    return {name: part.training for name, part in model.named_modules()}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 3, 32, 64)], ids=["fits", "raises"])
+def test_anomaly_maps_score_in_eval_mode_and_leave_every_part_and_its_state_as_they_were(small_model, images, shape):
+    expected = small_model.anomaly_maps(images)
+    model = copy.deepcopy(small_model).train()
+    model.local_student.eval()  # as who freezes it does
+    model.global_student.up1[0].bn1.eval()
+    before, state = modes(model), copy.deepcopy(model.state_dict())
+    assert 0 < sum(before.values()) < len(before)
+    if shape == images.shape:
+        torch.testing.assert_close(model.anomaly_maps(images), expected, rtol=0, atol=0)
+    else:
+        with pytest.raises(ValueError, match="images has shape"):
+            model.anomaly_maps(images[:, :, :32])
+    assert modes(model) == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_anomaly_maps_convert_other_floating_images(small_model, images, dtype):
+    converted = images.to(dtype)
+    before = converted.clone()
+    found = small_model.anomaly_maps(converted)
+    assert {m.dtype for m in found} == {torch.float32}
+    torch.testing.assert_close(found, small_model.anomaly_maps(converted.float()), rtol=0, atol=0)
+    assert torch.equal(converted, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: (255 * x).byte(), ValueError, "images has dtype uint8: pass floating values from 0 to 1"),
+        (lambda x: x > 0.5, ValueError, "images has dtype bool: pass"),
+        (lambda x: x.to(torch.complex64), ValueError, "images has dtype complex64: pass"),
+        (lambda x: 255 * x, ValueError, r"images has values from .* to 25\d.*: pass values from 0 to 1"),
+        (lambda x: (x - 0.5) / 0.2, ValueError, "images has values from -2.*not normalised"),
+        (lambda x: (x * 1.01).half(), ValueError, "images has values from .* to 1.0"),
+        (lambda x: torch.where(x > 0.5, torch.nan, x).bfloat16(), ValueError, "images has values from nan"),
+        (lambda x: x.numpy(), TypeError, "images is a ndarray: pass a tensor"),
+    ],
+)
+def test_anomaly_maps_refuse_what_is_no_image_from_0_to_1(small_model, images, change, error, message):
+    with pytest.raises(error, match=message):
+        small_model.anomaly_maps(change(images))
+
+
+def test_anomaly_maps_trace_without_values(small_model, images):
+    """In eval mode, as for a program that is exported: the checks must not ask for numbers, nor change modes."""
+    with torch.no_grad():
+        program = torch.export.export(Maps(small_model), (images,))
+    torch.testing.assert_close(program.module()(images), small_model.anomaly_maps(images))
+
+
+class Maps(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model.anomaly_maps(images)
 
 
 # What does not fit

@@ -85,6 +85,15 @@ def test_every_test_image_gets_what_predict_gives(run_file, tiny_detector, thres
     assert_agrees(found, tiny_detector.predict(paths), threshold)
 
 
+def test_no_image_that_set_the_threshold_is_above_it(run_file, tiny_detector, data_root):
+    """Too few to tell 1 %: their largest score sets it."""
+    paths = sorted((data_root / "screw_bag" / "validation" / "good").iterdir())
+    images = np.stack([read_image(path).transpose(2, 0, 1) for path in paths])
+    for size in (1, 2, 4):
+        assert not any(one.anomalous for one in tiny_detector.predict(paths, batch_size=size))
+        assert not any(run_file(images[i : i + size])["anomalous"].any() for i in range(0, len(paths), size))
+
+
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (33, 150), (150, 40)])
 def test_images_may_have_any_size(run_file, tiny_detector, threshold, size):
     images = random_images(2, *size)

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -74,6 +76,16 @@ def test_the_caption_is_drawn(image):
     _, _, strip = halves(image, np.zeros((60, 90), np.float32))
     assert (strip == 24).all(axis=2).any()
     assert (strip > 128).all(axis=2).any()
+
+
+def test_no_copy_of_a_photograph_is_drawn_in_floating_point():
+    image, anomaly_map = np.full((1500, 1000, 3), 100, np.uint8), np.ones((1500, 1000), np.float32)
+    tracemalloc.start()  # NumPy's memory, without Pillow's canvas
+    try:
+        overlay(image, anomaly_map, "score 1.00", 0, 1)
+        assert tracemalloc.get_traced_memory()[1] < 4 * image.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_inputs_are_not_modified(image):

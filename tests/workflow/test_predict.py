@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
 
+import dskd_fast.workflow.predict as predict_module
 from dskd_fast.data.layout import open_category
 from dskd_fast.errors import UserError
 from dskd_fast.workflow.evaluate import evaluate
@@ -107,6 +109,31 @@ def test_progress_counts_images(predicted, write_images, tmp_path):
     told = []
     predicted(*write_images(tmp_path, 5), batch_size=2, progress=lambda *state: told.append(state))
     assert told == [(2, 5), (4, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("max_held", [1, 2 * 64 * 80 * 3, 2**30])
+def test_large_images_are_held_and_drawn_one_at_a_time(
+    tiny_detector, predicted, write_images, tmp_path, monkeypatch, max_held
+):
+    paths = write_images(tmp_path / "images", 5)
+    expected = {p.path: p.score for p in predicted(*paths)}
+    alive, most = {"image": [], "map": []}, {"image": 0, "map": 0}
+
+    def watched(kind, make):
+        def made(*arguments):
+            result = make(*arguments)
+            alive[kind] = [other for other in alive[kind] if other() is not None] + [weakref.ref(result)]
+            most[kind] = max(most[kind], len(alive[kind]))
+            return result
+
+        return made
+
+    monkeypatch.setattr(predict_module, "_MAX_HELD", max_held)
+    monkeypatch.setattr(predict_module, "read_image", watched("image", predict_module.read_image))
+    monkeypatch.setattr(type(tiny_detector), "localisation_map", watched("map", type(tiny_detector).localisation_map))
+    found = {p.path: p.score for p in predicted(*paths, save_maps=True)}
+    assert most == {"image": min(5, 1 + max_held // (64 * 80 * 3 + 1)), "map": 1}
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ names of results
