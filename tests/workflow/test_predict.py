@@ -120,8 +120,8 @@ def test_large_images_are_held_and_drawn_one_at_a_time(
     alive, most = {"image": [], "map": []}, {"image": 0, "map": 0}
 
     def watched(kind, make):
-        def made(*arguments):
-            result = make(*arguments)
+        def made(*arguments, **options):
+            result = make(*arguments, **options)
             alive[kind] = [other for other in alive[kind] if other() is not None] + [weakref.ref(result)]
             most[kind] = max(most[kind], len(alive[kind]))
             return result
