@@ -456,7 +456,9 @@ def list_categories(data_root: Path) -> list[str]:
             _refuse_classes(data_root, found)
             return found
     _find_root(data_root, None)  # says what is wrong
-    raise UserError(f"{data_root} is itself a category: name the folder above it")
+    loose = list_folder(data_root).images
+    why = f", since it holds images directly, as {loose[0].name}" if loose else ""
+    raise UserError(f"{data_root} is itself a category{why}: name the folder above it, or move what belongs elsewhere")
 
 
 def _folder_name(folder: Path) -> str:
@@ -474,9 +476,14 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _is_category(folder: Path) -> bool:
     """Whether a folder is meant as a category, though its folders may have to be renamed."""
-    if (folder / "train").is_dir() or (folder / "test").is_dir() or list_folder(folder).all != []:
+    here = list_folder(folder)
+    if (folder / "train").is_dir() or (folder / "test").is_dir() or here.images:
         return True
-    return any(_meant(sub.name, _FOLDERS) in ("train", "test") and _has_images(sub) for sub in _subfolders(folder))
+    subfolders = _subfolders(folder)
+    if any(_meant(sub.name, _FOLDERS) in ("train", "test") and _has_images(sub) for sub in subfolders):
+        return True
+    # A logo.svg beside categories makes no category of their folder.
+    return bool(here.others) and not any(_is_category(sub) for sub in subfolders)
 
 
 def _plain(name: str) -> str:
@@ -621,10 +628,15 @@ def _training_images(root: Path, unused: dict[str, list[Path]]) -> list[Path]:
         # One that is meant but spelled otherwise is empty, or the same folder, or has been refused.
         if _meant(folder.name, _FOLDERS) is not None:
             continue
-        listings = [] if is_prediction_output(folder) else list(walk(folder, is_prediction_output))
+        try:
+            listings = [] if is_prediction_output(folder) else list(walk(folder, is_prediction_output))
+            drawn = {*_all(walk(folder))} - {*_all(listings)}
+        except UserError:
+            if is_flat:
+                raise
+            continue  # not ours to read, as lost+found
         if is_flat:
             _refuse_deeper(root, listings)
-        drawn = {*_all(walk(folder))} - {*_all(listings)}
         _add(unused, "in folders that have no meaning here", _all(listings))
         _add(unused, "drawn by an earlier prediction", sorted(drawn))
     if is_flat:

@@ -641,6 +641,15 @@ def test_the_published_layouts_and_links_have_nothing_to_complain_of(loco, tmp_p
         assert (category.unused, category.stray_masks) == ({}, {})
 
 
+def test_a_picture_beside_categories_is_no_category(tmp_path):
+    write(tmp_path, "a/train/good/0.png", "b/0.png", "logo.svg")
+    assert list_categories(tmp_path) == ["a", "b"]
+    write(tmp_path, "preview.png")
+    with pytest.raises(UserError, match=r"is itself a category, since it holds images directly, as preview\.png"):
+        list_categories(tmp_path)
+    assert open_category(tmp_path, "a").n_images["train"] == 1
+
+
 @pytest.mark.parametrize("names", [("good", "bad"), ("OK", "NG"), ("defects", "line 1"), ("normal",)])
 def test_classes_are_not_taken_for_categories(tmp_path, names):
     write(tmp_path, *(f"{name}/0.png" for name in names))
