@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dskd_fast.data.synthetic import scene as scenes
 from dskd_fast.data.synthetic.rendering import Canvas, coverage
-from dskd_fast.data.synthetic.scene import PARTS, Bend, Chip, Mark, Nut, Part, Pose, Scene, Screw, fits
+from dskd_fast.data.synthetic.scene import PARTS, Bend, Chip, Mark, Part, Pose, Scene, Screw, fits
 
 Region = Callable[[Canvas], NDArray[np.bool_]]
 Edit = tuple[Scene, Region]
@@ -114,13 +114,8 @@ def _washer_extra(scene: Scene, rng: RNG) -> Edit | None:
     return _put(scene, "extra", replace(PARTS["washer_upper"], pose=_anywhere(rng)))
 
 
-def _screws_both_long(scene: Scene, rng: RNG) -> Edit | None:
-    return _put(scene, "screw_short", replace(scene.parts["screw_short"], length=scenes.LONG))
-
-
-def _nut_for_washer(scene: Scene, rng: RNG) -> Edit | None:
-    slot, washer = _pick(scene, rng, "washer")
-    return _put(scene, slot, Nut(washer.pose))
+def _screws_alike(slot: str, length: float, scene: Scene, rng: RNG) -> Edit | None:
+    return _put(scene, slot, replace(scene.parts[slot], length=length))
 
 
 # Order matters twice: pixel values count down from 255, and images take the kinds in turn.
@@ -134,7 +129,7 @@ STRUCTURAL = (
 LOGICAL = (
     Kind("nut_missing", partial(_missing, "nut"), PARTS["nut_upper"]),
     Kind("washer_extra", _washer_extra, PARTS["washer_upper"]),
-    Kind("screws_both_long", _screws_both_long, PARTS["screw_long"]),
+    Kind("screws_both_long", partial(_screws_alike, "screw_short", scenes.LONG), PARTS["screw_long"]),
     Kind("screw_long_missing", partial(_missing, "screw_long"), PARTS["screw_long"]),
-    Kind("nut_for_washer", _nut_for_washer, PARTS["nut_upper"]),
+    Kind("screws_both_short", partial(_screws_alike, "screw_long", scenes.SHORT), PARTS["screw_short"]),
 )
