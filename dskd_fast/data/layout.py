@@ -745,21 +745,15 @@ class _MaskFiles:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._by_folder: dict[Path, list[Path]] = {}
-        if root.is_dir():
-            self._by_folder = {listing.folder: listing.all for listing in walk(root)}
-        self._by_stem: dict[Path, dict[str, list[Path]]] = {}
-        for folder, files in self._by_folder.items():
-            by_stem = self._by_stem[folder] = defaultdict(list)
-            for path in files:
-                by_stem[path.stem].append(path)
-        self._taken: set[Path] = set()
         self.seconds: dict[Path, Path] = {}
+        self._taken: set[Path] = set()
+        self._by_stem: dict[str, dict[str, list[Path]]] = {}
 
     def of(self, folder: str, image: Path) -> tuple[tuple[Path, ...], bool]:
         """The mask files of a test image, and whether each of them is one defect."""
-        by_stem = self._by_stem.get(self.root / folder, {})
-        one_for_each = tuple(self._by_folder.get(self.root / folder / image.stem, ()))
+        own = self.root / folder / image.stem
+        one_for_each = tuple(list_folder(own).all) if own.is_dir() else ()
+        by_stem = self._files(folder)
         singles = [path for stem in (f"{image.stem}_mask", image.stem) for path in by_stem.get(stem, ())]
         chosen = one_for_each or tuple(singles[:1])
         self._taken |= {*chosen}
@@ -768,7 +762,18 @@ class _MaskFiles:
 
     def left(self) -> list[Path]:
         """All files that belong to no test image."""
-        return [path for files in self._by_folder.values() for path in files if path not in self._taken]
+        if not self.root.is_dir():
+            return []
+        return [path for path in _all(walk(self.root)) if path not in self._taken]
+
+    def _files(self, folder: str) -> dict[str, list[Path]]:
+        """The files directly in a folder of masks by their stems."""
+        if folder not in self._by_stem:
+            by_stem = self._by_stem[folder] = defaultdict(list)
+            if (self.root / folder).is_dir():
+                for path in list_folder(self.root / folder).all:
+                    by_stem[path.stem].append(path)
+        return self._by_stem[folder]
 
 
 def _stray_masks(

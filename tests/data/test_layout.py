@@ -634,11 +634,15 @@ def test_the_published_layouts_and_links_have_nothing_to_complain_of(loco, tmp_p
     mvtec_ad(tmp_path, "cable", bent_wire=2, cable_swap=2)
     for root in (loco, tmp_path / "cable"):
         write(root, "license.txt", "readme.txt", ".DS_Store", "train/.DS_Store", "test/good/Thumbs.db")
+    (loco / "ground_truth/logical_anomalies/001/000.png").unlink()
+    (loco / "ground_truth/logical_anomalies/001").rmdir()
+    (loco / "ground_truth/logical_anomalies/001").symlink_to(loco / "ground_truth/logical_anomalies/000")
     # Another spelling as a link to the folder, as for data that also another program reads.
     (tmp_path / "cable/Test").symlink_to(tmp_path / "cable/test")
     for root in (loco, tmp_path / "cable"):
         category = open_category(root, None)
         assert (category.unused, category.stray_masks) == ({}, {})
+        assert category.localisation_obstacle("logical") is None
 
 
 def test_a_picture_beside_categories_is_no_category(tmp_path):
