@@ -186,7 +186,7 @@ def markdown(results: Results, plots: dict[str, str | None]) -> str:
 
 def _provenance(found: dict[str, Any]) -> str:
     cpu = f"CPU {found['cpu']}" if found.get("cpu") else None
-    threads = f"{found['threads']} threads" if found.get("threads") else None
+    threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}" if found.get("threads") else None
     machine = ", ".join(_escape(str(part)) for part in (found.get("device"), cpu, threads) if part)
     names = {"python": "Python", "torch": "PyTorch", "triton": "Triton", "pykeops": "KeOps", "anomalib": "anomalib"}
     versions = ", ".join(f"{name} {_escape(str(found[key]))}" for key, name in names.items() if found.get(key))

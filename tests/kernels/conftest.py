@@ -1,4 +1,4 @@
-"""The report compiles for minutes: it is begun when the tests begin, on the cores that they leave idle."""
+"""The report compiles for long: it is begun when the tests begin, on the cores that they leave idle."""
 
 import os
 import shutil
@@ -18,14 +18,15 @@ def environment():
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
-def begin_report():
-    """(process, its output, its JSON) of the one report of this session."""
+def begin_report(config):
+    """(process, its output, its JSON) of the one report of this session: of a tenth of the cases without --all."""
     if not _RUNNING:
         # Tests may run in several processes, which share one report.
         session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
         folder = Path(tempfile.gettempdir(), f"kernels-report-{session}")
         folder.mkdir(exist_ok=True)
         command = [sys.executable, str(Path(__file__).with_name("report_once.py")), str(folder)]
+        command += ["all"] if config.getoption("--all") else []
         _RUNNING.update(process=subprocess.Popen(command, env=environment(), start_new_session=True), folder=folder)
     folder = _RUNNING["folder"]
     return _RUNNING["process"], folder / "output.txt", folder / "rows.json"
@@ -37,14 +38,14 @@ def compiling():
 
 
 @pytest.fixture(scope="session")
-def kernels_report():
-    return begin_report()
+def kernels_report(pytestconfig):
+    return begin_report(pytestconfig)
 
 
 def pytest_collection_finish(session):
     wanted = any("kernels_report" in getattr(item, "fixturenames", ()) for item in session.items)
     if wanted and not session.config.option.collectonly:
-        begin_report()
+        begin_report(session.config)
 
 
 def pytest_sessionfinish():
