@@ -37,6 +37,7 @@ from dskd_fast.workflow.evaluate import absences, count_kinds, threshold_of
 from dskd_fast.workflow.evaluate import evaluate as evaluate_detector
 from dskd_fast.workflow.export import SUFFIXES
 from dskd_fast.workflow.export import export as export_detector
+from dskd_fast.workflow.predict import PREDICTIONS
 from dskd_fast.workflow.predict import predict as predict_images
 from dskd_fast.workflow.report import write_report
 from dskd_fast.workflow.reproduce import reproduce as reproduce_table
@@ -184,6 +185,9 @@ def predict(arguments: argparse.Namespace) -> int:
     console.print(f"{sum(p.score is not None for p in predictions)} images scored", end="")
     if threshold is not None:
         console.print(f", {anomalous} anomalous (score above {threshold:.4g})", end="")
+    suspects = sum(p.decision == "suspect" for p in predictions)
+    if suspects:
+        console.print(f", {suspects} suspect (why: {PREDICTIONS})", end="")
     console.print(f"; results in {arguments.out}")
     for p in failed:
         console.print(f"{'not read' if p.score is None else 'not drawn'}: {p.path}: {p.error}", style="red")
@@ -235,6 +239,8 @@ def info(arguments: argparse.Namespace) -> int:
     if not isinstance(history, list) or not history:
         raise UserError(f"{arguments.run / runs.HISTORY} is not the history of a training: restore the file")
     content = {**config, "calibration": calibration, "last_epoch": history[-1]}
+    if isinstance(calibration, dict) and calibration.get("exposure") is None:
+        content["suspect"] = "no image is, however dark or flat: this run is from before there was that check"
     metrics = arguments.run / runs.METRICS
     content["metrics"] = runs.read_json(metrics) if metrics.is_file() else None
     if metrics.is_file() and not (isinstance(content["metrics"], dict) and "auroc" in content["metrics"]):
@@ -372,6 +378,11 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
             f"{metrics['decisions'][kind]} of {n} {kind}" for kind, n in metrics["n_images"].items() if n
         )
         console.print(f"called anomalous at threshold {metrics['threshold']:.4g}: {decided}")
+    if any(metrics["suspects"].values()):
+        counted = ", ".join(
+            f"{metrics['suspects'][kind]} of {n} {kind}" for kind, n in metrics["n_images"].items() if n
+        )
+        console.print(f"suspect, since too dark, too bright or of another contrast: {counted}", style="yellow")
     _print_absent(metrics)
 
 
