@@ -114,6 +114,24 @@ def tiny_detector(tiny_run):
     return load_run(tiny_run, "cpu")[0]
 
 
+@pytest.fixture(scope="session")
+def dead_frames(data_root) -> dict[str, tuple[np.ndarray, str]]:
+    """What a camera gives that is off, covered or badly exposed, (96, 120, 3), uint8, with why that is suspect."""
+    image = np.asarray(Image.open(data_root / "screw_bag" / "test" / "good" / "000.png")).astype(np.float64)
+    noise = np.random.default_rng(0).normal(0, 4, image.shape)
+    frames = {
+        "black": (0 * image, "too dark and too little contrast"),
+        "white": (0 * image + 255, "too bright and too little contrast"),
+        "grey": (0 * image + image.mean().round(), "too little contrast"),
+        "an eighth of the exposure": (image / 8, "too dark and too little contrast"),
+        "overexposed": (3 * image, "too bright"),
+        "lens cap": (8 + noise, "too dark and too little contrast"),
+        "out of focus": (image.mean() + noise, "too little contrast"),
+        "no synchronisation": (np.tile(255 * (noise[:, :1, :1] > 0), (1, 120, 3)), "too much contrast"),
+    }
+    return {name: (frame.clip(0, 255).astype(np.uint8), reason) for name, (frame, reason) in frames.items()}
+
+
 class Result(NamedTuple):
     code: int
     out: str

@@ -1,5 +1,7 @@
 """`DSKD.load(run).predict(images)`: from whatever a program has its images in, and from many threads."""
 
+import dataclasses
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,11 +66,28 @@ def test_a_detection_has_score_decision_and_maps_at_the_size_of_the_image(detect
 
 
 def test_without_a_threshold_there_is_no_decision(tiny_run, paths):
-    import dataclasses
-
     detector = DSKD.load(str(tiny_run), device="cpu")
     detector.calibration = dataclasses.replace(detector.calibration, threshold=None)
     assert detector.predict(paths[0])[0].anomalous is None
+
+
+@pytest.mark.parametrize("threshold", [1e6, None])
+def test_dead_frames_are_suspect_and_never_pass_and_no_other_image_is(tiny_run, data_root, dead_frames, threshold):
+    detector = DSKD.load(tiny_run, device="cpu")
+    decided = None if threshold is None else dataclasses.replace(detector.calibration.threshold, value=threshold)
+    detector.calibration = dataclasses.replace(detector.calibration, threshold=decided)
+    frames = [frame for frame, _ in dead_frames.values()]
+    for found, name in zip(detector.predict(frames), dead_frames, strict=True):
+        assert found.suspect.split(" (")[0] == dead_frames[name][1], name
+        assert re.search(r"brightness [\d.]+, contrast [\d.]+; normal images allow brightness [\d.]+ to", found.suspect)
+        assert found.anomalous is True
+        assert np.isfinite(found.score)
+    others = detector.predict(sorted((data_root / "screw_bag").glob("*/*/*.png")))
+    assert len(others) == 26
+    assert {(one.suspect, one.anomalous) for one in others} == {(None, None if threshold is None else False)}
+    # A run from before there was the check.
+    detector.calibration = dataclasses.replace(detector.calibration, exposure=None)
+    assert {one.suspect for one in detector.predict(frames)} == {None}
 
 
 def test_a_folder_that_is_no_run_is_a_user_error(tmp_path):

@@ -25,6 +25,7 @@ from dskd_fast.data.layout import (
     open_category,
     unused_sentences,
 )
+from dskd_fast.data.listing import PREDICTIONS
 from dskd_fast.errors import TrainingStopped, UserError
 from dskd_fast.files import in_shell, printable
 from dskd_fast.metrics.maps import maps_without_image, read_maps, score_maps
@@ -193,6 +194,9 @@ def predict(arguments: argparse.Namespace) -> int:
     if threshold is not None:
         anomalous = sum(p.decision == "anomalous" for p in predictions)
         summary += f", {anomalous} anomalous (score above {threshold:.4g})"
+    suspects = sum(p.decision == "suspect" for p in predictions)
+    if suspects:
+        summary += f", {suspects} suspect (why: {PREDICTIONS})"
     n_unread = sum(p.score is None for p in failed)
     if n_unread:
         summary += f", {n_unread} NOT inspected"
@@ -256,6 +260,8 @@ def info(arguments: argparse.Namespace) -> int:
     if not isinstance(history, list) or not history:
         raise UserError(f"{arguments.run / runs.HISTORY} is not the history of a training: restore the file")
     content = {**config, "calibration": calibration, "last_epoch": history[-1]}
+    if isinstance(calibration, dict) and calibration.get("exposure") is None:
+        content["suspect"] = "no image is, however dark or flat: this run is from before there was that check"
     metrics = arguments.run / runs.METRICS
     content["metrics"] = runs.read_json(metrics) if metrics.is_file() else None
     if metrics.is_file() and not (isinstance(content["metrics"], dict) and "auroc" in content["metrics"]):
@@ -397,6 +403,11 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
             f"{metrics['decisions'][kind]} of {n} {kind}" for kind, n in metrics["n_images"].items() if n
         )
         print_line(f"called anomalous at threshold {metrics['threshold']:.4g}: {decided}")
+    if any(metrics["suspects"].values()):
+        counted = ", ".join(
+            f"{metrics['suspects'][kind]} of {n} {kind}" for kind, n in metrics["n_images"].items() if n
+        )
+        print_line(f"suspect, since too dark, too bright or of another contrast: {counted}", style="yellow")
     _print_remarks(metrics)
 
 

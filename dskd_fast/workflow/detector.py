@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -41,6 +41,15 @@ THRESHOLD_RULE = (
     "rounding of maps that hardly vary adds, so that rounding cannot lift the image that set it above it"
 )
 _PERCENT_OF_FALSE_ALARMS = 1
+
+EXPOSURE_RULE = (
+    "half way from the darkest normal image to black, from the brightest to white, from the one with least contrast to "
+    "none, and from the one with most to the greatest possible; one in 100 normal images, and at least one, may lie "
+    "beyond the limits that the others set, and does not count"
+)
+# Thousandths of red, green and blue in the luminance (ITU-R BT.601): whole numbers, so that white is 255 exactly.
+_LUMA = (299, 587, 114)
+_MAX_LUMINANCE = 255.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,60 @@ class Threshold:
 
 
 @dataclass(frozen=True)
+class Exposure:
+    """The brightness and contrast that an image must have for the networks' score to mean anything.
+
+    A frame without features is easy to mimic, so both students find it normal: such an image is suspect instead.
+
+    Attributes:
+        brightness: lowest and highest mean of an image's luminance, from 0 to 255.
+        contrast: lowest and highest standard deviation of it, from 0 to 127.5.
+        rule: how they come from the normal images.
+        n_images: the number of those.
+    """
+
+    brightness: tuple[float, float]
+    contrast: tuple[float, float]
+    rule: str
+    n_images: int
+
+    def __post_init__(self) -> None:
+        for name, most in (("brightness", _MAX_LUMINANCE), ("contrast", _MAX_LUMINANCE / 2)):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high <= most:
+                raise UserError(f"the limits {low} and {high} of the {name} are not in order from 0 to {most}")
+            object.__setattr__(self, name, (low, high))  # JSON has lists
+
+    def beyond(self, brightness: Tensor, contrast: Tensor) -> dict[str, Tensor]:
+        """Which images are "too dark", "too bright", of "too little contrast" or "too much contrast", (B,), bool.
+
+        Args:
+            brightness, contrast: of images, (B,) each, as `measure_exposure` gives them.
+        """
+        return {
+            "too dark": brightness < self.brightness[0],
+            "too bright": brightness > self.brightness[1],
+            "too little contrast": contrast < self.contrast[0],
+            "too much contrast": contrast > self.contrast[1],
+        }
+
+    def reasons(self, images: Tensor) -> list[str | None]:
+        """Why each of the uint8 RGB images (B, 3, S, S) is suspect; None for one that is not."""
+        brightness, contrast = measure_exposure(images)
+        beyond = {name: flags.tolist() for name, flags in self.beyond(brightness, contrast).items()}
+        limits = (
+            f"normal images allow brightness {self.brightness[0]:.1f} to {self.brightness[1]:.1f}, contrast "
+            f"{self.contrast[0]:.1f} to {self.contrast[1]:.1f}"
+        )
+        reasons = []
+        for i, measured in enumerate(zip(brightness.tolist(), contrast.tolist(), strict=True)):
+            names = [name for name, flags in beyond.items() if flags[i]]
+            figures = "brightness {:.1f}, contrast {:.1f}".format(*measured)
+            reasons.append(f"{' and '.join(names)} ({figures}; {limits})" if names else None)
+        return reasons
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What is learned from normal images after training.
 
@@ -108,6 +171,7 @@ class Calibration:
         n_images: how many.
         threshold: None where there are no validation images: training images score too low to set it.
         warnings: what makes the statistics or the threshold doubtful, a sentence each.
+        exposure: None in runs from before there was this check, whose images are then never suspect.
     """
 
     statistics: dict[str, Statistics]
@@ -115,6 +179,7 @@ class Calibration:
     n_images: int
     threshold: Threshold | None = None
     warnings: list[str] = field(default_factory=list)
+    exposure: Exposure | None = None
 
 
 class Maps(NamedTuple):
@@ -137,9 +202,12 @@ class Detection:
 
     Attributes:
         score: in standard deviations above the normal mean.
-        anomalous: whether the score is above the run's threshold; None without one.
+        anomalous: whether the score is above the run's threshold; None without one. True for a suspect image, whatever
+            its score: a program that asks for nothing else must not let it pass.
         map: anomaly map (H, W) at the image's own size, float32, in the same unit.
         local_map, global_map: of each student alone; None without that student.
+        suspect: why the score means nothing, since brightness or contrast is beyond what normal images allow
+            (`Exposure`), as with a camera that is off; None where it is not.
     """
 
     score: float
@@ -147,6 +215,7 @@ class Detection:
     map: NDArray[np.float32]
     local_map: NDArray[np.float32] | None
     global_map: NDArray[np.float32] | None
+    suspect: str | None = None
 
 
 @dataclass
@@ -201,17 +270,25 @@ class Detector:
         return detections
 
     def _predict_batch(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detection]:
-        maps = self.maps(torch.stack(images))
+        batch = torch.stack(images)
+        maps = self.maps(batch)
+        scores = self.image_scores(maps.combined).tolist()
         threshold = self.calibration.threshold
         detections = []
-        for i, (size, score) in enumerate(zip(sizes, self.image_scores(maps.combined).tolist(), strict=True)):
+        for i, (size, score, suspect) in enumerate(zip(sizes, scores, self.suspicions(batch), strict=True)):
             located = (
                 None if maps.of(variant) is None else self.localisation_map(maps.of(variant)[i], size)
                 for variant in VARIANTS
             )
-            anomalous = None if threshold is None else bool(is_above(score, threshold.value))
-            detections.append(Detection(score, anomalous, *located))
+            decision = decide(score, None if threshold is None else threshold.value, suspect)
+            anomalous = None if decision is None else decision != "normal"
+            detections.append(Detection(score, anomalous, *located, suspect))
         return detections
+
+    def suspicions(self, images: Tensor) -> list[str | None]:
+        """Why each of the uint8 RGB images (B, 3, S, S) is suspect (see `Detection`); None for one that is not."""
+        exposure = self.calibration.exposure
+        return [None] * len(images) if exposure is None else exposure.reasons(images)
 
     def resized(self, image: NDArray[np.uint8]) -> Tensor:
         """A uint8 RGB image (H, W, 3) as the networks see it, (3, S, S)."""
@@ -271,20 +348,25 @@ class Detector:
         )
         return resized[0, 0].numpy()
 
-    def calibrate(self, batches: Iterable[Tensor], source: Literal["validation", "train"]) -> None:
-        """Set the statistics and, from validation images, the threshold.
+    def calibrate(
+        self, batches: Iterable[Tensor], source: Literal["validation", "train"], trained_on: Iterable[Tensor] = ()
+    ) -> None:
+        """Set the statistics, the limits of brightness and contrast and, from validation images, the threshold.
 
         Args:
             batches: uint8 RGB images of normal objects, (B, 3, S, S) each; visited once for the statistics and, for
                 validation images, once more for the scores.
             source: what they are.
+            trained_on: where those are validation images, the training images, likewise; for brightness and contrast.
 
         What makes the result doubtful is in the calibration's `warnings`: maps or scores that do not vary.
         """
         students = self.model.students
         count, total, squares = 0, np.zeros(len(students)), np.zeros(len(students))
         n_images = 0
+        measured = []
         for images in batches:
+            measured.append(measure_exposure(images))
             raw = torch.stack(self.raw_maps(images)).double().flatten(1)
             # Sums of deviations from the first batch's mean: squares of the values themselves would cancel.
             if n_images == 0:
@@ -309,7 +391,17 @@ class Detector:
             for i, name in enumerate(students)
             if constant[i] or rounding[name] > _MAX_ROUNDING
         ]
-        self.calibration = Calibration(statistics, source, n_images, warnings=warnings)
+        measured += [measure_exposure(images) for images in trained_on]
+        brightness, contrast = (torch.cat(values) for values in zip(*measured, strict=True))
+        exposure = exposure_from(brightness, contrast)
+        n_suspect = int(torch.stack(list(exposure.beyond(brightness, contrast).values())).any(0).sum())
+        if n_suspect:
+            warnings.append(
+                f"{n_suspect} of {exposure.n_images} normal images {'is' if n_suspect == 1 else 'are'} suspect, since "
+                "brightness or contrast is very different from the others': `predict` on their folder says which; take "
+                "out what does not belong there, and train again"
+            )
+        self.calibration = Calibration(statistics, source, n_images, warnings=warnings, exposure=exposure)
         if source == "validation":
             scores = np.concatenate([self.image_scores(self.maps(images).combined) for images in batches])
             total_rounding = sum(rounding.values())
@@ -319,9 +411,7 @@ class Detector:
                     f"({n_images} in number), so that other good images may well be above it: put more good images, "
                     "and different ones, into validation/good"
                 )
-            self.calibration = Calibration(
-                statistics, source, n_images, threshold_from(scores, total_rounding), warnings
-            )
+            self.calibration = replace(self.calibration, threshold=threshold_from(scores, total_rounding))
 
     def _filtered(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         return ndimage.gaussian_filter(maps, sigma=(0, self.scoring.sigma, self.scoring.sigma))
@@ -368,11 +458,41 @@ def is_above(score: float | NDArray[np.floating] | Tensor, threshold: float) -> 
     return (score.double() if isinstance(score, Tensor) else np.asarray(score, np.float64)) > threshold
 
 
-def decide(score: float, threshold: float | None) -> str | None:
-    """ "anomalous" above the threshold, else "normal"; None without a threshold."""
+def decide(score: float, threshold: float | None, suspect: str | None = None) -> str | None:
+    """ "suspect" if there is a reason for that, else "anomalous" above the threshold, "normal", or None without one."""
+    if suspect is not None:
+        return "suspect"
     if threshold is None:
         return None
     return "anomalous" if is_above(score, threshold) else "normal"
+
+
+def measure_exposure(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the luminance of uint8 RGB images (B, 3, H, W), (B,) each, float64."""
+    luminance = (sum(weight * images[:, i].double() for i, weight in enumerate(_LUMA)) / 1000).flatten(1)
+    mean = luminance.mean(1)
+    return mean, (luminance - mean[:, None]).square().mean(1).sqrt()
+
+
+def exposure_from(brightness: Tensor, contrast: Tensor) -> Exposure:
+    """The limits that normal images set: `EXPOSURE_RULE`.
+
+    Args:
+        brightness, contrast: of the images, (B,) each, as `measure_exposure` gives them.
+    """
+    n = len(brightness)
+    # One black frame among the training images must not switch the check off; a minority that is less rare belongs.
+    n_outliers = min(max(1, n // 100), (n - 1) // 2)
+
+    def lower_limit(values: Tensor) -> float:
+        half_way = values.sort().values[n_outliers] / 2
+        return float(values[values >= half_way].min() / 2)
+
+    def limits(values: Tensor, most: float) -> tuple[float, float]:
+        values = values.clamp(max=most)  # but for rounding it is there
+        return lower_limit(values), most - lower_limit(most - values)
+
+    return Exposure(limits(brightness, _MAX_LUMINANCE), limits(contrast, _MAX_LUMINANCE / 2), EXPOSURE_RULE, n)
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """Evaluation on a category's test images: AUROC, sPRO, and the decisions at the run's threshold."""
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.metrics.maps import ScoredMap, save_map, score_maps
-from dskd_fast.workflow.detector import VARIANTS, Detector, Maps, Variant, decide, is_above
+from dskd_fast.workflow.detector import VARIANTS, Detector, Maps, Variant, decide
 from dskd_fast.workflow.inputs import check_batch_size
 
 
@@ -24,11 +24,18 @@ class ScoredImages(NamedTuple):
         images: the test images, in the category's order.
         maps: their maps, (n, S, S) each.
         scores: their image scores, (n,), by each variant of the maps that there is.
+        suspicions: why they are suspect, see `Detection`; None for those that are not.
     """
 
     images: ImageStore
     maps: Maps
     scores: dict[Variant, NDArray[np.float64]]
+    suspicions: list[str | None]
+
+    def decisions(self, threshold: float | None) -> list[str | None]:
+        """What is decided of each image: see `dskd_fast.workflow.detector.decide`."""
+        pairs = zip(self.scores["combined"], self.suspicions, strict=True)
+        return [decide(score, threshold, suspect) for score, suspect in pairs]
 
 
 def evaluate(
@@ -55,8 +62,9 @@ def evaluate(
     Returns:
         "category"; "auroc", "spro", "spro_at" as `dskd_fast.metrics.maps.score_maps` gives them, for the combined maps
         and again under "local" and "global" for each student alone (None for one that there is not); "n_images" per
-        kind; "decisions" per kind: how many images were called anomalous at "threshold"; "absent": why a figure is
-        None; "bad_masks": a sentence for each mask that cannot be used, which leaves its kind without sPRO; "unused":
+        kind; "decisions" per kind: how many images were called anomalous at "threshold"; "suspects" per kind: how many
+        were called suspect instead, whose scores count in the figures like all others; "absent": why a figure is None;
+        "bad_masks": a sentence for each mask that cannot be used, which leaves its kind without sPRO; "unused":
         `Category.unused_summary`.
 
     Raises:
@@ -70,7 +78,6 @@ def evaluate(
             "for --save-maps"
         )
     test = score_images(detector, category, batch_size, progress)
-    scores = test.scores
     truth = GroundTruth(category)
 
     def scored(variant: Variant) -> Iterator[ScoredMap]:
@@ -87,11 +94,12 @@ def evaluate(
         "global": figures.get("global"),
         "n_images": count_kinds(category),
         "threshold": threshold,
-        "decisions": count_decisions(category, scores["combined"], threshold),
+        "decisions": None if threshold is None else count_decisions(category, test.decisions(threshold), "anomalous"),
+        "suspects": count_decisions(category, test.decisions(threshold), "suspect"),
         **remarks(category, truth),
     }
     if scores_file is not None:
-        _write_scores(scores_file, category, scores, threshold)
+        _write_scores(scores_file, category, test, threshold)
     return result
 
 
@@ -113,9 +121,9 @@ def score_images(
         bits=detector.bits,
         progress=lambda done, total: progress("reading images", done, total),
     )
-    maps = _all_maps(detector, images, batch_size, progress)
+    maps, suspicions = _all_maps(detector, images, batch_size, progress)
     scores = {variant: detector.image_scores(maps.of(variant)) for variant in detector.variants}
-    return ScoredImages(images, maps, scores)
+    return ScoredImages(images, maps, scores, suspicions)
 
 
 def scored_maps(
@@ -139,12 +147,10 @@ def count_kinds(category: Category) -> dict[str, int]:
     return {kind: category.n_images[f"test/{kind}"] for kind in KINDS}
 
 
-def count_decisions(category: Category, scores: NDArray[np.float64], threshold: float | None) -> dict[str, int] | None:
-    """How many test images of each kind are called anomalous; None without a threshold."""
-    if threshold is None:
-        return None
-    kinds = np.array([item.kind for item in category.test])
-    return {kind: int(is_above(scores[kinds == kind], threshold).sum()) for kind in KINDS}
+def count_decisions(category: Category, decisions: Sequence[str | None], decision: str) -> dict[str, int]:
+    """How many test images of each kind have this decision."""
+    decided = [item.kind for item, found in zip(category.test, decisions, strict=True) if found == decision]
+    return {kind: decided.count(kind) for kind in KINDS}
 
 
 def absences(category: Category, truth: GroundTruth) -> list[str]:
@@ -172,27 +178,31 @@ def remarks(category: Category, truth: GroundTruth) -> dict[str, Any]:
 
 def _all_maps(
     detector: Detector, images: ImageStore, batch_size: int, progress: Callable[[str, int, int], None]
-) -> Maps:
+) -> tuple[Maps, list[str | None]]:
     size = detector.model.image_size
     maps = Maps(
         *(np.empty((len(images), size, size), np.float32) if v in detector.variants else None for v in VARIANTS)
     )
+    suspicions = []
     for start in range(0, len(images), batch_size):
         stop = min(start + batch_size, len(images))
-        parts = detector.maps(images.batch(range(start, stop)))
+        batch = images.batch(range(start, stop))
+        parts = detector.maps(batch)
+        suspicions += detector.suspicions(batch)
         for variant in detector.variants:
             maps.of(variant)[start:stop] = parts.of(variant)
         progress("computing maps", stop, len(images))
-    return maps
+    return maps, suspicions
 
 
-def _write_scores(
-    path: Path, category: Category, scores: dict[str, NDArray[np.float64]], threshold: float | None
-) -> None:
+def _write_scores(path: Path, category: Category, test: ScoredImages, threshold: float | None) -> None:
+    scores, decisions = test.scores, test.decisions(threshold)
+
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
-            writer.writerow(["image", "type", "score", "local_score", "global_score", "threshold", "decision"])
+            columns = "image", "type", "score", "local_score", "global_score", "threshold", "decision", "reason"
+            writer.writerow(columns)
             for i, item in enumerate(category.test):
                 writer.writerow(
                     [
@@ -200,7 +210,8 @@ def _write_scores(
                         item.kind,
                         *(float(scores[variant][i]) if variant in scores else None for variant in VARIANTS),
                         threshold,
-                        decide(scores["combined"][i], threshold),
+                        decisions[i],
+                        test.suspicions[i],
                     ]
                 )
 

@@ -25,7 +25,7 @@ from dskd_fast.data.images import MIN_SIDE
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.ops.portable import DECOMPOSITIONS
-from dskd_fast.workflow.detector import TOLERANCE, Detector, is_above, to_float
+from dskd_fast.workflow.detector import TOLERANCE, Detector, is_above, measure_exposure, to_float
 from dskd_fast.workflow.device import numerics
 
 Format = Literal["torch", "onnx"]
@@ -61,8 +61,9 @@ class Exported:
 def export(detector: Detector, path: Path, file_format: Format, *, category: str, threshold: float | None) -> Exported:
     """Write a detector as one file, which is kept only if it agrees with the detector.
 
-    The file takes uint8 RGB images (B, 3, H, W), each side at least 32 pixels, B, H and W free from call to call. A
-    value v of more than 8 bits has to be made round(255 v / (2^bits - 1)) before, `bits` being the run's, or 16.
+    The file takes uint8 RGB images (B, 3, H, W), each side at least 32 pixels, B, H and W free from call to call, and
+    fails for smaller ones; in ONNX at a node whose name begins with "images_below_32_pixels". A value v of more than 8
+    bits has to be made round(255 v / (2^bits - 1)) before, `bits` being the run's, or 16.
 
     Args:
         detector: calibrated.
@@ -112,16 +113,18 @@ class Inspection(nn.Module):
         self.scoring = detector.scoring
         self.statistics = detector.calibration.statistics
         self.threshold = threshold
+        self.exposure = detector.calibration.exposure
         # The filter is linear: its matrix is what it makes of the unit vectors.
         blur = ndimage.gaussian_filter1d(np.eye(self.model.image_size), self.scoring.sigma, axis=0)
         self.register_buffer("blur", torch.from_numpy(blur).to(detector.device))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 RGB (B, 3, H, W) -> "score" (B,), "map" (B, H, W), float32, and with a threshold "anomalous" (B,)."""
+        """uint8 RGB (B, 3, H, W) -> "score" (B,) and "map" (B, H, W), float32, and (B,), bool: with a threshold
+        "anomalous", and "suspect" where the run knows the brightness and contrast of normal images."""
         size, align_corners = self.model.image_size, self.scoring.align_corners
-        resized = to_float(resize_square(images, size), images.device)
+        resized = resize_square(images, size)
         raw_maps = self.model.anomaly_maps(
-            resized,
+            to_float(resized, images.device),
             self.scoring.temperature,
             local_map=self.scoring.local_map,
             global_map=self.scoring.global_map,
@@ -135,11 +138,18 @@ class Inspection(nn.Module):
         combined = torch.stack(normalised).sum(0).float()
         # Rounded between the axes, as scipy does it.
         blurred = ((self.blur @ combined.double()).float().double() @ self.blur.mT).float()
-        score = blurred.amax((1, 2))
+        # Too small an image has no such pixel, so that reading it is an error, which ONNX has no other way to raise.
+        pixel = images.select(2, MIN_SIDE - 1).select(2, MIN_SIDE - 1)[:, 0]
+        score = blurred.amax((1, 2)) + 0 * pixel
         located = enlarge(blurred if self.scoring.filter_maps else combined, images.shape[-2:], align_corners)
         outputs = {"score": score, "map": located}
         if self.threshold is not None:
             outputs["anomalous"] = is_above(score, self.threshold)
+        if self.exposure is not None:
+            suspect = torch.stack(list(self.exposure.beyond(*measure_exposure(resized)).values())).any(0)
+            if self.threshold is not None:
+                outputs["anomalous"] = outputs["anomalous"] | suspect
+            outputs["suspect"] = suspect
         return outputs
 
 
@@ -203,7 +213,11 @@ def _metadata(detector: Detector, file_format: Format, category: str, threshold:
         "map": "float32 (batch, height, width), the same for every pixel",
     }
     if threshold is not None:
-        outputs["anomalous"] = "bool (batch,), score above the threshold"
+        outputs["anomalous"] = "bool (batch,), score above the threshold, or suspect"
+    exposure = detector.calibration.exposure
+    if exposure is not None:
+        limits = {"brightness": [*exposure.brightness], "contrast": [*exposure.contrast]}
+        outputs["suspect"] = "bool (batch,), brightness or contrast beyond what normal images allow"
     return {
         "dskd_fast": dskd_fast.__version__,
         "torch": torch.__version__,
@@ -211,6 +225,7 @@ def _metadata(detector: Detector, file_format: Format, category: str, threshold:
         "teacher": detector.model.teacher.name,
         "image_size": detector.model.image_size,
         "threshold": threshold,
+        **({} if exposure is None else {"exposure": limits}),
         **({"opset": OPSET} if file_format == "onnx" else {}),
         **({} if detector.bits is None else {"bits": detector.bits}),
         "inputs": {
@@ -278,6 +293,12 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dic
         for i, symbol in enumerate(value.shape or ()):
             if str(symbol) in names:
                 value.shape[i] = names[str(symbol)]
+    # Runtimes name the node that fails.
+    value = graph.inputs[0]
+    for side in ("height", "width"):
+        reader = next(node for node in graph if node.op_type == "Gather" and node.inputs[0] is value)
+        reader.name = f"images_below_{MIN_SIDE}_pixels_in_{side}"
+        value = reader.outputs[0]
     onnx_program.model.metadata_props.update(
         {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
     )
@@ -308,7 +329,11 @@ def _difference(detector: Detector, run: Callable[[NDArray[np.uint8]], Outputs],
         pairs = [(found["score"], np.array([one.score for one in expected]))]
         pairs.append((found["map"], np.stack([one.map for one in expected])))
         differences += [np.max(np.abs(ours - theirs) / (1 + np.abs(theirs))) for ours, theirs in pairs]
-        if threshold is not None and (found["anomalous"] != is_above(found["score"], threshold)).any():
+        suspect = np.array([one.suspect is not None for one in expected])
+        wrong = "suspect" in found and (found["suspect"] != suspect).any()
+        if threshold is not None:
+            wrong |= (found["anomalous"] != is_above(found["score"], threshold) | suspect).any()
+        if wrong:
             differences.append(np.inf)
     return float(np.max(differences))
 

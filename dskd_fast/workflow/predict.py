@@ -26,7 +26,7 @@ _MAX_HELD = 64 * 2**20
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's result; `error` says why there is none.
+    """One image's result; `error` says why there is none, `reason` why the decision is "suspect".
 
     With `skipped` it stands for a folder whose image files were left out: how many, and what they are.
     """
@@ -37,6 +37,7 @@ class Prediction:
     decision: str | None = None
     overlay: str | None = None
     map: str | None = None
+    reason: str | None = None
     error: str | None = None
     skipped: str | None = None
 
@@ -103,15 +104,19 @@ def _predict_batch(
     high = full_colour(threshold)
 
     def predict_held() -> None:
-        maps = detector.maps(torch.stack([detector.resized(image) for image in held.values()])).combined
-        for path, score, coarse_map in zip(list(held), detector.image_scores(maps).tolist(), maps, strict=True):
-            decision = decide(score, threshold)
+        images = torch.stack([detector.resized(image) for image in held.values()])
+        maps = detector.maps(images).combined
+        scores, suspicions = detector.image_scores(maps).tolist(), detector.suspicions(images)
+        for path, score, suspect, coarse_map in zip(list(held), scores, suspicions, maps, strict=True):
+            decision = decide(score, threshold, suspect)
             caption = f"score {score:.2f}"
-            if threshold is not None:
+            if suspect is not None:
+                caption += f"   suspect: {suspect}"
+            elif threshold is not None:
                 caption += f"   threshold {threshold:.2f}   {decision}"
             # The image and its map are freed before the next map is made.
             written = _write_pictures(detector, held.pop(path), coarse_map, caption, high, out, names[path], save_maps)
-            predictions[path] = Prediction(str(path), score, threshold, decision, **written)
+            predictions[path] = Prediction(str(path), score, threshold, decision, reason=suspect, **written)
 
     for path in names:
         try:

@@ -199,6 +199,7 @@ def _describe_run(
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     kinds = np.array([item.kind for item in source.category.test])
+    decisions = test.decisions(threshold)
     size = detector.model.image_size
     alone = "" if options.students == "both" else f", the {options.students} student alone"
     # First of all, since it reads the masks.
@@ -216,7 +217,8 @@ def _describe_run(
         "threshold": threshold,
         "full_colour": full_colour(threshold),
         "n_images": count_kinds(source.category),
-        "decisions": count_decisions(source.category, test.scores["combined"], threshold),
+        "decisions": None if threshold is None else count_decisions(source.category, decisions, "anomalous"),
+        "suspects": count_decisions(source.category, decisions, "suspect"),
         "absent": [*said["absent"], *said["bad_masks"], *unused_sentences(said["unused"])],
         "variants": variants,
     }
@@ -248,7 +250,8 @@ def _describe_result(detector: Detector, test: ScoredImages, index: int, thresho
     """What a run says of one image."""
     high = full_colour(threshold)
     return {
-        "decision": decide(test.scores["combined"][index], threshold),
+        "decision": decide(test.scores["combined"][index], threshold, test.suspicions[index]),
+        "reason": test.suspicions[index],
         "scores": {variant: float(test.scores[variant][index]) for variant in test.scores},
         "maps": {variant: _map_png(detector, test.maps.of(variant)[index], high) for variant in test.scores},
     }

@@ -296,7 +296,8 @@ def join(local: Detector, global_: Detector) -> Detector:
     statistics = {
         name: detector.calibration.statistics[name] for name, detector in (("local", local), ("global", global_))
     }
-    calibration = Calibration(statistics, local.calibration.source, local.calibration.n_images)
+    of_local = local.calibration
+    calibration = Calibration(statistics, of_local.source, of_local.n_images, exposure=of_local.exposure)
     return Detector(model, scoring, calibration, local.bits)
 
 

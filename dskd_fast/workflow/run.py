@@ -33,7 +33,7 @@ from dskd_fast.errors import UserError
 from dskd_fast.files import in_shell, is_half_written, unwritable, write_file
 from dskd_fast.models.dskd import branches_of
 from dskd_fast.workflow.checkpoints import Epoch
-from dskd_fast.workflow.detector import Calibration, Detector, Statistics, Threshold
+from dskd_fast.workflow.detector import Calibration, Detector, Exposure, Statistics, Threshold
 from dskd_fast.workflow.device import resolve_device
 from dskd_fast.workflow.tensors import load_tensors, save_tensors
 from dskd_fast.workflow.train import ADDED_OPTIONS, TrainingOptions
@@ -238,12 +238,13 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
     students = branches_of(options.students)
     try:
         content = read_json(folder / CALIBRATION)
-        threshold = content.pop("threshold")
+        threshold, exposure = content.pop("threshold"), content.pop("exposure", None)
         calibration = Calibration(
             **content | {"statistics": {name: Statistics(**content["statistics"][name]) for name in students}},
             threshold=None if threshold is None else Threshold(**threshold),
+            exposure=None if exposure is None else Exposure(**exposure),
         )
-    except (KeyError, TypeError, AttributeError, UserError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(
             f"{folder / CALIBRATION} was not written by this program ({error}): train again, or restore the file"
         ) from None

@@ -240,7 +240,11 @@ def train(
     if group.is_first:
         source = "validation" if validation_indices else "train"
         status(f"calibrating on the {source} images")
-        detector.calibrate(_Batches(images, validation_indices or train_indices, options.batch_size), source)
+        detector.calibrate(
+            _Batches(images, validation_indices or train_indices, options.batch_size),
+            source,
+            _Batches(images, train_indices if validation_indices else [], options.batch_size),
+        )
         for warning in detector.calibration.warnings:
             status(f"warning: {warning}")
     return detector, history

@@ -24,6 +24,7 @@ from dskd_fast.data.images import read_image
 from dskd_fast.data.layout import open_category
 from dskd_fast.files import write_file
 from dskd_fast.workflow.export import Exported
+from dskd_fast.workflow.run import load_run
 
 RUN_FILES = ["calibration.json", "config.json", "history.json", "weights.safetensors"]
 
@@ -494,6 +495,27 @@ def test_few_images_give_scores_and_no_decisions_and_say_so(train, cli, write_im
     assert "no decisions" not in result.out
     rows = read_rows(tmp_path / "results" / "predictions.csv")
     assert {row["decision"] for row in rows} == {"normal"}
+
+
+def test_dead_frames_are_told_and_a_run_from_before_there_was_that_check_says_so(
+    cli, own_run, edit, dead_frames, tmp_path
+):
+    Image.fromarray(dead_frames["black"][0]).save(tmp_path / "black.png")
+    arguments = "predict", own_run, tmp_path / "black.png", "--out", tmp_path / "results", "--threshold", 1e6
+    result = cli(*arguments)
+    assert result.code == 0
+    assert "1 images scored, 0 anomalous (score above 1e+06), 1 suspect (why: predictions.csv)" in result.out
+    assert "suspect" not in json.loads(cli("info", own_run).out)
+
+    threshold = read_json(own_run / "calibration.json")["threshold"]["value"]
+    edit(own_run / "calibration.json", lambda content: [content.pop(name) for name in ("exposure", "warnings")])
+    result = cli(*arguments)
+    assert result.code == 0
+    assert "suspect" not in result.out
+    (row,) = read_rows(tmp_path / "results" / "predictions.csv")
+    assert (row["decision"], row["reason"]) == ("normal", "")
+    assert "from before there was that check" in json.loads(cli("info", own_run).out)["suspect"]
+    assert load_run(own_run, "cpu")[0].calibration.threshold.value == threshold
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "report", "predict"])

@@ -10,10 +10,13 @@ from dskd_fast.errors import UserError
 from dskd_fast.workflow.detector import (
     TOLERANCE,
     Detector,
+    Exposure,
     Scoring,
     Statistics,
     Threshold,
+    exposure_from,
     is_above,
+    measure_exposure,
     threshold_from,
 )
 
@@ -239,6 +242,69 @@ def test_a_tie_is_normal_and_the_threshold_is_not_rounded(kind):
     assert not is_above(ones, threshold).any()
     assert is_above(ones, 1.0 - 2**-30).all()
     assert is_above(torch.from_numpy(ones), 1.0 - 2**-30).all()
+
+
+# ------------------------------------------------------------------------------------------ brightness and contrast
+
+
+def test_brightness_and_contrast_are_mean_and_deviation_of_the_luminance(images):
+    brightness, contrast = measure_exposure(images)
+    luminance = np.tensordot(images.numpy(), [0.299, 0.587, 0.114], axes=(1, 0))
+    np.testing.assert_allclose(brightness, luminance.mean(axis=(1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(contrast, luminance.std(axis=(1, 2)), rtol=1e-12)
+    halves = torch.zeros((1, 3, 8, 8), dtype=torch.uint8)
+    halves[..., :4] = 255
+    white = torch.full_like(halves, 255)
+    assert [x.tolist() for x in measure_exposure(torch.cat([halves, white]))] == [[127.5, 255.0], [127.5, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [
+        ([100.0], (50, 177.5)),
+        ([100.0, 120.0], (50, 187.5)),
+        ([0.0, 255.0], (0, 255)),  # neither of two is the odd one
+        ([100.0, 120.0, 0.0], (50, 187.5)),
+        ([100.0, 120.0, 255.0, 0.0], (50, 187.5)),
+        ([100.0, 120.0, 49.0], (50, 187.5)),
+        ([100.0, 120.0, 60.0], (30, 187.5)),
+        ([100.0] * 6 + [0.0] * 2, (0, 177.5)),  # a minority that is no accident
+        ([100.0] * 297 + [0.0] * 3, (50, 177.5)),
+        ([100.0] * 296 + [0.0] * 4, (0, 177.5)),
+    ],
+)
+def test_limits_lie_half_way_from_the_extreme_normal_image_to_the_end_of_the_scale(values, limits):
+    values = torch.tensor(values, dtype=torch.float64)
+    exposure = exposure_from(values, values / 2)
+    assert exposure.brightness == limits
+    assert exposure.contrast == (limits[0] / 2, limits[1] / 2)
+    assert exposure.n_images == len(values)
+
+
+@pytest.mark.parametrize("limits", [(-1, 5), (5, 4), (0, 256), (math.nan, 5), (5, math.inf)])
+def test_limits_that_no_image_set_are_an_error(limits):
+    for other in ({"brightness": limits, "contrast": (0, 1)}, {"brightness": (0, 1), "contrast": limits}):
+        with pytest.raises(UserError, match="limits"):
+            Exposure(**other, rule="", n_images=1)
+
+
+def test_training_images_count_for_brightness_and_contrast_and_one_dead_frame_among_them_is_told(images):
+    detector = make_detector()
+    alone = images // 2 + 64
+    detector.calibrate([alone], "validation")
+    narrow = detector.calibration.exposure
+    assert (narrow.n_images, detector.calibration.warnings) == (7, [])
+    darker = alone // 2
+    dead = torch.zeros_like(images[:1])
+    detector.calibrate([alone], "validation", [darker[:4], torch.cat([darker[4:], dead])])
+    wide = detector.calibration.exposure
+    assert (wide.n_images, detector.calibration.n_images) == (15, 7)
+    assert wide.brightness[0] == pytest.approx(measure_exposure(darker)[0].min().item() / 2)
+    assert wide.brightness[0] < narrow.brightness[0]
+    assert wide.brightness[1] == narrow.brightness[1]
+    (warning,) = detector.calibration.warnings
+    assert warning.startswith("1 of 15 normal images is suspect")
+    assert [reason is None for reason in detector.suspicions(torch.cat([darker, dead]))] == [True] * 7 + [False]
 
 
 # ------------------------------------------------------------------------------------------------ image scores

@@ -267,6 +267,27 @@ def test_good_images_alone_give_decisions_and_no_figures(tiny_detector, tmp_path
     assert [reason.split(" test images")[0] for reason in figures["absent"]] == ["no structural", "no logical"]
 
 
+@pytest.mark.parametrize("threshold", [-1e9, None])
+def test_dead_frames_are_counted_and_scored_like_all_others(tiny_detector, own_data, dead_frames, tmp_path, threshold):
+    before = evaluate(tiny_detector, open_category(own_data, None), threshold=threshold)
+    assert before["suspects"] == {"good": 0, "structural": 0, "logical": 0}
+    Image.fromarray(dead_frames["black"][0]).save(own_data / "test" / "good" / "black.png")
+    scores = tmp_path / "scores.csv"
+    after = evaluate(tiny_detector, open_category(own_data, None), threshold=threshold, scores_file=scores)
+    assert after["suspects"] == {"good": 1, "structural": 0, "logical": 0}
+    assert after["decisions"] == before["decisions"]
+    rows = {row["image"]: row for row in read_rows(scores)}
+    black = rows.pop("test/good/black.png")
+    assert black["decision"] == "suspect"
+    assert black["reason"].startswith("too dark and too little contrast (brightness 0.0")
+    assert {(row["decision"], row["reason"]) for row in rows.values()} == {
+        ("" if threshold is None else "anomalous", "")
+    }
+    good, bad = column([*rows.values(), black], "score", "good"), column(rows.values(), "score", "structural")
+    expected = roc_auc_score([0] * len(good) + [1] * len(bad), np.concatenate([good, bad]))
+    assert after["auroc"]["structural"] == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_plain_folder_of_broken_ones_counts_as_structural(tiny_detector, tmp_path, write_images):
     write_images(tmp_path / "part" / "train", 2)
     write_images(tmp_path / "part" / "test" / "good", 3)

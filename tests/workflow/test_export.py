@@ -20,7 +20,7 @@ from dskd_fast.data.images import resize_square as resize_with_pillow
 from dskd_fast.data.layout import open_category
 from dskd_fast.errors import UserError
 from dskd_fast.workflow import export as export_module
-from dskd_fast.workflow.detector import Calibration, Detector, Scoring, Statistics, Threshold
+from dskd_fast.workflow.detector import Calibration, Detector, Exposure, Scoring, Statistics, Threshold
 from dskd_fast.workflow.export import METADATA, OPSET, SUFFIXES, TOLERANCE, Inspection, enlarge, export, resize_square
 
 FORMATS = ("torch", "onnx")
@@ -94,6 +94,25 @@ def test_no_image_that_set_the_threshold_is_above_it(run_file, tiny_detector, da
         assert not any(run_file(images[i : i + size])["anomalous"].any() for i in range(0, len(paths), size))
 
 
+def test_dead_frames_are_suspect_and_never_pass_in_a_file_either(run_file, dead_frames, data_root):
+    frames = run_file(np.stack([frame.transpose(2, 0, 1) for frame, _ in dead_frames.values()]))
+    assert frames["suspect"].all()
+    assert frames["anomalous"].all()
+    paths = sorted((data_root / "screw_bag").glob("*/*/*.png"))
+    assert not run_file(np.stack([read_image(path).transpose(2, 0, 1) for path in paths]))["suspect"].any()
+
+
+@pytest.mark.parametrize("size", [(31, 64), (64, 31), (1, 1)])
+def test_smaller_images_are_refused(exported, run_file, size):
+    side = "height" if size[0] < 32 else "width"
+    if exported.path.suffix == ".onnx":
+        message = f"Name:'images_below_32_pixels_in_{side}'"
+    else:
+        message = rf"{ {'height': 2, 'width': 3}[side] }\D.*>= 32"
+    with pytest.raises(Exception, match=message):
+        run_file(random_images(2, *size))
+
+
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (33, 150), (150, 40)])
 def test_images_may_have_any_size(run_file, tiny_detector, threshold, size):
     images = random_images(2, *size)
@@ -105,11 +124,13 @@ def test_the_difference_is_measured(exported):
     assert exported.n_bytes == exported.path.stat().st_size
 
 
-def test_a_file_says_what_it_is(exported, threshold):
+def test_a_file_says_what_it_is(exported, tiny_detector, threshold):
     assert exported.metadata["category"] == "screw_bag"
     assert exported.metadata["image_size"] == 64
     assert exported.metadata["threshold"] == threshold
-    assert list(exported.metadata["outputs"]) == ["score", "map", "anomalous"]
+    assert list(exported.metadata["outputs"]) == ["score", "map", "anomalous", "suspect"]
+    limits = tiny_detector.calibration.exposure
+    assert exported.metadata["exposure"] == {"brightness": [*limits.brightness], "contrast": [*limits.contrast]}
     if exported.path.suffix == ".pt2":
         extra = {METADATA: ""}
         torch.export.load(exported.path, extra_files=extra)
@@ -152,6 +173,9 @@ def test_no_file_holds_anything_of_this_package(exported):
 # ------------------------------------------------------------------------------------- settings, on small networks
 
 
+EXPOSURE = Exposure((50.0, 200.0), (10.0, 100.0), "", 1)
+
+
 class SmallNetworks(nn.Module):
     """Stands in for DSKD: one level, one convolution per network."""
 
@@ -179,11 +203,11 @@ class SmallNetworks(nn.Module):
         )
 
 
-def small_detector(threshold=None, **scoring):
+def small_detector(threshold=None, exposure=None, **scoring):
     statistics = {"local": Statistics(0.3, 0.02), "global": Statistics(1e-3, 5e-4)}
     limit = None if threshold is None else Threshold(threshold, "", 1, 0.5)
     scoring = Scoring(**{"temperature": 1.0, "sigma": 1.5} | scoring)
-    return Detector(SmallNetworks(), scoring, Calibration(statistics, "validation", 1, limit))
+    return Detector(SmallNetworks(), scoring, Calibration(statistics, "validation", 1, limit, exposure=exposure))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +234,9 @@ def test_settings_of_a_run_are_in_the_file_and_without_a_threshold_there_are_no_
     detector = small_detector(align_corners=True, filter_maps=True, sigma=9.0, temperature=0.05)
     path = tmp_path / f"model{SUFFIXES[file_format]}"
     exported = export(detector, path, file_format, category="c", threshold=None)
+    # The detector is one from before there were limits of brightness and contrast.
     assert list(exported.metadata["outputs"]) == ["score", "map"]
+    assert "exposure" not in exported.metadata
     assert exported.metadata["threshold"] is None
     run = load(path)
     for images in (random_images(1, 32, 45), random_images(4, 61, 32), random_images(2, 90, 70)):
@@ -258,19 +284,28 @@ def test_maps_are_enlarged_as_those_of_predict(align_corners, size):
 # ------------------------------------------------------------------------------------------------ what goes wrong
 
 
-@pytest.mark.parametrize(("file_format", "difference"), [("torch", np.nan), ("onnx", 1e-2)])
-def test_a_file_that_disagrees_is_not_kept(tmp_path, below, monkeypatch, file_format, difference):
+@pytest.mark.parametrize(
+    ("file_format", "output", "change"),
+    [
+        ("torch", "score", lambda score: score * np.nan),
+        ("onnx", "score", lambda score: score * 1.01),
+        ("onnx", "suspect", lambda suspect: ~suspect),
+        ("onnx", "anomalous", lambda anomalous: ~anomalous),
+    ],
+    ids=["no score", "another score", "another suspect", "another decision"],
+)
+def test_a_file_that_disagrees_is_not_kept(tmp_path, below, monkeypatch, file_format, output, change):
     path = tmp_path / f"model{SUFFIXES[file_format]}"
     path.write_text("older")
     forward = export_module.Inspection.forward
 
     def wrong(self, images):
         outputs = forward(self, images)
-        return outputs | {"score": outputs["score"] * (1 + difference)}
+        return outputs | {output: change(outputs[output])}
 
     monkeypatch.setattr(export_module.Inspection, "forward", wrong)
     with pytest.raises(UserError, match="disagrees with the run by"):
-        export(small_detector(), path, file_format, category="c", threshold=1.0)
+        export(small_detector(exposure=EXPOSURE), path, file_format, category="c", threshold=1.0)
     assert below(tmp_path) == [path.name]
     assert path.read_text() == "older"
 

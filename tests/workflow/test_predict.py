@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,6 +311,23 @@ def test_other_kinds_of_pixels_are_read_as_the_same_image(predicted, write_image
     converted.save(tmp_path / "converted.png")
     one, other = predicted(path, tmp_path / "converted.png")
     assert other.score == pytest.approx(one.score, rel=1e-4)
+
+
+@pytest.mark.parametrize("threshold", [1e6, None])
+def test_dead_frames_are_decided_suspect_with_the_reason_and_drawn(
+    predicted, out, write_images, dead_frames, tmp_path, threshold
+):
+    (normal,) = write_images(tmp_path / "images", 1)
+    for name, (frame, _) in dead_frames.items():
+        Image.fromarray(frame).save(tmp_path / "images" / f"{name}.png")
+    found = {Path(p.path).stem: p for p in predicted(tmp_path / "images", threshold=threshold)}
+    alone = found.pop(normal.stem)
+    assert (alone.decision, alone.reason) == (None if threshold is None else "normal", None)
+    assert found.keys() == dead_frames.keys()
+    for name, p in found.items():
+        assert p.decision == "suspect"
+        assert p.reason.startswith(f"{dead_frames[name][1]} (")
+        assert (out / p.overlay).is_file()
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong

@@ -95,7 +95,7 @@ def test_the_figures_are_those_of_evaluate(page, tiny_run, tiny_detector, catego
         expected = figures if variant == "combined" else figures[variant]
         for measure in ("auroc", "spro"):
             assert run["variants"][variant][measure] == expected[measure]
-    for key in ("category", "threshold", "n_images", "decisions", "absent"):
+    for key in ("category", "threshold", "n_images", "decisions", "suspects", "absent"):
         assert run[key] == figures[key]
     assert (run["name"], run["path"]) == ("run", str(tiny_run))
     assert run["full_colour"] == 2 * threshold
@@ -116,6 +116,16 @@ def test_scores_and_decisions_of_each_image_are_those_of_evaluate(page, tiny_det
         )
         for variant, column in zip(VARIANTS, ("score", "local_score", "global_score"), strict=True):
             assert result["scores"][variant] == float(row[column])
+
+
+def test_dead_frames_are_suspect_with_the_reason(tiny_run, own_data, dead_frames, tmp_path):
+    Image.fromarray(dead_frames["black"][0]).save(own_data / "test" / "logical_anomalies" / "black.png")
+    found = Page(write_report([tiny_run], tmp_path / "out", data_root=own_data, device="cpu")).data
+    assert found["runs"][0]["suspects"] == {"good": 0, "structural": 0, "logical": 1}
+    results = {image["name"]: image["runs"][0] for image in found["images"]}
+    black = results.pop("logical_anomalies/black.png")
+    assert (black["decision"], black["reason"].split(" (")[0]) == ("suspect", "too dark and too little contrast")
+    assert {(result["decision"] == "suspect", result["reason"]) for result in results.values()} == {(False, None)}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -294,6 +294,30 @@ def test_the_gallery_is_filtered_by_mistake(shown):
     assert page.names() == by_score(found["missed"])
 
 
+def test_suspect_images_are_no_mistakes_and_their_reason_is_shown(driver, paths, tmp_path):
+    data = data_of(paths["one"])
+    (run,) = data["runs"]
+    mistaken = [image for image in data["images"] if mistake(image)]
+    for image in mistaken[:1] + mistaken[-1:]:
+        result = image["runs"][0]
+        run["decisions"][image["kind"]] -= result["decision"] == "anomalous"
+        run["suspects"][image["kind"]] += 1
+        result |= {"decision": "suspect", "reason": "too dark <b>"}
+    (tmp_path / "suspects.html").write_text(render(data), encoding="utf-8")
+    page = Shown(driver, tmp_path / "suspects.html")
+    tiles = dict(zip(page.texts(".tile dt"), page.texts(".tile dd"), strict=True))
+    assert tiles["Suspect"].startswith("2")
+    counts = {value: sum(mistake(image) == value for image in mistaken[1:-1]) for value in ("false alarm", "missed")}
+    assert tiles["False alarms"].startswith(str(counts["false alarm"]))
+    assert tiles["Missed"].startswith(str(counts["missed"]))
+    page.press("mistakes", "mistakes")
+    assert page.names() == by_score(mistaken[1:-1])
+    page.press("mistakes", "all")
+    assert page.texts(".card .decision").count("suspect") == 2
+    driver.find_element(By.XPATH, "//span[text()='suspect']/ancestor::button").click()
+    assert "suspect: too dark <b>" in page.one("#viewer-panels").text
+
+
 def test_the_slider_goes_from_the_photograph_to_the_heat_map(shown):
     page = shown()
     for value, photo, heat in ((50, 1, 1), (0, 1, 0), (25, 1, 0.5), (75, 0.5, 1), (100, 0, 1)):

@@ -39,11 +39,13 @@
   // With its zeros, so that scores line up.
   const scoreText = (value) => (Math.abs(value) >= 0.001 && Math.abs(value) < 10000 ? value.toPrecision(4) : number(value));
   const total = (counts) => KINDS.reduce((sum, kind) => sum + counts[kind], 0);
+  const missed = (run, kind) => run.n_images[kind] - run.decisions[kind] - run.suspects[kind];
+  const allMissed = (run) => ANOMALIES.reduce((sum, kind) => sum + missed(run, kind), 0);
   const plural = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 
-  /** "false alarm", "missed", or null where the decision is right or there is none. */
+  /** "false alarm", "missed", or null where the decision is right, is "suspect", or there is none. */
   function mistake(image, result) {
-    if (result.decision === null || (result.decision === "anomalous") === (image.kind !== "good")) return null;
+    if (result.decision === null || result.decision === "suspect" || (result.decision === "anomalous") === (image.kind !== "good")) return null;
     return image.kind === "good" ? "false alarm" : "missed";
   }
 
@@ -179,13 +181,16 @@
   const byKind = (values) => ANOMALIES.map((kind) => `${kind} ${figure(values[kind])}`);
 
   function decisionTiles(run) {
-    if (run.decisions === null) return [tile("Threshold", "–", "the run has none: it had no validation images")];
-    const anomalous = ANOMALIES.map((kind) => [kind, run.n_images[kind], run.n_images[kind] - run.decisions[kind]]);
-    const [n, missed] = [1, 2].map((i) => anomalous.reduce((sum, entry) => sum + entry[i], 0));
+    const suspects = total(run.suspects) === 0 ? [] : [
+      tile("Suspect", String(total(run.suspects)), "brightness or contrast of no normal image", ...KINDS.map((kind) => `${kind} ${run.suspects[kind]}`)),
+    ];
+    if (run.decisions === null) return [tile("Threshold", "–", "the run has none: it had no validation images"), ...suspects];
+    const n = total(run.n_images) - run.n_images.good;
     return [
       tile("Threshold", number(run.threshold), "of the combined score"),
       tile("False alarms", String(run.decisions.good), `of ${plural(run.n_images.good, "good image")}`),
-      tile("Missed", String(missed), `of ${plural(n, "anomalous image")}`, ...anomalous.map(([kind, of, m]) => `${kind} ${m} of ${of}`)),
+      tile("Missed", String(allMissed(run)), `of ${plural(n, "anomalous image")}`, ...ANOMALIES.map((kind) => `${kind} ${missed(run, kind)} of ${run.n_images[kind]}`)),
+      ...suspects,
     ];
   }
 
@@ -246,7 +251,7 @@
       "tr", {}, html("th", { scope: "row" }, run.name),
       ...values[r].map((value, i) => html("td", sameImages && value !== null && value === best[i] ? { class: "best" } : {}, figure(value))),
       html("td", {}, run.decisions === null ? "–" : `${run.decisions.good} of ${run.n_images.good}`),
-      html("td", {}, run.decisions === null ? "–" : `${ANOMALIES.reduce((sum, kind) => sum + run.n_images[kind] - run.decisions[kind], 0)} of ${ANOMALIES.reduce((sum, kind) => sum + run.n_images[kind], 0)}`),
+      html("td", {}, run.decisions === null ? "–" : `${allMissed(run)} of ${ANOMALIES.reduce((sum, kind) => sum + run.n_images[kind], 0)}`),
     ));
     const head = html(
       "tr", {}, html("th", { scope: "col" }, "Run"),
@@ -385,7 +390,9 @@
     const image = chosen[position];
     byId("viewer-title").textContent = image.name;
     byId("viewer-about").textContent = `${image.kind}, ${VARIANTS[state.variant].toLowerCase()} map, ${position + 1} of ${chosen.length}`;
-    byId("viewer-panels").replaceChildren(...panels(image, (panel, run, result) => html("div", {}, panel, scoresTable(run, result))));
+    byId("viewer-panels").replaceChildren(...panels(image, (panel, run, result) => html(
+      "div", {}, panel, scoresTable(run, result), result.reason === null ? null : html("p", { class: "muted" }, `suspect: ${result.reason}`),
+    )));
     byId("viewer-previous").disabled = position === 0;
     byId("viewer-next").disabled = position === chosen.length - 1;
     if (!byId("viewer").open) byId("viewer").showModal();
@@ -450,8 +457,8 @@
   const kindLabels = (run) => Object.fromEntries(KINDS.map((kind) => [kind, `${kind} (${run.n_images[kind]})`]));
 
   function mistakeLabels(run) {
-    const missed = ANOMALIES.reduce((sum, kind) => sum + run.n_images[kind] - run.decisions[kind], 0);
-    const counts = { all: total(run.n_images), mistakes: run.decisions.good + missed, "false alarm": run.decisions.good, missed };
+    const n = allMissed(run);
+    const counts = { all: total(run.n_images), mistakes: run.decisions.good + n, "false alarm": run.decisions.good, missed: n };
     return Object.fromEntries(Object.entries(MISTAKES).map(([value, text]) => [value, `${text} (${counts[value]})`]));
   }
 
