@@ -186,7 +186,7 @@ def read_mask(path: Path) -> np.ndarray:
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width in pixels of what `read_image` returns.
 
-    The file is decoded, so that both are of one mind on every file.
+    The file is decoded as there, so that both agree on every file.
 
     Raises:
         ImageError: as `read_image`.
@@ -389,11 +389,9 @@ def _is_tiff(data: bytes) -> bool:
 def _decode_tiff(data: bytes) -> _Picture:
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         parts = [_decode_page(data, page) for page in _pages_of_picture(tiff)]
-    return (
-        parts[0]
-        if len(parts) == 1
-        else parts[0]._replace(pixels=np.concatenate([part.pixels for part in parts], axis=2))
-    )
+    if len(parts) == 1:
+        return parts[0]
+    return parts[0]._replace(pixels=np.concatenate([part.pixels for part in parts], axis=2))
 
 
 def _pages_of_picture(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:

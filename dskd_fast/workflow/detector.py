@@ -223,8 +223,10 @@ class Detector:
     """DSKD with everything that turns its features into maps, scores and decisions.
 
     Attributes:
-        model, scoring, calibration: what that is.
-        bits: as which image files of more than 8 bits were and are read, see `dskd_fast.data.images.read_image`.
+        model: the networks.
+        scoring: how maps and scores are made of their features.
+        calibration: statistics and threshold; None before `calibrate`.
+        bits: of values of more than 8 bits in image files, see `dskd_fast.data.images.read_image`.
     """
 
     model: DSKD

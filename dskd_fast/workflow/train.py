@@ -267,7 +267,7 @@ def _notice_on_bits(peaks: Iterable[int | None], bits: int | None) -> str | None
     others = f", which then refuses the other {len(deep) - len(dark)}" if len(dark) < len(deep) else ""
     return (
         f"warning: {len(dark)} of the {len(deep)} images of more than 8 bits never exceed {2**needed - 1} of 65535, so "
-        f"they are read as dark as {round(max(dark) * 255 / 65535)} of 255: if the camera gives {needed} bits, train "
+        f"they are read as at most {round(max(dark) * 255 / 65535)} of 255: if the camera gives {needed} bits, train "
         f"with --bits {needed}{others}; if they are to be that dark, with --bits 16"
     )
 
