@@ -52,7 +52,11 @@ is_native = os.environ.get("DSKD_FAST_BUILD") == "1"
 setup(
     packages=[*find_packages(include=["dskd_fast", "dskd_fast.*"]), "dskd_fast.kernels", *SOURCES],
     package_dir={"dskd_fast.kernels": "kernels", "dskd_fast.csrc": "csrc"},
-    package_data={"dskd_fast.kernels": ["README.md"], "dskd_fast.workflow": ["paper.json", "report_page/*"]}
+    package_data={
+        "dskd_fast.kernels": ["README.md"],
+        "dskd_fast.paper": ["paper.json"],
+        "dskd_fast.evaluation": ["report_page/*"],
+    }
     | {name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in SOURCES},
     # A wheel with libraries inside is for one platform only.
     ext_modules=[Extension("dskd_fast.native", [])] if is_native else [],

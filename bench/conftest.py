@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import accuracy, memory
 from bench.contestants import AFFINITY
 from bench.lab import Lab, environment
-from dskd_fast.workflow.device import keep_freed_memory
+from dskd_fast.device import keep_freed_memory
 
 _LAB = pytest.StashKey[Lab]()
 # The curves of the plot of errors: the textbook in both types, and the best backend of ours here.

@@ -21,7 +21,7 @@ from torch import Tensor
 from bench import accuracy, memory
 from bench.contestants import AFFINITY, COSINE, Contestant
 from bench.work import UNITS, Work, features, run, synchronise
-from dskd_fast.workflow.device import has_fast_bf16
+from dskd_fast.device import has_fast_bf16
 
 # A contestant is run until this many seconds have passed, but at least and at most so many times.
 _SECONDS = 0.5

@@ -16,8 +16,8 @@ import torch
 from bench.contestants import cosine_textbook, textbook
 from bench.lab import row
 from dskd_fast import DSKD
-from dskd_fast.workflow.detector import Calibration, Detector, Statistics, to_float
-from dskd_fast.workflow.train import Trainer, TrainingOptions
+from dskd_fast.detection.detector import Calibration, Detector, Statistics, to_float
+from dskd_fast.training.train import Trainer, TrainingOptions
 
 _SIZE = 256
 

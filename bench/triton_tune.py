@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dskd_fast.backends import triton_fused
+from dskd_fast.backends import triton as triton_fused
 from dskd_fast.kernels import configs
 from dskd_fast.kernels.configs import Blocks, Config
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dskd_fast import models
 
 if TYPE_CHECKING:
-    from dskd_fast.workflow.detector import Detector
+    from dskd_fast.detection.detector import Detector
 
 
 class DSKD(models.DSKD):
@@ -17,7 +17,7 @@ class DSKD(models.DSKD):
     def load(run: str | PathLike[str], device: str = "auto") -> "Detector":
         """The trained detector of a run folder: networks, statistics and threshold.
 
-        `DSKD.load("my_run").predict("image.png")[0].score`; see `dskd_fast.workflow.detector.Detector.predict`.
+        `DSKD.load("my_run").predict("image.png")[0].score`; see `dskd_fast.detection.detector.Detector.predict`.
 
         Args:
             run: folder that `dskd-fast train` wrote.
@@ -26,7 +26,7 @@ class DSKD(models.DSKD):
         Raises:
             UserError: the folder is not a complete run, or there is no such device.
         """
-        # Imported late: whoever builds networks alone needs neither scipy nor the rest of the workflow.
-        from dskd_fast.workflow.run import load_run
+        # Imported late: whoever builds networks alone needs neither scipy nor a run folder.
+        from dskd_fast.runs.folder import load_run
 
         return load_run(Path(run), device)[0]

@@ -1,7 +1,7 @@
 """The textbook formulas, dense and differentiable: the twin that every fast path is tested against in float64.
 
 Nothing here is fast or frugal: `contextual_affinity` stores several (B, N, N) matrices, and in float32 the KL of a
-trained student is lost in rounding (see `dskd_fast.backends.torch_tiled` for the form that keeps it). Call these with
+trained student is lost in rounding (see `dskd_fast.backends.torch` for the form that keeps it). Call these with
 float64 tensors.
 """
 

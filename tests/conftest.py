@@ -23,8 +23,8 @@ from dskd_fast.cli import main
 from dskd_fast.data.layout import DATA_ROOT_VARIABLE
 from dskd_fast.data.synthetic import make_screw_bag
 from dskd_fast.ops.dispatch import BACKEND_VARIABLE
-from dskd_fast.workflow.run import load_run
-from dskd_fast.workflow.train import TrainingOptions
+from dskd_fast.runs.folder import load_run
+from dskd_fast.training.train import TrainingOptions
 
 # Two threads that wait for each other on busy cores are many times slower than one.
 torch.set_num_threads(1)

@@ -14,9 +14,9 @@ from PIL import Image
 from dskd_fast import DSKD
 from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.data.layout import open_category
+from dskd_fast.detection.predict import predict as predict_files
 from dskd_fast.errors import UserError
-from dskd_fast.workflow.evaluate import evaluate
-from dskd_fast.workflow.predict import predict as predict_files
+from dskd_fast.evaluation.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")

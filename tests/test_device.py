@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
+from dskd_fast.device import has_fast_bf16, numerics, resolve_device
 from dskd_fast.errors import UserError
-from dskd_fast.workflow.device import has_fast_bf16, numerics, resolve_device
 
 CPU = torch.device("cpu")
 
@@ -84,7 +84,7 @@ def test_freed_memory_is_kept():
     """What a step allocates again costs no page faults; in a process of its own, since it lasts."""
     script = """if True:
         import resource, torch
-        from dskd_fast.workflow.device import keep_freed_memory
+        from dskd_fast.device import keep_freed_memory
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(10):

@@ -1,4 +1,4 @@
-"""Names for a shell. (Writing is tested where run folders are: tests/workflow/test_run.py.)"""
+"""Names for a shell. (Writing is tested where run folders are: tests/runs/test_folder.py.)"""
 
 import shlex
 from pathlib import Path

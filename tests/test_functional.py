@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dskd_fast import reference
-from dskd_fast.backends import torch_tiled
+from dskd_fast.backends import torch as torch_tiled
 from dskd_fast.functional import contextual_affinity, cosine_distance
 from dskd_fast.ops import dispatch
 

@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 
 from dskd_fast.errors import UserError
-from dskd_fast.workflow.tensors import load_tensors, save_tensors
+from dskd_fast.tensors import load_tensors, save_tensors
 
 TENSORS = {
     "weight": torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0)),

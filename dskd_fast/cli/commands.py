@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from dskd_fast.cli import doctor as diagnosis
+from dskd_fast.cli.demo import make_data, options_for_demo
 from dskd_fast.cli.display import backends_table, console, counter, print_line, results_table, training_progress
 from dskd_fast.data.augment import Augmentation, for_category
 from dskd_fast.data.images import image_size
@@ -26,32 +28,30 @@ from dskd_fast.data.layout import (
     unused_sentences,
 )
 from dskd_fast.data.listing import PREDICTIONS
+from dskd_fast.detection.detector import Detector
+from dskd_fast.detection.export import SUFFIXES
+from dskd_fast.detection.export import export as export_detector
+from dskd_fast.detection.predict import predict as predict_images
+from dskd_fast.device import resolve_device
 from dskd_fast.errors import TrainingStopped, UserError
+from dskd_fast.evaluation.evaluate import count_kinds, remarks, threshold_of
+from dskd_fast.evaluation.evaluate import evaluate as evaluate_detector
+from dskd_fast.evaluation.report import write_report
 from dskd_fast.files import in_shell, printable
 from dskd_fast.metrics.maps import maps_without_image, read_maps, score_maps
 from dskd_fast.models.teacher import DEFAULT
-from dskd_fast.workflow import doctor as diagnosis
-from dskd_fast.workflow import run as runs
-from dskd_fast.workflow.demo import make_data, options_for_demo
-from dskd_fast.workflow.detector import Detector
-from dskd_fast.workflow.device import resolve_device
-from dskd_fast.workflow.distributed import ALONE, NEVER, Group, group, use_gpu
-from dskd_fast.workflow.evaluate import count_kinds, remarks, threshold_of
-from dskd_fast.workflow.evaluate import evaluate as evaluate_detector
-from dskd_fast.workflow.export import SUFFIXES
-from dskd_fast.workflow.export import export as export_detector
-from dskd_fast.workflow.predict import predict as predict_images
-from dskd_fast.workflow.report import write_report
-from dskd_fast.workflow.reproduce import reproduce as reproduce_table
-from dskd_fast.workflow.tables import to_text
-from dskd_fast.workflow.train import TrainingOptions
-from dskd_fast.workflow.training_run import (
+from dskd_fast.paper.reproduce import reproduce as reproduce_table
+from dskd_fast.paper.tables import to_text
+from dskd_fast.runs import folder as runs
+from dskd_fast.training.distributed import ALONE, NEVER, Group, group, use_gpu
+from dskd_fast.training.session import (
     CHANGEABLE,
     ensure_run,
     find_category,
     resume_run,
     start_run,
 )
+from dskd_fast.training.train import TrainingOptions
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -412,7 +412,7 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
 
 
 def _print_remarks(said: dict[str, Any]) -> None:
-    """Print what `dskd_fast.workflow.evaluate.remarks` gave."""
+    """Print what `dskd_fast.evaluation.evaluate.remarks` gave."""
     for reason in said["absent"]:
         print_line(f"absent: {reason}", style="yellow")
     for sentence in unused_sentences(said["unused"]):

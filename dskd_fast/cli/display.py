@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dskd_fast.cli.doctor import Service
 from dskd_fast.files import printable
 from dskd_fast.metrics.spro import FPR_LIMITS
-from dskd_fast.workflow.distributed import is_launched
-from dskd_fast.workflow.doctor import Service
-from dskd_fast.workflow.train import Progress as TrainingState
+from dskd_fast.training.distributed import is_launched
+from dskd_fast.training.train import Progress as TrainingState
 
 # What is printed is mostly paths: brackets and colons in them are not markup, and a line break would spoil them.
 console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)

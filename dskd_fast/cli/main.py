@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import dskd_fast
+from dskd_fast.device import DEVICES, PRECISIONS, is_out_of_memory
 from dskd_fast.errors import PeerFailed, TrainingStopped, UserError
 from dskd_fast.files import printable
 from dskd_fast.functional import TEMPERATURE_RANGE
 from dskd_fast.losses import LOSSES
-from dskd_fast.workflow.device import DEVICES, PRECISIONS, is_out_of_memory
-from dskd_fast.workflow.paper import EXPERIMENTS
+from dskd_fast.paper.published import EXPERIMENTS
 
 DESCRIPTION = """\
 Find what is wrong in images of a product, having seen only good ones.
@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
         # Imported late: timm, scipy and scikit-learn would slow down --help.
         from dskd_fast.cli import commands
         from dskd_fast.data.images import MAX_PIXELS, pixel_limit
-        from dskd_fast.workflow.distributed import launched_as
+        from dskd_fast.training.distributed import launched_as
 
         rank, size = launched_as()
         if size > 1 and arguments.command != "train":

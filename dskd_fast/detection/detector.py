@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from dskd_fast.data.images import resize_square
+from dskd_fast.detection.inputs import Images, check_batch_size, rgb_images
+from dskd_fast.device import numerics
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
-from dskd_fast.workflow.device import numerics
-from dskd_fast.workflow.inputs import Images, check_batch_size, rgb_images
 
 Variant = Literal["combined", "local", "global"]
 VARIANTS: tuple[Variant, ...] = ("combined", "local", "global")

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, read_image
 from dskd_fast.data.listing import PICTURE_FOLDERS, PREDICTIONS, is_prediction_output, walk
+from dskd_fast.detection.detector import Detector, decide
+from dskd_fast.detection.inputs import check_batch_size
+from dskd_fast.detection.overlay import full_colour, overlay
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.maps import save_map
-from dskd_fast.workflow.detector import Detector, decide
-from dskd_fast.workflow.inputs import check_batch_size
-from dskd_fast.workflow.overlay import full_colour, overlay
 
 # A batch for the networks ends where its photographs, held until they are drawn, take so many bytes. Large ones so go
 # through them singly, which costs less than to read them twice.

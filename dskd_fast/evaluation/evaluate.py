@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from dskd_fast.data.layout import KINDS, Category, GroundTruth
 from dskd_fast.data.store import ImageStore
+from dskd_fast.detection.detector import VARIANTS, Detector, Maps, Variant, decide
+from dskd_fast.detection.inputs import check_batch_size
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.metrics.maps import ScoredMap, save_map, score_maps
-from dskd_fast.workflow.detector import VARIANTS, Detector, Maps, Variant, decide
-from dskd_fast.workflow.inputs import check_batch_size
 
 
 class ScoredImages(NamedTuple):
@@ -33,7 +33,7 @@ class ScoredImages(NamedTuple):
     suspicions: list[str | None]
 
     def decisions(self, threshold: float | None) -> list[str | None]:
-        """What is decided of each image: see `dskd_fast.workflow.detector.decide`."""
+        """What is decided of each image: see `dskd_fast.detection.detector.decide`."""
         pairs = zip(self.scores["combined"], self.suspicions, strict=True)
         return [decide(score, threshold, suspect) for score, suspect in pairs]
 

@@ -25,13 +25,10 @@ from PIL import Image
 import dskd_fast
 from dskd_fast.data.images import read_image
 from dskd_fast.data.layout import KINDS, Category, GroundTruth, LabelledImage, unused_sentences
+from dskd_fast.detection.detector import Detector, Variant, decide
+from dskd_fast.detection.overlay import colours, full_colour
 from dskd_fast.errors import UserError
-from dskd_fast.files import require_writable, write_file
-from dskd_fast.metrics.auroc import roc_curve
-from dskd_fast.metrics.maps import score_maps
-from dskd_fast.metrics.spro import ANOMALY_KINDS, SPRO
-from dskd_fast.workflow.detector import Detector, Variant, decide
-from dskd_fast.workflow.evaluate import (
+from dskd_fast.evaluation.evaluate import (
     ScoredImages,
     count_decisions,
     count_kinds,
@@ -40,10 +37,13 @@ from dskd_fast.workflow.evaluate import (
     scored_maps,
     threshold_of,
 )
-from dskd_fast.workflow.overlay import colours, full_colour
-from dskd_fast.workflow.run import load_run, read_finished
-from dskd_fast.workflow.train import TrainingOptions
-from dskd_fast.workflow.training_run import find_category
+from dskd_fast.files import require_writable, write_file
+from dskd_fast.metrics.auroc import roc_curve
+from dskd_fast.metrics.maps import score_maps
+from dskd_fast.metrics.spro import ANOMALY_KINDS, SPRO
+from dskd_fast.runs.folder import load_run, read_finished
+from dskd_fast.training.session import find_category
+from dskd_fast.training.train import TrainingOptions
 
 PAGE = "index.html"
 SPRO_LIMIT = 0.05
@@ -88,8 +88,8 @@ def write_report(
         data_root: where the data is now, if not where it was in training.
         device: "auto", "cpu" or "cuda".
         progress: called as progress(stage, done, total).
-        remark: called for each run with what `dskd_fast.workflow.evaluate.remarks` says of its data; the page says it,
-            too.
+        remark: called for each run with what `dskd_fast.evaluation.evaluate.remarks` says of its data; the page says
+            it, too.
 
     Returns:
         The page, `out`/index.html.

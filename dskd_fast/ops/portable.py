@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import dskd_fast.ops.operators  # noqa: F401 - registers what is replaced
-from dskd_fast.backends.torch_tiled import directions
+from dskd_fast.backends.torch import directions
 
 # Rows are traced in slabs of at most so many entries, whose float64 arrays take 16 MiB per image each. Every slab adds
 # its operations to the file, so that beyond some number they grow instead.

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from dskd_fast.detection.overlay import BACKGROUND, FOREGROUND, heat
 from dskd_fast.files import write_file
-from dskd_fast.workflow.overlay import BACKGROUND, FOREGROUND, heat
-from dskd_fast.workflow.tables import Cell
+from dskd_fast.paper.tables import Cell
 
 _TILE = 256
 _GAP = 6

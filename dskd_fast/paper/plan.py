@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 from dskd_fast.data.layout import MVTEC_AD_CATEGORIES, Category, list_categories, open_category
 from dskd_fast.data.synthetic import MANIFEST
+from dskd_fast.detection.detector import Variant
 from dskd_fast.errors import UserError
 from dskd_fast.models.teacher import DEFAULT, Teacher
-from dskd_fast.workflow.detector import Variant
-from dskd_fast.workflow.paper import read_paper
-from dskd_fast.workflow.train import TrainingOptions
+from dskd_fast.paper.published import read_paper
+from dskd_fast.training.train import TrainingOptions
 
 TEMPERATURES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 EMBEDDING = 2048  # channels that the paper's g is a part of
@@ -104,7 +104,7 @@ class Plan:
     """An experiment on given data.
 
     Attributes:
-        experiment: one of `dskd_fast.workflow.paper.EXPERIMENTS`.
+        experiment: one of `dskd_fast.paper.published.EXPERIMENTS`.
         data_root: folder of the categories.
         parts: the categories, in the order of the paper's columns.
         contestants: the rows that are trained here.

@@ -30,20 +30,20 @@ from dskd_fast.data.augment import for_category
 from dskd_fast.data.contents import content_digests
 from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.data.layout import KINDS, Category
+from dskd_fast.detection.detector import Calibration, Detector
+from dskd_fast.detection.overlay import full_colour
+from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
+from dskd_fast.evaluation.evaluate import evaluate, threshold_of
 from dskd_fast.files import write_file
 from dskd_fast.models.teacher import WeightsUnavailable
-from dskd_fast.workflow import run as runs
-from dskd_fast.workflow.comparison import FIGURES, MEASURES, Results, notes_on, tables_of
-from dskd_fast.workflow.detector import Calibration, Detector
-from dskd_fast.workflow.device import resolve_device
-from dskd_fast.workflow.evaluate import evaluate, threshold_of
-from dskd_fast.workflow.experiments import HOLDOUT, TEMPERATURES, Pair, Part, Plan, Student, make_plan
-from dskd_fast.workflow.figures import draw_examples, plot_temperatures, stack
-from dskd_fast.workflow.overlay import full_colour
-from dskd_fast.workflow.tables import Table, to_csv, to_json, to_markdown, to_text
-from dskd_fast.workflow.train import TrainingOptions
-from dskd_fast.workflow.training_run import Report, Status, ensure_run
+from dskd_fast.paper.comparison import FIGURES, MEASURES, Results, notes_on, tables_of
+from dskd_fast.paper.figures import draw_examples, plot_temperatures, stack
+from dskd_fast.paper.plan import HOLDOUT, TEMPERATURES, Pair, Part, Plan, Student, make_plan
+from dskd_fast.paper.tables import Table, to_csv, to_json, to_markdown, to_text
+from dskd_fast.runs import folder as runs
+from dskd_fast.training.session import Report, Status, ensure_run
+from dskd_fast.training.train import TrainingOptions
 
 _TEXT_WIDTH = 80
 
@@ -77,7 +77,7 @@ def reproduce(
     """Train and evaluate what an experiment needs and is not there yet, then write its tables and figures.
 
     Args:
-        experiment: one of `dskd_fast.workflow.paper.EXPERIMENTS`.
+        experiment: one of `dskd_fast.paper.published.EXPERIMENTS`.
         data_root: folder with the categories.
         out: folder of runs, tables and figures. Experiments with the same recipe may share it, and then share runs.
         recipe: of all trainings; seed and augmentation are set for each.

@@ -29,14 +29,14 @@ from filelock import FileLock, Timeout
 
 import dskd_fast
 from dskd_fast.data.layout import Category
+from dskd_fast.detection.detector import Calibration, Detector, Exposure, Statistics, Threshold
+from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
 from dskd_fast.files import in_shell, is_half_written, unwritable, write_file
 from dskd_fast.models.dskd import branches_of
-from dskd_fast.workflow.checkpoints import Epoch
-from dskd_fast.workflow.detector import Calibration, Detector, Exposure, Statistics, Threshold
-from dskd_fast.workflow.device import resolve_device
-from dskd_fast.workflow.tensors import load_tensors, save_tensors
-from dskd_fast.workflow.train import ADDED_OPTIONS, TrainingOptions
+from dskd_fast.tensors import load_tensors, save_tensors
+from dskd_fast.training.checkpoints import Epoch
+from dskd_fast.training.train import ADDED_OPTIONS, TrainingOptions
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"

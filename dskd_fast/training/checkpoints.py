@@ -16,8 +16,8 @@ import torch
 
 from dskd_fast.errors import UserError
 from dskd_fast.files import in_shell
-from dskd_fast.workflow.distributed import is_launched
-from dskd_fast.workflow.tensors import load_tensors, save_tensors
+from dskd_fast.tensors import load_tensors, save_tensors
+from dskd_fast.training.distributed import is_launched
 
 # At most so much of a training is lost when it is killed, unless writing takes so long that it would cost too much.
 CHECKPOINT_SECONDS = 60.0

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dskd_fast.data.layout import Category, open_category, unused_sentences
+from dskd_fast.detection.detector import Detector
 from dskd_fast.errors import UserError
-from dskd_fast.workflow import run as runs
-from dskd_fast.workflow.detector import Detector
-from dskd_fast.workflow.distributed import ALONE, Group
-from dskd_fast.workflow.train import CHANGEABLE, Progress, TrainingOptions, train
+from dskd_fast.runs import folder as runs
+from dskd_fast.training.distributed import ALONE, Group
+from dskd_fast.training.train import CHANGEABLE, Progress, TrainingOptions, train
 
 Report = Callable[[Progress], None]
 Status = Callable[[str], None]
@@ -32,7 +32,7 @@ def start_run(
 
     Args:
         folder: must not exist, or be empty.
-        category, options, report, status, group: see `dskd_fast.workflow.train.train`, whose errors it raises.
+        category, options, report, status, group: see `dskd_fast.training.train.train`, whose errors it raises.
         holdout: the share of training images with which `category` was opened.
     """
     with contextlib.ExitStack() as stack:
@@ -61,7 +61,7 @@ def resume_run(
         folder: of the run.
         changes: options to change from here on, of `CHANGEABLE`; config.json lists them.
         data_root: where the data is now.
-        report, status, group: see `dskd_fast.workflow.train.train`, whose errors it raises.
+        report, status, group: see `dskd_fast.training.train.train`, whose errors it raises.
 
     Raises:
         UserError: the training has finished, the images are others by name or content, or an option cannot be changed.

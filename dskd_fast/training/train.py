@@ -18,14 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dskd_fast.data.augment import Augmentation
 from dskd_fast.data.layout import Category
 from dskd_fast.data.store import ImageStore
-from dskd_fast.errors import PeerFailed, TrainingStopped, UserError
-from dskd_fast.functional import TEMPERATURE_RANGE
-from dskd_fast.losses import LOSSES, make_loss
-from dskd_fast.models import DSKD, Features
-from dskd_fast.models.dskd import STUDENTS
-from dskd_fast.workflow.checkpoints import Checkpoints, Epoch, Position, stopping_signal
-from dskd_fast.workflow.detector import Detector, Scoring, to_float
-from dskd_fast.workflow.device import (
+from dskd_fast.detection.detector import Detector, Scoring, to_float
+from dskd_fast.device import (
     DEVICES,
     PRECISIONS,
     deterministic_convolutions,
@@ -35,7 +29,13 @@ from dskd_fast.workflow.device import (
     numerics,
     resolve_device,
 )
-from dskd_fast.workflow.distributed import ALONE, Group, connected, synchronise_batch_norm
+from dskd_fast.errors import PeerFailed, TrainingStopped, UserError
+from dskd_fast.functional import TEMPERATURE_RANGE
+from dskd_fast.losses import LOSSES, make_loss
+from dskd_fast.models import DSKD, Features
+from dskd_fast.models.dskd import STUDENTS
+from dskd_fast.training.checkpoints import Checkpoints, Epoch, Position, stopping_signal
+from dskd_fast.training.distributed import ALONE, Group, connected, synchronise_batch_norm
 
 _CHOICES = {
     "stage4_init": ("imagenet", "random"),

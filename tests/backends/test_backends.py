@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dskd_fast import reference
-from dskd_fast.backends import torch_tiled
+from dskd_fast.backends import torch as torch_tiled
 
 # numpy, which the interpreter computes with, warns of infinities and NaN; on a GPU nothing does.
 pytestmark = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:triton\.runtime\.interpreter")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dskd_fast.backends import torch_tiled
+from dskd_fast.backends import torch as torch_tiled
 
 PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
 

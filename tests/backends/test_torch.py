@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dskd_fast.backends import torch_tiled
+from dskd_fast.backends import torch as torch_tiled
 
 PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.runtime import JITFunction
 
-from dskd_fast.backends import triton_fused
+from dskd_fast.backends import triton as triton_fused
 from dskd_fast.kernels import affinity, configs, cosine, prepare
 
 # numpy, which the interpreter computes with, warns of infinities and NaN; on a GPU nothing does.

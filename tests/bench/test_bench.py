@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import accuracy, contestants, lab, memory, test_affinity, test_cold_start, test_cosine, test_dskd, test_spro
-from dskd_fast.workflow.device import has_fast_bf16
+from dskd_fast.device import has_fast_bf16
 
 PROJECT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

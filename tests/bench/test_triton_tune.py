@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench import triton_tune
-from dskd_fast.backends import triton_fused
+from dskd_fast.backends import triton as triton_fused
 from dskd_fast.kernels import configs
 
 

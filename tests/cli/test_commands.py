@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-import dskd_fast.workflow.train as train_module
+import dskd_fast.training.train as train_module
 from dskd_fast import DSKD
 from dskd_fast.cli import commands
 from dskd_fast.data.images import read_image
 from dskd_fast.data.layout import open_category
+from dskd_fast.detection.export import Exported
 from dskd_fast.files import write_file
-from dskd_fast.workflow.export import Exported
-from dskd_fast.workflow.run import load_run
+from dskd_fast.runs.folder import load_run
 
 RUN_FILES = ["calibration.json", "config.json", "history.json", "weights.safetensors"]
 

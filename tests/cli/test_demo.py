@@ -3,7 +3,7 @@ import json
 import pytest
 
 import dskd_fast.cli.commands as commands
-import dskd_fast.workflow.demo as demo
+import dskd_fast.cli.demo as demo
 from dskd_fast.data.synthetic.anomalies import LOGICAL, STRUCTURAL
 from dskd_fast.models.teacher import LITE
 

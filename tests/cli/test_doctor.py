@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from dskd_fast.backends import native_build
+from dskd_fast.cli import doctor
 from dskd_fast.errors import UserError
 from dskd_fast.ops import dispatch
-from dskd_fast.workflow import doctor
 
 
 def test_versions_name_what_matters():

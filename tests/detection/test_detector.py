@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dskd_fast.errors import UserError
-from dskd_fast.workflow.detector import (
+from dskd_fast.detection.detector import (
     TOLERANCE,
     Detector,
     Exposure,
@@ -19,6 +18,7 @@ from dskd_fast.workflow.detector import (
     measure_exposure,
     threshold_from,
 )
+from dskd_fast.errors import UserError
 
 
 class Networks:

@@ -3,7 +3,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dskd_fast.workflow.overlay import colours, full_colour, overlay
+from dskd_fast.detection.overlay import colours, full_colour, overlay
 
 
 @pytest.fixture

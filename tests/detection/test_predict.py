@@ -12,11 +12,11 @@ import pytest
 import tifffile
 from PIL import Image
 
-import dskd_fast.workflow.predict as predict_module
+import dskd_fast.detection.predict as predict_module
 from dskd_fast.data.layout import open_category
+from dskd_fast.detection.predict import predict
 from dskd_fast.errors import UserError
-from dskd_fast.workflow.evaluate import evaluate
-from dskd_fast.workflow.predict import predict
+from dskd_fast.evaluation.evaluate import evaluate
 
 
 @pytest.fixture

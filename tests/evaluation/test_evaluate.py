@@ -10,11 +10,11 @@ from PIL import Image
 from scipy.integrate import trapezoid
 from sklearn.metrics import roc_auc_score
 
-import dskd_fast.workflow.evaluate as evaluate_module
+import dskd_fast.evaluation.evaluate as evaluate_module
 from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import open_category
 from dskd_fast.errors import UserError
-from dskd_fast.workflow.evaluate import decide, evaluate
+from dskd_fast.evaluation.evaluate import decide, evaluate
 
 KINDS = ("good", "structural", "logical")
 MEASURES = {"structural", "logical", "mean"}

@@ -14,15 +14,15 @@ import pytest
 from PIL import Image
 from scipy.integrate import trapezoid
 
-import dskd_fast.workflow.report as report_module
+import dskd_fast.evaluation.report as report_module
 from dskd_fast.cli import main
 from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
+from dskd_fast.detection.overlay import colours
 from dskd_fast.errors import UserError
-from dskd_fast.workflow.evaluate import evaluate
-from dskd_fast.workflow.overlay import colours
-from dskd_fast.workflow.report import render, write_report
+from dskd_fast.evaluation.evaluate import evaluate
+from dskd_fast.evaluation.report import render, write_report
 
 KINDS = ("good", "structural", "logical")
 VARIANTS = ("combined", "local", "global")

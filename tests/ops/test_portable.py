@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dskd_fast import functional
-from dskd_fast.backends import torch_tiled
+from dskd_fast.backends import torch as torch_tiled
 from dskd_fast.ops import portable
 
 

@@ -3,10 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dskd_fast.workflow.comparison import Results, notes_on, tables_of
-from dskd_fast.workflow.experiments import Part, Plan, contestants_of
-from dskd_fast.workflow.paper import EXPERIMENTS, read_paper
-from dskd_fast.workflow.train import TrainingOptions
+from dskd_fast.paper.comparison import Results, notes_on, tables_of
+from dskd_fast.paper.plan import Part, Plan, contestants_of
+from dskd_fast.paper.published import EXPERIMENTS, read_paper
+from dskd_fast.training.train import TrainingOptions
 
 PAPER = read_paper()
 LOCO = PAPER["loco"]["categories"]

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dskd_fast.workflow.figures import draw_examples, plot_temperatures, stack
-from dskd_fast.workflow.tables import Cell
+from dskd_fast.paper.figures import draw_examples, plot_temperatures, stack
+from dskd_fast.paper.tables import Cell
 
 
 def example(size, value):

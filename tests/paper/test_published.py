@@ -1,6 +1,6 @@
 import pytest
 
-from dskd_fast.workflow.paper import read_paper
+from dskd_fast.paper.published import read_paper
 
 PAPER = read_paper()
 ROUNDING = 0.0005 + 1e-9

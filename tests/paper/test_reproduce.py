@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-import dskd_fast.workflow.experiments as experiments
-import dskd_fast.workflow.reproduce as reproduction
+import dskd_fast.paper.plan as experiments
+import dskd_fast.paper.reproduce as reproduction
 from dskd_fast.cli import main
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.synthetic import MANIFEST
 from dskd_fast.errors import UserError
+from dskd_fast.evaluation.evaluate import evaluate
 from dskd_fast.models.teacher import WeightsUnavailable
-from dskd_fast.workflow.evaluate import evaluate
-from dskd_fast.workflow.reproduce import join, reproduce
-from dskd_fast.workflow.run import load_run
-from dskd_fast.workflow.training_run import start_run
+from dskd_fast.paper.reproduce import join, reproduce
+from dskd_fast.runs.folder import load_run
+from dskd_fast.training.session import start_run
 
 RUN = "runs/screw_bag/dskd/seed-0"
 FIGURES = ("auroc", "spro", "spro_at", "local", "global", "decisions")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dskd_fast.workflow.tables import Cell, Row, Table, over_seeds, to_csv, to_json, to_markdown, to_text
+from dskd_fast.paper.tables import Cell, Row, Table, over_seeds, to_csv, to_json, to_markdown, to_text
 
 LOCO = ["breakfast_box", "screw_bag", "pushpins", "splicing_connectors", "juice_bottle", "mean"]
 KINDS = ["AUROC structural", "AUROC logical", "AUROC mean", "sPRO@0.05 structural", "sPRO@0.05 logical", "other"]

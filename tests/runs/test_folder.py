@@ -19,9 +19,9 @@ from dskd_fast import __version__
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
-from dskd_fast.workflow.run import begin_run, claimed, load_run, read_config, save_run, write_file, write_json
-from dskd_fast.workflow.tensors import load_tensors, save_tensors
-from dskd_fast.workflow.train import train
+from dskd_fast.runs.folder import begin_run, claimed, load_run, read_config, save_run, write_file, write_json
+from dskd_fast.tensors import load_tensors, save_tensors
+from dskd_fast.training.train import train
 
 
 def fail(code):
@@ -123,7 +123,7 @@ def test_a_second_process_is_refused(tmp_path, is_new):
     code = f"""
 from pathlib import Path
 from dskd_fast.errors import UserError
-from dskd_fast.workflow.run import claimed
+from dskd_fast.runs.folder import claimed
 try:
     with claimed(Path({str(tmp_path / "run")!r}), is_new={is_new}):
         print("claimed")
@@ -141,7 +141,7 @@ def test_the_lock_of_a_killed_process_does_not_hold(tmp_path, below):
     code = f"""
 import os, signal
 from pathlib import Path
-from dskd_fast.workflow.run import claimed
+from dskd_fast.runs.folder import claimed
 with claimed(Path({str(tmp_path / "run")!r}), is_new=True):
     Path({str(tmp_path / "run" / "config.json")!r}).touch()
     Path({str(tmp_path / "run" / ".123.safetensors")!r}).touch()

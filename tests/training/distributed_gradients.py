@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from dskd_fast.models import DSKD
-from dskd_fast.workflow.distributed import group
-from dskd_fast.workflow.train import Trainer, TrainingOptions
+from dskd_fast.training.distributed import group
+from dskd_fast.training.train import Trainer, TrainingOptions
 
 torch.set_num_threads(1)
 

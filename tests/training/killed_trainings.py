@@ -17,7 +17,7 @@ import torch
 torch.set_num_threads(1)
 
 from dskd_fast.cli import commands, main  # noqa: E402, F401  (all imports are done once, before children are forked)
-from dskd_fast.workflow.checkpoints import Checkpoints  # noqa: E402
+from dskd_fast.training.checkpoints import Checkpoints  # noqa: E402
 
 # Where a training was saved must not matter: anywhere.
 Checkpoints.is_due = lambda self: self.path is not None and random.random() < 0.4

@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch
 
-from dskd_fast.workflow.distributed import ALONE, Group, launched_as
-from dskd_fast.workflow.run import load_run
-from dskd_fast.workflow.tensors import load_tensors
+from dskd_fast.runs.folder import load_run
+from dskd_fast.tensors import load_tensors
+from dskd_fast.training.distributed import ALONE, Group, launched_as
 
 SCRIPT = Path(sys.executable).with_name("dskd-fast")
 GRADIENTS = Path(__file__).parent / "distributed_gradients.py"

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import dskd_fast.workflow.checkpoints as checkpoints_module
-import dskd_fast.workflow.train as train_module
+import dskd_fast.training.checkpoints as checkpoints_module
+import dskd_fast.training.train as train_module
 from dskd_fast.data.layout import open_category
 from dskd_fast.errors import TrainingStopped, UserError
-from dskd_fast.workflow.checkpoints import Checkpoints
-from dskd_fast.workflow.run import load_run
-from dskd_fast.workflow.tensors import load_tensors, save_tensors
-from dskd_fast.workflow.training_run import ensure_run, resume_run, start_run
+from dskd_fast.runs.folder import load_run
+from dskd_fast.tensors import load_tensors, save_tensors
+from dskd_fast.training.checkpoints import Checkpoints
+from dskd_fast.training.session import ensure_run, resume_run, start_run
 
 KILLED_TRAININGS = Path(__file__).parent / "killed_trainings.py"
 N_KILLS = 20

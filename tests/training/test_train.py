@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import dskd_fast
-import dskd_fast.workflow.train as train_module
+import dskd_fast.training.train as train_module
 from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
+from dskd_fast.detection.detector import threshold_from
 from dskd_fast.errors import UserError
 from dskd_fast.functional import cosine_distance
 from dskd_fast.models import DSKD
-from dskd_fast.workflow.detector import threshold_from
-from dskd_fast.workflow.train import Trainer, TrainingOptions, train
+from dskd_fast.training.train import Trainer, TrainingOptions, train
 
 
 @pytest.fixture

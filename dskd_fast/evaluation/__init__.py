@@ -1,0 +1,1 @@
+"""From test images to figures: metrics of a run, and the HTML page of several."""
