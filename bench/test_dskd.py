@@ -16,8 +16,10 @@ import torch
 from bench.contestants import cosine_textbook, textbook
 from bench.lab import row
 from dskd_fast import DSKD
-from dskd_fast.detection.detector import Calibration, Detector, Statistics, to_float
-from dskd_fast.training.train import Trainer, TrainingOptions
+from dskd_fast.detection.calibration import Calibration, Statistics
+from dskd_fast.detection.detector import Detector, to_float
+from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.training.trainer import Trainer
 
 _SIZE = 256
 

@@ -24,7 +24,7 @@ from dskd_fast.data.layout import DATA_ROOT_VARIABLE
 from dskd_fast.data.synthetic import make_screw_bag
 from dskd_fast.ops.dispatch import BACKEND_VARIABLE
 from dskd_fast.runs.folder import load_run
-from dskd_fast.training.train import TrainingOptions
+from dskd_fast.runs.options import TrainingOptions
 
 # Two threads that wait for each other on busy cores are many times slower than one.
 torch.set_num_threads(1)

@@ -43,15 +43,10 @@ from dskd_fast.models.teacher import DEFAULT
 from dskd_fast.paper.reproduce import reproduce as reproduce_table
 from dskd_fast.paper.tables import to_text
 from dskd_fast.runs import folder as runs
+from dskd_fast.runs.folder import find_category
+from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.distributed import ALONE, NEVER, Group, group, use_gpu
-from dskd_fast.training.session import (
-    CHANGEABLE,
-    ensure_run,
-    find_category,
-    resume_run,
-    start_run,
-)
-from dskd_fast.training.train import TrainingOptions
+from dskd_fast.training.session import CHANGEABLE, ensure_run, resume_run, start_run
 
 
 def train(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from dskd_fast.data.layout import Category, open_category
 from dskd_fast.data.synthetic import CATEGORY, make_screw_bag
 from dskd_fast.device import has_fast_bf16, resolve_device
 from dskd_fast.models.teacher import LITE
-from dskd_fast.training.train import TrainingOptions
+from dskd_fast.runs.options import TrainingOptions
 
 _COUNTS = {"n_train": 96, "n_validation": 16, "n_test_good": 24, "n_structural": 24, "n_logical": 33}
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from dskd_fast.cli.doctor import Service
 from dskd_fast.files import printable
 from dskd_fast.metrics.spro import FPR_LIMITS
+from dskd_fast.runs.history import Progress as TrainingState
 from dskd_fast.training.distributed import is_launched
-from dskd_fast.training.train import Progress as TrainingState
 
 # What is printed is mostly paths: brackets and colons in them are not markup, and a line break would spoil them.
 console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)

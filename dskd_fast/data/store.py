@@ -1,7 +1,7 @@
 """Images decoded and resized once, and handed out in batches."""
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -113,3 +113,16 @@ class ImageStore:
         if failures:
             raise ImageError(*failures)
         return decoded
+
+
+class Batches:
+    """Batches of the images at `indices` of a store, uint8 (B, 3, S, S) each; may be gone through again."""
+
+    def __init__(self, store: ImageStore, indices: list[int], batch_size: int) -> None:
+        self.store = store
+        self.indices = indices
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for i in range(0, len(self.indices), self.batch_size):
+            yield self.store.batch(self.indices[i : i + self.batch_size])

@@ -2,8 +2,8 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,16 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from dskd_fast.data.images import resize_square
+from dskd_fast.detection.calibration import (
+    Calibration,
+    Scoring,
+    Statistics,
+    decide,
+    exposure_from,
+    margin_above,
+    measure_exposure,
+    threshold_from,
+)
 from dskd_fast.detection.inputs import Images, check_batch_size, rgb_images
 from dskd_fast.device import numerics
 from dskd_fast.errors import UserError
@@ -21,165 +31,11 @@ from dskd_fast.models import DSKD
 Variant = Literal["combined", "local", "global"]
 VARIANTS: tuple[Variant, ...] = ("combined", "local", "global")
 
-TOLERANCE = 1e-3
-"""Most that scores and maps of an exported file may differ from `Detector.predict`'s, as a multiple of 1 + |value|.
 
-They are in standard deviations. Float32 rounding in another order is off by about 1e-6 of a feature; a student's
-difference from its teacher, on which the maps depend, is some hundred times smaller than the features.
-"""
-
-# Once for an exported file, once for all that changes a score within the run (batches, threads, devices): about 1e-5.
-_MARGIN = 2 * TOLERANCE
 # Most that a value of a map before normalisation changes by rounding, as a share of the map's mean: measured, 2e-6.
 _MAP_ROUNDING = 1e-5
 # Standard deviations by which rounding may move a score before a warning says that it decides.
 _MAX_ROUNDING = 0.1
-
-THRESHOLD_RULE = (
-    "smallest score of a normal validation image such that the expected share of false alarms is at most 1 %, "
-    "or the largest score where there are too few images to tell 1 %; raised by 0.002 (1 + |score|), and by what "
-    "rounding of maps that hardly vary adds, so that rounding cannot lift the image that set it above it"
-)
-_PERCENT_OF_FALSE_ALARMS = 1
-
-EXPOSURE_RULE = (
-    "half way from the darkest normal image to black, from the brightest to white, from the one with least contrast to "
-    "none, and from the one with most to the greatest possible; one in 100 normal images, and at least one, may lie "
-    "beyond the limits that the others set, and does not count"
-)
-# Thousandths of red, green and blue in the luminance (ITU-R BT.601): whole numbers, so that white is 255 exactly.
-_LUMA = (299, 587, 114)
-_MAX_LUMINANCE = 255.0
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How maps and image scores are made of features: what the paper leaves open, recorded with each run.
-
-    Attributes:
-        temperature: T of the contextual affinity.
-        sigma: standard deviation, in pixels of the image as the network sees it, of the Gaussian filter before the
-            maximum that is the image score.
-        filter_maps: whether the localisation map is filtered, too.
-        align_corners: of the bilinear upsampling.
-        local_map, global_map: see `DSKD.anomaly_maps`: what each student was trained to make small.
-    """
-
-    temperature: float
-    sigma: float
-    filter_maps: bool = False
-    align_corners: bool = False
-    local_map: str = "cosine"
-    global_map: str = "contextual-affinity"
-
-
-# No map and no score comes near; larger ones would not be finite in float32.
-_BEYOND_MAPS = 1e30
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Mean and standard deviation over all pixels of all normal images (paper eq. 8)."""
-
-    mean: float
-    std: float
-
-    def __post_init__(self) -> None:
-        if not (abs(self.mean) < _BEYOND_MAPS and 1 / _BEYOND_MAPS < self.std < _BEYOND_MAPS):
-            raise UserError(f"mean {self.mean} and standard deviation {self.std} cannot normalise a map")
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """The decision threshold: an image is anomalous if its score is above `value` (`is_above`).
-
-    `value` includes the margin above the validation score that set it, if `rule` says so: runs from before that keep
-    the value they have.
-    """
-
-    value: float
-    rule: str
-    n_images: int
-    expected_false_alarm_rate: float
-
-    def __post_init__(self) -> None:
-        if not abs(self.value) < _BEYOND_MAPS:
-            raise UserError(f"the threshold {self.value} is not a finite number")
-
-
-@dataclass(frozen=True)
-class Exposure:
-    """The brightness and contrast that an image must have for the networks' score to mean anything.
-
-    A frame without features is easy to mimic, so both students find it normal: such an image is suspect instead.
-
-    Attributes:
-        brightness: lowest and highest mean of an image's luminance, from 0 to 255.
-        contrast: lowest and highest standard deviation of it, from 0 to 127.5.
-        rule: how they come from the normal images.
-        n_images: the number of those.
-    """
-
-    brightness: tuple[float, float]
-    contrast: tuple[float, float]
-    rule: str
-    n_images: int
-
-    def __post_init__(self) -> None:
-        for name, most in (("brightness", _MAX_LUMINANCE), ("contrast", _MAX_LUMINANCE / 2)):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high <= most:
-                raise UserError(f"the limits {low} and {high} of the {name} are not in order from 0 to {most}")
-            object.__setattr__(self, name, (low, high))  # JSON has lists
-
-    def beyond(self, brightness: Tensor, contrast: Tensor) -> dict[str, Tensor]:
-        """Which images are "too dark", "too bright", of "too little contrast" or "too much contrast", (B,), bool.
-
-        Args:
-            brightness, contrast: of images, (B,) each, as `measure_exposure` gives them.
-        """
-        return {
-            "too dark": brightness < self.brightness[0],
-            "too bright": brightness > self.brightness[1],
-            "too little contrast": contrast < self.contrast[0],
-            "too much contrast": contrast > self.contrast[1],
-        }
-
-    def reasons(self, images: Tensor) -> list[str | None]:
-        """Why each of the uint8 RGB images (B, 3, S, S) is suspect; None for one that is not."""
-        brightness, contrast = measure_exposure(images)
-        beyond = {name: flags.tolist() for name, flags in self.beyond(brightness, contrast).items()}
-        limits = (
-            f"normal images allow brightness {self.brightness[0]:.1f} to {self.brightness[1]:.1f}, contrast "
-            f"{self.contrast[0]:.1f} to {self.contrast[1]:.1f}"
-        )
-        reasons = []
-        for i, measured in enumerate(zip(brightness.tolist(), contrast.tolist(), strict=True)):
-            names = [name for name, flags in beyond.items() if flags[i]]
-            figures = "brightness {:.1f}, contrast {:.1f}".format(*measured)
-            reasons.append(f"{' and '.join(names)} ({figures}; {limits})" if names else None)
-        return reasons
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What is learned from normal images after training.
-
-    Attributes:
-        statistics: of the "local" and the "global" branch's maps, where there are both.
-        source: which images they come from: "validation", or "train" where there are none.
-        n_images: how many.
-        threshold: None where there are no validation images: training images score too low to set it.
-        warnings: what makes the statistics or the threshold doubtful, a sentence each.
-        exposure: None in runs from before there was this check, whose images are then never suspect.
-    """
-
-    statistics: dict[str, Statistics]
-    source: Literal["validation", "train"]
-    n_images: int
-    threshold: Threshold | None = None
-    warnings: list[str] = field(default_factory=list)
-    exposure: Exposure | None = None
 
 
 class Maps(NamedTuple):
@@ -407,7 +263,7 @@ class Detector:
         if source == "validation":
             scores = np.concatenate([self.image_scores(self.maps(images).combined) for images in batches])
             total_rounding = sum(rounding.values())
-            if np.ptp(scores) <= _margin(scores.max(), total_rounding):
+            if np.ptp(scores) <= margin_above(scores.max(), total_rounding):
                 warnings.append(
                     f"the threshold rests on one score, {scores.max():.4g}, which all validation images have "
                     f"({n_images} in number), so that other good images may well be above it: put more good images, "
@@ -417,84 +273,6 @@ class Detector:
 
     def _filtered(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         return ndimage.gaussian_filter(maps, sigma=(0, self.scoring.sigma, self.scoring.sigma))
-
-
-def threshold_from(scores: Iterable[float], rounding: float = 0.0) -> Threshold:
-    """Threshold from the image scores of normal images that were not trained on.
-
-    A new normal image is equally likely to rank anywhere among n others, so the k-th largest of their scores is
-    exceeded with probability at most k / (n + 1), whatever the distribution (split conformal prediction); equal scores
-    and a margin only lower it. That the maps are normalised on the same images shifts this a little, and more the fewer
-    they are.
-
-    The value lies 0.002 (1 + |score|) + `rounding` above that score: the same image in another batch, on another device
-    or in an exported file is not above it.
-
-    Args:
-        scores: in standard deviations.
-        rounding: what rounding of the maps may add to a score where they hardly vary.
-    """
-    ranked = np.sort(np.asarray(list(scores), dtype=np.float64))[::-1]
-    n = len(ranked)
-    k = max(1, _PERCENT_OF_FALSE_ALARMS * (n + 1) // 100)
-    score = float(ranked[k - 1])
-    return Threshold(score + _margin(score, rounding), THRESHOLD_RULE, n, k / (n + 1))
-
-
-def _margin(score: float, rounding: float) -> float:
-    return _MARGIN * (1 + abs(score)) + rounding
-
-
-def is_above(score: float | NDArray[np.floating] | Tensor, threshold: float) -> Any:
-    """Whether scores are above a threshold, which makes images anomalous; a tie is normal.
-
-    Everything that decides calls this: run, figures, report and exported file.
-
-    Args:
-        score: a number, array or tensor, compared in float64: float32 would round the threshold.
-        threshold: `Threshold.value`, or the user's.
-
-    Returns:
-        NumPy's or PyTorch's booleans, of the shape of `score`.
-    """
-    return (score.double() if isinstance(score, Tensor) else np.asarray(score, np.float64)) > threshold
-
-
-def decide(score: float, threshold: float | None, suspect: str | None = None) -> str | None:
-    """ "suspect" if there is a reason for that, else "anomalous" above the threshold, "normal", or None without one."""
-    if suspect is not None:
-        return "suspect"
-    if threshold is None:
-        return None
-    return "anomalous" if is_above(score, threshold) else "normal"
-
-
-def measure_exposure(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the luminance of uint8 RGB images (B, 3, H, W), (B,) each, float64."""
-    luminance = (sum(weight * images[:, i].double() for i, weight in enumerate(_LUMA)) / 1000).flatten(1)
-    mean = luminance.mean(1)
-    return mean, (luminance - mean[:, None]).square().mean(1).sqrt()
-
-
-def exposure_from(brightness: Tensor, contrast: Tensor) -> Exposure:
-    """The limits that normal images set: `EXPOSURE_RULE`.
-
-    Args:
-        brightness, contrast: of the images, (B,) each, as `measure_exposure` gives them.
-    """
-    n = len(brightness)
-    # One black frame among the training images must not switch the check off; a minority that is less rare belongs.
-    n_outliers = min(max(1, n // 100), (n - 1) // 2)
-
-    def lower_limit(values: Tensor) -> float:
-        half_way = values.sort().values[n_outliers] / 2
-        return float(values[values >= half_way].min() / 2)
-
-    def limits(values: Tensor, most: float) -> tuple[float, float]:
-        values = values.clamp(max=most)  # but for rounding it is there
-        return lower_limit(values), most - lower_limit(most - values)
-
-    return Exposure(limits(brightness, _MAX_LUMINANCE), limits(contrast, _MAX_LUMINANCE / 2), EXPOSURE_RULE, n)
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:

@@ -22,7 +22,8 @@ from torch.nn import functional as nnf
 
 import dskd_fast
 from dskd_fast.data.images import MIN_SIDE
-from dskd_fast.detection.detector import TOLERANCE, Detector, is_above, measure_exposure, to_float
+from dskd_fast.detection.calibration import TOLERANCE, is_above, measure_exposure
+from dskd_fast.detection.detector import Detector, to_float
 from dskd_fast.device import numerics
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, read_image
 from dskd_fast.data.listing import PICTURE_FOLDERS, PREDICTIONS, is_prediction_output, walk
-from dskd_fast.detection.detector import Detector, decide
+from dskd_fast.detection.calibration import decide
+from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.inputs import check_batch_size
 from dskd_fast.detection.overlay import full_colour, overlay
 from dskd_fast.errors import UserError

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from dskd_fast.data.layout import KINDS, Category, GroundTruth
 from dskd_fast.data.store import ImageStore
-from dskd_fast.detection.detector import VARIANTS, Detector, Maps, Variant, decide
+from dskd_fast.detection.calibration import decide
+from dskd_fast.detection.detector import VARIANTS, Detector, Maps, Variant
 from dskd_fast.detection.inputs import check_batch_size
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
@@ -33,7 +34,7 @@ class ScoredImages(NamedTuple):
     suspicions: list[str | None]
 
     def decisions(self, threshold: float | None) -> list[str | None]:
-        """What is decided of each image: see `dskd_fast.detection.detector.decide`."""
+        """What is decided of each image: see `dskd_fast.detection.calibration.decide`."""
         pairs = zip(self.scores["combined"], self.suspicions, strict=True)
         return [decide(score, threshold, suspect) for score, suspect in pairs]
 

@@ -25,7 +25,8 @@ from PIL import Image
 import dskd_fast
 from dskd_fast.data.images import read_image
 from dskd_fast.data.layout import KINDS, Category, GroundTruth, LabelledImage, unused_sentences
-from dskd_fast.detection.detector import Detector, Variant, decide
+from dskd_fast.detection.calibration import decide
+from dskd_fast.detection.detector import Detector, Variant
 from dskd_fast.detection.overlay import colours, full_colour
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import (
@@ -41,9 +42,8 @@ from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.auroc import roc_curve
 from dskd_fast.metrics.maps import score_maps
 from dskd_fast.metrics.spro import ANOMALY_KINDS, SPRO
-from dskd_fast.runs.folder import load_run, read_finished
-from dskd_fast.training.session import find_category
-from dskd_fast.training.train import TrainingOptions
+from dskd_fast.runs.folder import find_category, load_run, read_finished
+from dskd_fast.runs.options import TrainingOptions
 
 PAGE = "index.html"
 SPRO_LIMIT = 0.05

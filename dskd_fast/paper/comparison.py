@@ -7,7 +7,7 @@ from dskd_fast.data.layout import unused_sentences
 from dskd_fast.models.teacher import DEFAULT
 from dskd_fast.paper.plan import EMBEDDING, Contestant, Pair, Part, Plan, papers_categories
 from dskd_fast.paper.tables import Cell, Row, Table, over_seeds
-from dskd_fast.training.train import TrainingOptions
+from dskd_fast.runs.options import TrainingOptions
 
 FIGURES = ("structural", "logical", "mean")
 MEASURES = {"auroc": "AUROC", "spro": "sPRO@0.05"}

@@ -12,7 +12,7 @@ from dskd_fast.detection.detector import Variant
 from dskd_fast.errors import UserError
 from dskd_fast.models.teacher import DEFAULT, Teacher
 from dskd_fast.paper.published import read_paper
-from dskd_fast.training.train import TrainingOptions
+from dskd_fast.runs.options import TrainingOptions
 
 TEMPERATURES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 EMBEDDING = 2048  # channels that the paper's g is a part of

@@ -30,7 +30,8 @@ from dskd_fast.data.augment import for_category
 from dskd_fast.data.contents import content_digests
 from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.data.layout import KINDS, Category
-from dskd_fast.detection.detector import Calibration, Detector
+from dskd_fast.detection.calibration import Calibration
+from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.overlay import full_colour
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
@@ -42,8 +43,8 @@ from dskd_fast.paper.figures import draw_examples, plot_temperatures, stack
 from dskd_fast.paper.plan import HOLDOUT, TEMPERATURES, Pair, Part, Plan, Student, make_plan
 from dskd_fast.paper.tables import Table, to_csv, to_json, to_markdown, to_text
 from dskd_fast.runs import folder as runs
+from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.session import Report, Status, ensure_run
-from dskd_fast.training.train import TrainingOptions
 
 _TEXT_WIDTH = 80
 

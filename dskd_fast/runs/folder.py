@@ -28,15 +28,16 @@ import torchvision
 from filelock import FileLock, Timeout
 
 import dskd_fast
-from dskd_fast.data.layout import Category
-from dskd_fast.detection.detector import Calibration, Detector, Exposure, Statistics, Threshold
+from dskd_fast.data.layout import Category, open_category
+from dskd_fast.detection.calibration import Calibration, Exposure, Statistics, Threshold
+from dskd_fast.detection.detector import Detector
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
 from dskd_fast.files import in_shell, is_half_written, unwritable, write_file
 from dskd_fast.models.dskd import branches_of
+from dskd_fast.runs.history import Epoch
+from dskd_fast.runs.options import ADDED_OPTIONS, TrainingOptions
 from dskd_fast.tensors import load_tensors, save_tensors
-from dskd_fast.training.checkpoints import Epoch
-from dskd_fast.training.train import ADDED_OPTIONS, TrainingOptions
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
@@ -266,6 +267,28 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
         ) from None
     model = model.to(resolve_device(device), memory_format=torch.channels_last)
     return Detector(model, options.scoring, calibration, options.bits), options, config
+
+
+def find_category(
+    folder: Path, config: dict[str, Any], data_root: Path | None, *, holdout: float = 0, seed: int = 0
+) -> Category:
+    """The images that a run is about.
+
+    Args:
+        folder: of the run.
+        config: its config.json.
+        data_root: where the data is now: the data set's folder, or the category's own under whatever name.
+        holdout, seed: as in training, where training images matter.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if data_root is None:
+        data_root = Path(config["data_root"])
+        if not data_root.exists():
+            raise UserError(f"the data of {folder} is not at {data_root} any more: say where it is with --data-root")
+    inside = (data_root / config["category"]).is_dir()
+    return open_category(data_root, config["category"] if inside else None, holdout=holdout, seed=seed)
 
 
 def read_json(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -14,22 +15,16 @@ from typing import Any, Protocol
 
 import torch
 
+from dskd_fast.data.layout import Category
 from dskd_fast.errors import UserError
 from dskd_fast.files import in_shell
+from dskd_fast.runs.history import Epoch
+from dskd_fast.runs.options import ADDED_OPTIONS, CHANGEABLE, TrainingOptions
 from dskd_fast.tensors import load_tensors, save_tensors
 from dskd_fast.training.distributed import is_launched
 
 # At most so much of a training is lost when it is killed, unless writing takes so long that it would cost too much.
 CHECKPOINT_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch's mean losses and speed; the loss of a student that there is not is None."""
-
-    local_loss: float | None
-    global_loss: float | None
-    images_per_second: float
 
 
 class Resumable(Protocol):
@@ -38,6 +33,14 @@ class Resumable(Protocol):
     def state(self) -> dict[str, torch.Tensor]: ...
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None: ...
+
+
+def owners(category: Category, options: TrainingOptions) -> tuple[str, ...]:
+    """What tells a training from others with the same networks, as this version and as earlier ones write it."""
+    fixed = {name: value for name, value in dataclasses.asdict(options).items() if name not in CHANGEABLE}
+    # A checkpoint of an earlier version names none of them.
+    fixed = {name: value for name, value in fixed.items() if (name, value) not in ADDED_OPTIONS.items()}
+    return tuple(f"{images}, {json.dumps(fixed)}" for images in (category.fingerprint, category.names_and_sizes))
 
 
 @dataclass

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dskd_fast.data.layout import Category, open_category, unused_sentences
+from dskd_fast.data.layout import Category, unused_sentences
 from dskd_fast.detection.detector import Detector
 from dskd_fast.errors import UserError
 from dskd_fast.runs import folder as runs
+from dskd_fast.runs.folder import find_category
+from dskd_fast.runs.history import Progress
+from dskd_fast.runs.options import CHANGEABLE, TrainingOptions
 from dskd_fast.training.distributed import ALONE, Group
-from dskd_fast.training.train import CHANGEABLE, Progress, TrainingOptions, train
+from dskd_fast.training.train import train
 
 Report = Callable[[Progress], None]
 Status = Callable[[str], None]
@@ -142,28 +145,6 @@ def ensure_run(
         return False
     resume_run(folder, data_root=category.root, report=report, status=status)
     return True
-
-
-def find_category(
-    folder: Path, config: dict[str, Any], data_root: Path | None, *, holdout: float = 0, seed: int = 0
-) -> Category:
-    """The images that a run is about.
-
-    Args:
-        folder: of the run.
-        config: its config.json.
-        data_root: where the data is now: the data set's folder, or the category's own under whatever name.
-        holdout, seed: as in training, where training images matter.
-
-    Raises:
-        UserError: it is not there.
-    """
-    if data_root is None:
-        data_root = Path(config["data_root"])
-        if not data_root.exists():
-            raise UserError(f"the data of {folder} is not at {data_root} any more: say where it is with --data-root")
-    inside = (data_root / config["category"]).is_dir()
-    return open_category(data_root, config["category"] if inside else None, holdout=holdout, seed=seed)
 
 
 def _has_same_images(folder: Path, config: dict[str, Any], category: Category, status: Status) -> bool:

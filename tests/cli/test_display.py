@@ -6,7 +6,7 @@ from rich.console import Console
 
 import dskd_fast.cli.display as display
 from dskd_fast.cli.display import counter, results_table, training_progress
-from dskd_fast.training.train import Progress
+from dskd_fast.runs.history import Progress
 
 LIMITS = ("0.01", "0.05", "0.1", "0.3", "1.0")
 

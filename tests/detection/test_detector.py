@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dskd_fast.detection.detector import (
+from dskd_fast.detection.calibration import (
     TOLERANCE,
-    Detector,
     Exposure,
     Scoring,
     Statistics,
@@ -18,6 +17,7 @@ from dskd_fast.detection.detector import (
     measure_exposure,
     threshold_from,
 )
+from dskd_fast.detection.detector import Detector
 from dskd_fast.errors import UserError
 
 

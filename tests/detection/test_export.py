@@ -19,7 +19,8 @@ from dskd_fast.data.images import read_image
 from dskd_fast.data.images import resize_square as resize_with_pillow
 from dskd_fast.data.layout import open_category
 from dskd_fast.detection import export as export_module
-from dskd_fast.detection.detector import Calibration, Detector, Exposure, Scoring, Statistics, Threshold
+from dskd_fast.detection.calibration import Calibration, Exposure, Scoring, Statistics, Threshold
+from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.export import METADATA, OPSET, SUFFIXES, TOLERANCE, Inspection, enlarge, export, resize_square
 from dskd_fast.errors import UserError
 

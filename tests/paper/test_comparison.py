@@ -6,7 +6,7 @@ import pytest
 from dskd_fast.paper.comparison import Results, notes_on, tables_of
 from dskd_fast.paper.plan import Part, Plan, contestants_of
 from dskd_fast.paper.published import EXPERIMENTS, read_paper
-from dskd_fast.training.train import TrainingOptions
+from dskd_fast.runs.options import TrainingOptions
 
 PAPER = read_paper()
 LOCO = PAPER["loco"]["categories"]

@@ -4,7 +4,7 @@ from dskd_fast.data.layout import MVTEC_AD_CATEGORIES
 from dskd_fast.errors import UserError
 from dskd_fast.paper.plan import TEMPERATURES, Pair, Student, contestants_of, make_plan, papers_categories
 from dskd_fast.paper.published import EXPERIMENTS, read_paper
-from dskd_fast.training.train import TrainingOptions
+from dskd_fast.runs.options import TrainingOptions
 
 PAPER = read_paper()
 RECIPE = TrainingOptions("wide_resnet50_2")

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from dskd_fast.models import DSKD
+from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.distributed import group
-from dskd_fast.training.train import Trainer, TrainingOptions
+from dskd_fast.training.trainer import Trainer
 
 torch.set_num_threads(1)
 

@@ -14,11 +14,14 @@ import dskd_fast.training.train as train_module
 from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
-from dskd_fast.detection.detector import threshold_from
+from dskd_fast.detection.calibration import threshold_from
 from dskd_fast.errors import UserError
 from dskd_fast.functional import cosine_distance
 from dskd_fast.models import DSKD
-from dskd_fast.training.train import Trainer, TrainingOptions, train
+from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.training.checks import notice_on_bits
+from dskd_fast.training.train import train
+from dskd_fast.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_each_part_of_the_recipe_has_an_effect(few, tiny_options):
     ],
 )
 def test_unused_bits_are_told_once_with_what_to_do(peaks, bits, message):
-    told = train_module._notice_on_bits(peaks, bits)
+    told = notice_on_bits(peaks, bits)
     assert (told is None) if message is None else re.search(message, told)
 
 

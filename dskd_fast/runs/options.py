@@ -1,0 +1,129 @@
+"""The options of a run: everything that decides its result."""
+
+import math
+from dataclasses import dataclass
+from typing import get_type_hints
+
+from dskd_fast.data.augment import Augmentation
+from dskd_fast.detection.calibration import Scoring
+from dskd_fast.device import DEVICES, PRECISIONS
+from dskd_fast.errors import UserError
+from dskd_fast.functional import TEMPERATURE_RANGE
+from dskd_fast.losses import LOSSES
+from dskd_fast.models import DSKD
+from dskd_fast.models.dskd import STUDENTS
+
+_CHOICES = {
+    "stage4_init": ("imagenet", "random"),
+    "students": STUDENTS,
+    "schedule": ("constant", "cosine"),
+    "local_loss": LOSSES,
+    "global_loss": LOSSES,
+    "precision": PRECISIONS,
+    "device": DEVICES,
+}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Everything that decides the result, with the paper's recipe as defaults.
+
+    Attributes:
+        teacher, teacher_weights, image_size, gccb, stage4_init: see `dskd_fast.DSKD`.
+        epochs, batch_size, lr: of Adam with betas (0.5, 0.999).
+        schedule: of the learning rate: "constant" (the paper's) or "cosine", to 0 over the training.
+        temperature: T of the contextual affinity.
+        students: "both", or "local" or "global" for one branch alone (the paper's ablations).
+        local_loss, global_loss: of each student: "cosine" (per position, the paper's for the local one),
+            "flattened-cosine" (one per image, as in RD4AD's code) or "contextual-affinity" (the paper's for the global
+            one). Its anomaly map is the cosine distance or the contextual affinity, accordingly.
+        augmentation: in `Augmentation.parse`'s form.
+        sigma: of the image score's Gaussian filter, in pixels of the S x S image; None is 4 at 256, in proportion.
+        filter_maps, align_corners: see `Scoring`.
+        precision: of training: "fp32", "tf32" or "bf16". Scoring is always in float32.
+        compile: whether training runs through torch.compile.
+        device: "auto", "cpu" or "cuda".
+        seed: of the initial weights, the order and the augmentation.
+        bits: of values of more than 8 bits in image files, 9 to 16: 2^bits - 1 is white; None takes the full range of
+            a file's type.
+
+    Raises:
+        UserError: a value of the wrong type or out of range. (Whether `image_size` and `gccb` fit the teacher shows
+            when the networks are built.)
+    """
+
+    teacher: str
+    teacher_weights: str | None = None
+    image_size: int = 256
+    gccb: int | None = None
+    stage4_init: str = "imagenet"
+    epochs: int = 200
+    batch_size: int = 16
+    lr: float = 0.005
+    schedule: str = "constant"
+    temperature: float = 1.0
+    students: str = "both"
+    local_loss: str = "cosine"
+    global_loss: str = "contextual-affinity"
+    augmentation: str = "none"
+    sigma: float | None = None
+    filter_maps: bool = False
+    align_corners: bool = False
+    precision: str = "fp32"
+    compile: bool = False
+    device: str = "auto"
+    seed: int = 0
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        def check(name: str, valid: bool, accepted: str) -> None:
+            if not valid:
+                raise UserError(f"{name} is {getattr(self, name)!r}: use {accepted}")
+
+        for name, hint in get_type_hints(TrainingOptions).items():
+            value = getattr(self, name)
+            whole_for_real = type(value) is int and isinstance(1.0, hint)
+            is_of_type = isinstance(value, hint) and (type(value) is not bool or hint is bool)
+            check(name, is_of_type or whole_for_real, f"a value of type {getattr(hint, '__name__', hint)}")
+        for name, choices in _CHOICES.items():
+            check(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
+        for name in ("image_size", "epochs", "batch_size"):
+            check(name, getattr(self, name) >= 1, "a whole number from 1 up")
+        check("bits", self.bits is None or 9 <= self.bits <= 16, "a whole number from 9 to 16")
+        check("seed", 0 <= self.seed < 2**63, "a whole number from 0 up")
+        check("lr", 0 < self.lr < math.inf, "a number above 0")
+        low, high = TEMPERATURE_RANGE
+        check("temperature", low <= self.temperature <= high, f"a number from {low} to {high:g}")
+        check("sigma", self.sigma is None or 0 < self.sigma <= self.image_size, "a number above 0, up to image_size")
+        Augmentation.parse(self.augmentation)
+
+    def networks(self, *, pretrained: bool) -> DSKD:
+        """The networks that are trained; not `pretrained`, the teacher is random, too, for a state to be loaded."""
+        return DSKD(
+            self.teacher,
+            image_size=self.image_size,
+            gccb=self.gccb,
+            stage4_init=self.stage4_init,
+            students=self.students,
+            pretrained=pretrained,
+            teacher_weights=self.teacher_weights if pretrained else None,
+        )
+
+    @property
+    def scoring(self) -> Scoring:
+        sigma = 4 * self.image_size / 256 if self.sigma is None else self.sigma
+        return Scoring(
+            self.temperature,
+            sigma,
+            self.filter_maps,
+            self.align_corners,
+            local_map=self.local_loss.removeprefix("flattened-"),
+            global_map=self.global_loss.removeprefix("flattened-"),
+        )
+
+
+# What may change in the middle of a training: the model and what it has seen stay what they are.
+CHANGEABLE = ("epochs", "batch_size", "lr", "precision", "compile", "device")
+
+# Options that runs of earlier versions do not have, and what these did.
+ADDED_OPTIONS = {"bits": None}

@@ -1,0 +1,97 @@
+"""What can go wrong in a training, found before it costs time or said in the user's words."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from dskd_fast.device import is_out_of_memory, numerics
+from dskd_fast.errors import UserError
+from dskd_fast.models import DSKD
+from dskd_fast.runs.history import Epoch
+from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.training.distributed import Group, connected
+
+# An epoch whose loss is so many times the first one's has lost more than it had learned.
+_EXPLODED = 10
+# What cameras give in files of 16 bits. Read as 16, even the most of them are a quarter as bright as they could be.
+_CAMERA_BITS = (10, 12, 14)
+
+
+def notice_on_bits(peaks: Iterable[int | None], bits: int | None) -> str | None:
+    """What to say where most images of 16 bits use few of them, or where no image needs `bits`.
+
+    Args:
+        peaks: the largest value of each image of 16 bits, None for the others.
+        bits: see `TrainingOptions`.
+    """
+    deep = [peak for peak in peaks if peak is not None]
+    if bits is not None:
+        return None if deep else f"--bits {bits} changes nothing: no image has values of 16 bits"
+    dark = [peak for peak in deep if peak < 2 ** max(_CAMERA_BITS)]
+    if not dark or 2 * len(dark) < len(deep):
+        return None
+    needed = next(n for n in _CAMERA_BITS if max(dark) < 2**n)
+    others = f", which then refuses the other {len(deep) - len(dark)}" if len(dark) < len(deep) else ""
+    return (
+        f"warning: {len(dark)} of the {len(deep)} images of more than 8 bits never exceed {2**needed - 1} of 65535, so "
+        f"they are read as at most {round(max(dark) * 255 / 65535)} of 255: if the camera gives {needed} bits, train "
+        f"with --bits {needed}{others}; if they are to be that dark, with --bits 16"
+    )
+
+
+def is_sound(model: DSKD, images: torch.Tensor) -> bool:
+    """Whether the students still give finite features, so that their state is worth keeping.
+
+    The loss of the step just taken does not tell: it was computed before the weights changed.
+    """
+    model.eval()
+    with torch.inference_mode(), numerics("fp32", images.device):
+        features = model(images)
+    model.train()
+    students = (features.local_student, features.global_student)
+    return all(bool(torch.isfinite(level).all()) for levels in students for level in levels or ())
+
+
+def check_batches(model: DSKD, n: int, options: TrainingOptions, group: Group) -> None:
+    """Raise UserError for a number of images that leaves a batch too small to be trained on."""
+    last = n % options.batch_size or options.batch_size
+    if last < group.size:
+        raise UserError(
+            f"{n} training images in batches of {options.batch_size} leave a last batch of {last} for {group.size} "
+            "processes: use another --batch-size or fewer processes"
+        )
+    if options.image_size // (2 * model.teacher.levels[2].stride) == 1 and last == 1:
+        raise UserError(
+            f"{n} training images in batches of {options.batch_size} leave a batch of one, whose embedding at image "
+            f"size {options.image_size} is a single value per channel, which batch norm cannot train on: use a larger "
+            f"--image-size{' or another --batch-size' if n > 1 else ''}"
+        )
+
+
+@contextlib.contextmanager
+def clear_errors(options: TrainingOptions, group: Group) -> Iterator[None]:
+    """Say in the user's words why a training step failed, where PyTorch says it in its own."""
+    try:
+        with contextlib.nullcontext() if group.size == 1 else connected():
+            yield
+    except (MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if is_out_of_memory(error):
+            size = options.batch_size
+            smaller = f"--batch-size {size // 2}" if size > 1 else "a smaller --image-size"
+            told = f"the memory is too small for a training step with batches of {size}: try {smaller}"
+        elif options.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            told = f"torch.compile cannot compile the training here ({reason}): leave --compile out"
+        else:
+            raise
+        raise UserError(told) from None
+
+
+def grown_loss(first: Epoch, last: Epoch) -> str | None:
+    """What to say if the last epoch has lost more than the first one had learned."""
+    for name in ("local_loss", "global_loss"):
+        before, now = getattr(first, name), getattr(last, name)
+        if before is not None and now > _EXPLODED * before:
+            return f"the {name.replace('_', ' ')} has grown from {before:.3g} in the first epoch to {now:.3g}"
+    return None

@@ -1,0 +1,111 @@
+"""One training step: the students' losses and their optimiser."""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from dskd_fast.device import numerics
+from dskd_fast.losses import make_loss
+from dskd_fast.models import DSKD, Features
+from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.training.distributed import ALONE, Group, synchronise_batch_norm
+
+
+class Trainer:
+    """The students' losses and their optimiser: what one training step is.
+
+    Args:
+        model: on its device.
+        options: the recipe.
+        group: the processes that train together.
+    """
+
+    def __init__(self, model: DSKD, options: TrainingOptions, group: Group = ALONE) -> None:
+        self.model = model.train()
+        self.options = options
+        self.local_loss_fn = make_loss(options.local_loss, options.temperature)
+        self.global_loss_fn = make_loss(options.global_loss, options.temperature)
+        self._forward: Callable[[torch.Tensor], Features] = model
+        if group.size > 1:
+            synchronise_batch_norm(model)
+            with warnings.catch_warnings():
+                # The name that torch before 2.13 has, too; later ones warn of it.
+                warnings.simplefilter("ignore", FutureWarning)
+                # Buffers are the same everywhere: all of them come from the synchronised statistics.
+                self._forward = DistributedDataParallel(model, broadcast_buffers=False)
+        if options.compile:
+            self._forward = torch.compile(self._forward)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        # On a CPU the fused optimiser copies what does not lie in the order of its dimensions, as channels_last weights
+        # do not: a fifth of a step. To Adam all numbers are alike, so it gets views that lie in order.
+        self._views = [_in_order(p.detach()) for p in self._parameters]
+        self.optimizer = torch.optim.Adam(self._views, lr=options.lr, betas=(0.5, 0.999), fused=True)
+
+    def set_progress(self, done: float) -> None:
+        """Set the learning rate for a training of which the share `done`, from 0 to 1, is over."""
+        scale = (1 + math.cos(math.pi * done)) / 2 if self.options.schedule == "cosine" else 1.0
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self.options.lr * scale
+
+    def step(self, batch: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+        """Train on RGB images (B, 3, S, S), float in [0, 1].
+
+        Args:
+            batch: the images.
+            weight: of the loss; that of a part of a batch is the part's share, times the number of parts, since
+                gradients are averaged over the parts.
+
+        Returns:
+            The loss of each student there is, float32, in the order of `model.students`.
+        """
+        # Both hold the last step's gradients; neither is to keep them alive through this one.
+        self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with numerics(self.options.precision, batch.device):
+            features = self._forward(batch)
+            losses = [
+                loss_fn(student, features.teacher)
+                for loss_fn, student in (
+                    (self.local_loss_fn, features.local_student),
+                    (self.global_loss_fn, features.global_student),
+                )
+                if student is not None
+            ]
+            loss = sum(losses) * weight
+        loss.backward()
+        for view, parameter in zip(self._views, self._parameters, strict=True):
+            view.grad = None if parameter.grad is None else _in_order(parameter.grad)
+        self.optimizer.step()
+        return torch.stack(losses).detach()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that a later training needs to go on: weights, statistics of batch norm, moments of Adam."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
+        return tensors
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what `state` gave.
+
+        Raises:
+            RuntimeError: it is another model's.
+        """
+        of_model, moments = {}, {}
+        for key, tensor in tensors.items():
+            kind, name = key.split(".", 1)
+            if kind == "model":
+                of_model[name] = tensor
+            else:
+                index, name = name.split(".")
+                moments.setdefault(int(index), {})[name] = tensor
+        self.model.load_state_dict(of_model)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+
+
+def _in_order(x: torch.Tensor) -> torch.Tensor:
+    """A view of x that is contiguous, if x is so in either memory format."""
+    return x.permute(0, 2, 3, 1) if x.dim() == 4 and not x.is_contiguous() else x
