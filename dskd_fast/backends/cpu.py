@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dskd_fast.backends import accumulation_dtype, dtype_refusal, native_build, outputs
+from dskd_fast.backends import native_build
+from dskd_fast.backends.common import accumulation_dtype, dtype_refusal, outputs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -7,7 +7,8 @@ stream, without any synchronisation; its scratch memory is O(N*C).
 import torch
 from torch import Tensor
 
-from dskd_fast.backends import dtype_refusal, native_build, outputs
+from dskd_fast.backends import native_build
+from dskd_fast.backends.common import dtype_refusal, outputs
 
 # Sums over more positions could leave float32's range at the lowest temperatures (kernels/README.md).
 MAX_POSITIONS = 1 << 17

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dskd_fast.backends import accumulation_dtype
+from dskd_fast.backends.common import accumulation_dtype
 
 # On a CPU a slab's working set should stay in the second-level cache; on a GPU it should fill the device.
 _SLAB_ELEMENTS = {"cpu": 1 << 18}

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dskd_fast.backends import dtype_refusal, outputs
+from dskd_fast.backends.common import dtype_refusal, outputs
 from dskd_fast.kernels import affinity, configs, cosine, prepare
 
 # Sums over more positions could leave float32's range at the lowest temperatures (kernels/README.md).

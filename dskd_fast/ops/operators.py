@@ -13,7 +13,7 @@ runs, so that a compiled or exported graph runs on any machine.
 import torch
 from torch import Tensor
 
-from dskd_fast.backends import accumulation_dtype
+from dskd_fast.backends.common import accumulation_dtype
 from dskd_fast.ops import dispatch
 
 
