@@ -352,8 +352,8 @@ def test_data_that_moved_are_found_where_they_are_said_to_be(stopped, category, 
 def test_the_state_of_an_earlier_version_is_gone_on_with(stopped, edit):
     """Options that it does not know are in neither of its files."""
     _, state = load_tensors(stopped / "checkpoint.safetensors")
-    assert not any(f'"{name}"' in state["owner"] for name in train_module.ADDED_OPTIONS)
-    edit(stopped / "config.json", lambda config: [config["options"].pop(n) for n in train_module.ADDED_OPTIONS])
+    assert not any(f'"{name}"' in state["owner"] for name in ADDED_OPTIONS)
+    edit(stopped / "config.json", lambda config: [config["options"].pop(n) for n in ADDED_OPTIONS])
     resume_run(stopped)
     assert load_run(stopped, "cpu")[1].bits is None
 
@@ -430,7 +430,7 @@ class _NanFrom:
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(start, tmp_path, always_due, monkeypatch):
-    monkeypatch.setattr(train_module, "make_loss", lambda *_: _NanFrom(4))
+    monkeypatch.setattr(trainer_module, "make_loss", lambda *_: _NanFrom(4))
     kept = rf"\(the last good state is kept in {tmp_path}/run/checkpoint\.safetensors\)"
     with pytest.raises(UserError, match=rf"no longer finite .* at epoch 2, step 2 {kept}: lower --lr \(now 0\.005\)$"):
         start()

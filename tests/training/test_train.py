@@ -239,11 +239,11 @@ class _Loss:
 @pytest.fixture
 def losses(monkeypatch):
     """Replaces the losses of the given names."""
-    original = train_module.make_loss
+    original = trainer_module.make_loss
 
     def replace(**by_name):
         by_name = {name.replace("_", "-"): _Loss(value) for name, value in by_name.items()}
-        monkeypatch.setattr(train_module, "make_loss", lambda name, t: by_name.get(name) or original(name, t))
+        monkeypatch.setattr(trainer_module, "make_loss", lambda name, t: by_name.get(name) or original(name, t))
 
     return replace
 
