@@ -8,8 +8,8 @@ Each module has
 
 on tensors (B, C, H, W) of any strides, of one device and any floating dtypes it does not refuse. The map is (B, H, W),
 contiguous, the gradient of each entry with respect to its own student vector (B, C, H, W), laid out like
-`torch.empty_like(student)`, both in `common.accumulation_dtype`. Inputs are never written to. Autograd, argument checks and
-the choice among backends live above, in `dskd_fast.ops`.
+`torch.empty_like(student)`, both in `common.accumulation_dtype`. Inputs are never written to. Autograd, argument
+checks and the choice among backends live above, in `dskd_fast.ops`.
 
 Nothing is defined here: a module named `torch` becomes a name of this package, and would hide PyTorch from it.
 """

@@ -178,7 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     predict = command(
         "predict",
         "Score images, decide, and draw heat maps.",
-        "\n\nWrites DIR/predictions.csv, DIR/predictions.jsonl and DIR/overlays. Exits with 1 if an image file could "
+        "\n\nAn image is normal, anomalous, or suspect: much darker, brighter or flatter than the training images.\n"
+        "Writes DIR/predictions.csv, DIR/predictions.jsonl and DIR/overlays. Exits with 1 if an image file could "
         "not be\nread (the others are still done). All image files of a folder are scored, but for overlays and maps "
         "of an earlier\nprediction and for ground_truth beside test, which are listed as skipped.",
     )

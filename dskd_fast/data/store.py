@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import ImageError, read_image_and_peak, resize_square
 
 # Pillow releases the interpreter lock while it decodes and resizes; more threads would only hold more native
@@ -33,6 +34,7 @@ class ImageStore:
         paths: the image files.
         size: side in pixels.
         native_sizes: (height, width) in pixels of each image before it was resized.
+        exposures: brightness and contrast of each resized image, (n,) each, see `measure_exposure`.
         peaks: the largest value that each file stores, where its values have 16 bits; else None.
         in_memory: whether the resized images are kept.
 
@@ -59,6 +61,7 @@ class ImageStore:
         self.bits = bits
         self.in_memory = len(self.paths) * 3 * size * size <= memory_limit
         self._images = torch.empty((len(self.paths), 3, size, size), dtype=torch.uint8) if self.in_memory else None
+        self.exposures = tuple(torch.empty((2, len(self.paths)), dtype=torch.float64))
         decoded = self._decode_all(progress)
         self.native_sizes: tuple[tuple[int, int], ...] = tuple(size for size, _ in decoded)
         self.peaks: tuple[int | None, ...] = tuple(peak for _, peak in decoded)
@@ -97,6 +100,8 @@ class ImageStore:
                 image, native_size, peak = self._decode(index)
             except ImageError as error:
                 return error
+            for values, (value,) in zip(self.exposures, measure_exposure(image[None]), strict=True):
+                values[index] = value
             if self._images is not None:
                 self._images[index] = image
             return native_size, peak

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dskd_fast.data.exposure import MAX_LUMINANCE
 from dskd_fast.errors import UserError
 
 TOLERANCE = 1e-3
@@ -33,11 +34,6 @@ EXPOSURE_RULE = (
     "none, and from the one with most to the greatest possible; one in 100 normal images, and at least one, may lie "
     "beyond the limits that the others set, and does not count"
 )
-
-# Thousandths of red, green and blue in the luminance (ITU-R BT.601): whole numbers, so that white is 255 exactly.
-_LUMA = (299, 587, 114)
-
-_MAX_LUMINANCE = 255.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,7 @@ class Exposure:
     n_images: int
 
     def __post_init__(self) -> None:
-        for name, most in (("brightness", _MAX_LUMINANCE), ("contrast", _MAX_LUMINANCE / 2)):
+        for name, most in (("brightness", MAX_LUMINANCE), ("contrast", MAX_LUMINANCE / 2)):
             low, high = getattr(self, name)
             if not 0 <= low <= high <= most:
                 raise UserError(f"the limits {low} and {high} of the {name} are not in order from 0 to {most}")
@@ -133,9 +129,8 @@ class Exposure:
             "too much contrast": contrast > self.contrast[1],
         }
 
-    def reasons(self, images: Tensor) -> list[str | None]:
-        """Why each of the uint8 RGB images (B, 3, S, S) is suspect; None for one that is not."""
-        brightness, contrast = measure_exposure(images)
+    def reasons(self, brightness: Tensor, contrast: Tensor) -> list[str | None]:
+        """Why each of the images, given as to `beyond`, is suspect; None for one that is not."""
         beyond = {name: flags.tolist() for name, flags in self.beyond(brightness, contrast).items()}
         limits = (
             f"normal images allow brightness {self.brightness[0]:.1f} to {self.brightness[1]:.1f}, contrast "
@@ -221,13 +216,6 @@ def decide(score: float, threshold: float | None, suspect: str | None = None) ->
     return "anomalous" if is_above(score, threshold) else "normal"
 
 
-def measure_exposure(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the luminance of uint8 RGB images (B, 3, H, W), (B,) each, float64."""
-    luminance = (sum(weight * images[:, i].double() for i, weight in enumerate(_LUMA)) / 1000).flatten(1)
-    mean = luminance.mean(1)
-    return mean, (luminance - mean[:, None]).square().mean(1).sqrt()
-
-
 def exposure_from(brightness: Tensor, contrast: Tensor) -> Exposure:
     """The limits that normal images set: `EXPOSURE_RULE`.
 
@@ -246,4 +234,4 @@ def exposure_from(brightness: Tensor, contrast: Tensor) -> Exposure:
         values = values.clamp(max=most)  # but for rounding it is there
         return lower_limit(values), most - lower_limit(most - values)
 
-    return Exposure(limits(brightness, _MAX_LUMINANCE), limits(contrast, _MAX_LUMINANCE / 2), EXPOSURE_RULE, n)
+    return Exposure(limits(brightness, MAX_LUMINANCE), limits(contrast, MAX_LUMINANCE / 2), EXPOSURE_RULE, n)

@@ -12,6 +12,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import resize_square
 from dskd_fast.detection.calibration import (
     Calibration,
@@ -20,7 +21,6 @@ from dskd_fast.detection.calibration import (
     decide,
     exposure_from,
     margin_above,
-    measure_exposure,
     threshold_from,
 )
 from dskd_fast.detection.inputs import Images, check_batch_size, rgb_images
@@ -133,7 +133,8 @@ class Detector:
         scores = self.image_scores(maps.combined).tolist()
         threshold = self.calibration.threshold
         detections = []
-        for i, (size, score, suspect) in enumerate(zip(sizes, scores, self.suspicions(batch), strict=True)):
+        suspicions = self.suspicions(*measure_exposure(batch))
+        for i, (size, score, suspect) in enumerate(zip(sizes, scores, suspicions, strict=True)):
             located = (
                 None if maps.of(variant) is None else self.localisation_map(maps.of(variant)[i], size)
                 for variant in VARIANTS
@@ -143,10 +144,14 @@ class Detector:
             detections.append(Detection(score, anomalous, *located, suspect))
         return detections
 
-    def suspicions(self, images: Tensor) -> list[str | None]:
-        """Why each of the uint8 RGB images (B, 3, S, S) is suspect (see `Detection`); None for one that is not."""
+    def suspicions(self, brightness: Tensor, contrast: Tensor) -> list[str | None]:
+        """Why images are suspect (see `Detection`), each None if it is not.
+
+        Args:
+            brightness, contrast: of the images, (B,) each, as `measure_exposure` gives them for (B, 3, S, S).
+        """
         exposure = self.calibration.exposure
-        return [None] * len(images) if exposure is None else exposure.reasons(images)
+        return [None] * len(brightness) if exposure is None else exposure.reasons(brightness, contrast)
 
     def resized(self, image: NDArray[np.uint8]) -> Tensor:
         """A uint8 RGB image (H, W, 3) as the networks see it, (3, S, S)."""
@@ -207,7 +212,10 @@ class Detector:
         return resized[0, 0].numpy()
 
     def calibrate(
-        self, batches: Iterable[Tensor], source: Literal["validation", "train"], trained_on: Iterable[Tensor] = ()
+        self,
+        batches: Iterable[Tensor],
+        source: Literal["validation", "train"],
+        measured: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Set the statistics, the limits of brightness and contrast and, from validation images, the threshold.
 
@@ -215,16 +223,16 @@ class Detector:
             batches: uint8 RGB images of normal objects, (B, 3, S, S) each; visited once for the statistics and, for
                 validation images, once more for the scores.
             source: what they are.
-            trained_on: where those are validation images, the training images, likewise; for brightness and contrast.
+            measured: brightness and contrast of all normal images, `measure_exposure`, where there are more than those.
 
         What makes the result doubtful is in the calibration's `warnings`: maps or scores that do not vary.
         """
         students = self.model.students
         count, total, squares = 0, np.zeros(len(students)), np.zeros(len(students))
         n_images = 0
-        measured = []
+        of_batches = []
         for images in batches:
-            measured.append(measure_exposure(images))
+            of_batches.append(measure_exposure(images))
             raw = torch.stack(self.raw_maps(images)).double().flatten(1)
             # Sums of deviations from the first batch's mean: squares of the values themselves would cancel.
             if n_images == 0:
@@ -249,8 +257,7 @@ class Detector:
             for i, name in enumerate(students)
             if constant[i] or rounding[name] > _MAX_ROUNDING
         ]
-        measured += [measure_exposure(images) for images in trained_on]
-        brightness, contrast = (torch.cat(values) for values in zip(*measured, strict=True))
+        brightness, contrast = measured or (torch.cat(values) for values in zip(*of_batches, strict=True))
         exposure = exposure_from(brightness, contrast)
         n_suspect = int(torch.stack(list(exposure.beyond(brightness, contrast).values())).any(0).sum())
         if n_suspect:

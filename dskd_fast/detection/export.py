@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 import dskd_fast
+from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import MIN_SIDE
-from dskd_fast.detection.calibration import TOLERANCE, is_above, measure_exposure
+from dskd_fast.detection.calibration import TOLERANCE, is_above
 from dskd_fast.detection.detector import Detector, to_float
 from dskd_fast.device import numerics
 from dskd_fast.errors import UserError

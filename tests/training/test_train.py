@@ -19,6 +19,7 @@ from dskd_fast.errors import UserError
 from dskd_fast.functional import cosine_distance
 from dskd_fast.models import DSKD
 from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.training import trainer as trainer_module
 from dskd_fast.training.checks import notice_on_bits
 from dskd_fast.training.train import train
 from dskd_fast.training.trainer import Trainer
