@@ -161,7 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     predict = command(
         "predict",
         "Score images, decide, and draw heat maps.",
-        "\n\nWrites DIR/predictions.csv, DIR/predictions.jsonl and DIR/overlays. Exits with 1 if an image could not be "
+        "\n\nAn image is normal, anomalous, or suspect: much darker, brighter or flatter than the training images.\n"
+        "Writes DIR/predictions.csv, DIR/predictions.jsonl and DIR/overlays. Exits with 1 if an image could not be "
         "read\n(the others are still done).",
     )
     _add_run(predict)

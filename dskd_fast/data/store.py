@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import ImageError, read_image, resize_square
 
 # Pillow releases the interpreter lock while it decodes and resizes; more threads would only hold more native
@@ -32,6 +33,7 @@ class ImageStore:
         paths: the image files.
         size: side in pixels.
         native_sizes: (height, width) in pixels of each image before it was resized.
+        exposures: brightness and contrast of each resized image, (n,) each, see `measure_exposure`.
         in_memory: whether the resized images are kept.
 
     Raises:
@@ -55,6 +57,7 @@ class ImageStore:
         self.size = size
         self.in_memory = len(self.paths) * 3 * size * size <= memory_limit
         self._images = torch.empty((len(self.paths), 3, size, size), dtype=torch.uint8) if self.in_memory else None
+        self.exposures = tuple(torch.empty((2, len(self.paths)), dtype=torch.float64))
         self.native_sizes: tuple[tuple[int, int], ...] = self._decode_all(progress)
 
     def __len__(self) -> int:
@@ -89,6 +92,8 @@ class ImageStore:
                 image, native_size = self._decode(index)
             except ImageError as error:
                 return error
+            for values, (value,) in zip(self.exposures, measure_exposure(image[None]), strict=True):
+                values[index] = value
             if self._images is not None:
                 self._images[index] = image
             return native_size

@@ -12,6 +12,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from dskd_fast.data.exposure import MAX_LUMINANCE, measure_exposure
 from dskd_fast.data.images import resize_square
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
@@ -47,9 +48,6 @@ EXPOSURE_RULE = (
     "none, and from the one with most to the greatest possible; one in 100 normal images, and at least one, may lie "
     "beyond the limits that the others set, and does not count"
 )
-# Thousandths of red, green and blue in the luminance (ITU-R BT.601): whole numbers, so that white is 255 exactly.
-_LUMA = (299, 587, 114)
-_MAX_LUMINANCE = 255.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class Exposure:
     n_images: int
 
     def __post_init__(self) -> None:
-        for name, most in (("brightness", _MAX_LUMINANCE), ("contrast", _MAX_LUMINANCE / 2)):
+        for name, most in (("brightness", MAX_LUMINANCE), ("contrast", MAX_LUMINANCE / 2)):
             low, high = getattr(self, name)
             if not 0 <= low <= high <= most:
                 raise UserError(f"the limits {low} and {high} of the {name} are not in order from 0 to {most}")
@@ -145,9 +143,8 @@ class Exposure:
             "too much contrast": contrast > self.contrast[1],
         }
 
-    def reasons(self, images: Tensor) -> list[str | None]:
-        """Why each of the uint8 RGB images (B, 3, S, S) is suspect; None for one that is not."""
-        brightness, contrast = measure_exposure(images)
+    def reasons(self, brightness: Tensor, contrast: Tensor) -> list[str | None]:
+        """Why each of the images, given as to `beyond`, is suspect; None for one that is not."""
         beyond = {name: flags.tolist() for name, flags in self.beyond(brightness, contrast).items()}
         limits = (
             f"normal images allow brightness {self.brightness[0]:.1f} to {self.brightness[1]:.1f}, contrast "
@@ -270,7 +267,8 @@ class Detector:
         scores = self.image_scores(maps.combined).tolist()
         threshold = self.calibration.threshold
         detections = []
-        for i, (size, score, suspect) in enumerate(zip(sizes, scores, self.suspicions(batch), strict=True)):
+        suspicions = self.suspicions(*measure_exposure(batch))
+        for i, (size, score, suspect) in enumerate(zip(sizes, scores, suspicions, strict=True)):
             located = (
                 None if maps.of(variant) is None else self.localisation_map(maps.of(variant)[i], size)
                 for variant in VARIANTS
@@ -280,10 +278,14 @@ class Detector:
             detections.append(Detection(score, anomalous, *located, suspect))
         return detections
 
-    def suspicions(self, images: Tensor) -> list[str | None]:
-        """Why each of the uint8 RGB images (B, 3, S, S) is suspect (see `Detection`); None for one that is not."""
+    def suspicions(self, brightness: Tensor, contrast: Tensor) -> list[str | None]:
+        """Why images are suspect (see `Detection`), each None if it is not.
+
+        Args:
+            brightness, contrast: of the images, (B,) each, as `measure_exposure` gives them for (B, 3, S, S).
+        """
         exposure = self.calibration.exposure
-        return [None] * len(images) if exposure is None else exposure.reasons(images)
+        return [None] * len(brightness) if exposure is None else exposure.reasons(brightness, contrast)
 
     def resized(self, image: NDArray[np.uint8]) -> Tensor:
         """A uint8 RGB image (H, W, 3) as the networks see it, (3, S, S)."""
@@ -344,7 +346,10 @@ class Detector:
         return resized[0, 0].numpy()
 
     def calibrate(
-        self, batches: Iterable[Tensor], source: Literal["validation", "train"], trained_on: Iterable[Tensor] = ()
+        self,
+        batches: Iterable[Tensor],
+        source: Literal["validation", "train"],
+        measured: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Set the statistics, the limits of brightness and contrast and, from validation images, the threshold.
 
@@ -352,16 +357,16 @@ class Detector:
             batches: uint8 RGB images of normal objects, (B, 3, S, S) each; visited once for the statistics and, for
                 validation images, once more for the scores.
             source: what they are.
-            trained_on: where those are validation images, the training images, likewise; for brightness and contrast.
+            measured: brightness and contrast of all normal images, `measure_exposure`, where there are more than those.
 
         What makes the result doubtful is in the calibration's `warnings`: maps or scores that do not vary.
         """
         students = self.model.students
         count, total, squares = 0, np.zeros(len(students)), np.zeros(len(students))
         n_images = 0
-        measured = []
+        of_batches = []
         for images in batches:
-            measured.append(measure_exposure(images))
+            of_batches.append(measure_exposure(images))
             raw = torch.stack(self.raw_maps(images)).double().flatten(1)
             # Sums of deviations from the first batch's mean: squares of the values themselves would cancel.
             if n_images == 0:
@@ -386,8 +391,7 @@ class Detector:
             for i, name in enumerate(students)
             if constant[i] or rounding[name] > _MAX_ROUNDING
         ]
-        measured += [measure_exposure(images) for images in trained_on]
-        brightness, contrast = (torch.cat(values) for values in zip(*measured, strict=True))
+        brightness, contrast = measured or (torch.cat(values) for values in zip(*of_batches, strict=True))
         exposure = exposure_from(brightness, contrast)
         n_suspect = int(torch.stack(list(exposure.beyond(brightness, contrast).values())).any(0).sum())
         if n_suspect:
@@ -462,13 +466,6 @@ def decide(score: float, threshold: float | None, suspect: str | None = None) ->
     return "anomalous" if is_above(score, threshold) else "normal"
 
 
-def measure_exposure(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the luminance of uint8 RGB images (B, 3, H, W), (B,) each, float64."""
-    luminance = (sum(weight * images[:, i].double() for i, weight in enumerate(_LUMA)) / 1000).flatten(1)
-    mean = luminance.mean(1)
-    return mean, (luminance - mean[:, None]).square().mean(1).sqrt()
-
-
 def exposure_from(brightness: Tensor, contrast: Tensor) -> Exposure:
     """The limits that normal images set: `EXPOSURE_RULE`.
 
@@ -487,7 +484,7 @@ def exposure_from(brightness: Tensor, contrast: Tensor) -> Exposure:
         values = values.clamp(max=most)  # but for rounding it is there
         return lower_limit(values), most - lower_limit(most - values)
 
-    return Exposure(limits(brightness, _MAX_LUMINANCE), limits(contrast, _MAX_LUMINANCE / 2), EXPOSURE_RULE, n)
+    return Exposure(limits(brightness, MAX_LUMINANCE), limits(contrast, MAX_LUMINANCE / 2), EXPOSURE_RULE, n)
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:

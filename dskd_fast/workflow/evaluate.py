@@ -112,9 +112,9 @@ def score_images(
         detector.model.image_size,
         progress=lambda done, total: progress("reading images", done, total),
     )
-    maps, suspicions = _all_maps(detector, images, batch_size, progress)
+    maps = _all_maps(detector, images, batch_size, progress)
     scores = {variant: detector.image_scores(maps.of(variant)) for variant in detector.variants}
-    return ScoredImages(images, maps, scores, suspicions)
+    return ScoredImages(images, maps, scores, detector.suspicions(*images.exposures))
 
 
 def scored_maps(
@@ -155,21 +155,18 @@ def absences(category: Category) -> list[str]:
 
 def _all_maps(
     detector: Detector, images: ImageStore, batch_size: int, progress: Callable[[str, int, int], None]
-) -> tuple[Maps, list[str | None]]:
+) -> Maps:
     size = detector.model.image_size
     maps = Maps(
         *(np.empty((len(images), size, size), np.float32) if v in detector.variants else None for v in VARIANTS)
     )
-    suspicions = []
     for start in range(0, len(images), batch_size):
         stop = min(start + batch_size, len(images))
-        batch = images.batch(range(start, stop))
-        parts = detector.maps(batch)
-        suspicions += detector.suspicions(batch)
+        parts = detector.maps(images.batch(range(start, stop)))
         for variant in detector.variants:
             maps.of(variant)[start:stop] = parts.of(variant)
         progress("computing maps", stop, len(images))
-    return maps, suspicions
+    return maps
 
 
 def _write_scores(path: Path, category: Category, test: ScoredImages, threshold: float | None) -> None:

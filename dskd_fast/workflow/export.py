@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 import dskd_fast
+from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import MIN_SIDE
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.ops.portable import DECOMPOSITIONS
-from dskd_fast.workflow.detector import TOLERANCE, Detector, is_above, measure_exposure, to_float
+from dskd_fast.workflow.detector import TOLERANCE, Detector, is_above, to_float
 from dskd_fast.workflow.device import numerics
 
 Format = Literal["torch", "onnx"]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, list_images, read_image
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
@@ -98,7 +99,7 @@ def _predict_batch(
     def predict_held() -> None:
         images = torch.stack([detector.resized(image) for image in held.values()])
         maps = detector.maps(images).combined
-        scores, suspicions = detector.image_scores(maps).tolist(), detector.suspicions(images)
+        scores, suspicions = detector.image_scores(maps).tolist(), detector.suspicions(*measure_exposure(images))
         for path, score, suspect, coarse_map in zip(list(held), scores, suspicions, maps, strict=True):
             decision = decide(score, threshold, suspect)
             caption = f"score {score:.2f}"

@@ -264,7 +264,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
             f"{weights} belongs to another run ({reason[:200]}): train again, or restore the file"
         ) from None
     model = model.to(resolve_device(device), memory_format=torch.channels_last)
-    return Detector(model, options.scoring, calibration), options, config
+    return Detector(model.eval(), options.scoring, calibration), options, config
 
 
 def read_json(path: Path) -> Any:

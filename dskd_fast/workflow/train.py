@@ -220,15 +220,12 @@ def train(
     with stopping_signal(checkpoint is not None) as signal_number, deterministic_convolutions():
         history = _fit(model, images, train_indices, options, report, checkpoints, group, signal_number)
 
-    detector = Detector(model, options.scoring)
+    detector = Detector(model.eval(), options.scoring)
     if group.is_first:
         source = "validation" if validation_indices else "train"
         status(f"calibrating on the {source} images")
-        detector.calibrate(
-            _Batches(images, validation_indices or train_indices, options.batch_size),
-            source,
-            _Batches(images, train_indices if validation_indices else [], options.batch_size),
-        )
+        batches = _Batches(images, validation_indices or train_indices, options.batch_size)
+        detector.calibrate(batches, source, images.exposures)
         for warning in detector.calibration.warnings:
             status(f"warning: {warning}")
     return detector, history

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 import dskd_fast.data.store as store_module
+from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import ImageError
 from dskd_fast.data.store import ImageStore
 
@@ -38,6 +39,7 @@ def test_batches_are_the_resized_images_in_the_order_asked_for(paths, memory_lim
         for image, index in zip(batch, order, strict=True):
             assert torch.equal(image, expected(paths[index], 32))
     assert store.batch([]).shape == (0, 3, 32, 32)
+    assert [x.tolist() for x in store.exposures] == [x.tolist() for x in measure_exposure(store.batch(range(7)))]
 
 
 @pytest.mark.parametrize("memory_limit", [2 * 2**30, 0])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.errors import UserError
 from dskd_fast.workflow.detector import (
     TOLERANCE,
@@ -16,7 +17,6 @@ from dskd_fast.workflow.detector import (
     Threshold,
     exposure_from,
     is_above,
-    measure_exposure,
     threshold_from,
 )
 
@@ -288,7 +288,7 @@ def test_limits_that_no_image_set_are_an_error(limits):
             Exposure(**other, rule="", n_images=1)
 
 
-def test_training_images_count_for_brightness_and_contrast_and_one_dead_frame_among_them_is_told(images):
+def test_all_normal_images_count_for_brightness_and_contrast_and_one_dead_frame_among_them_is_told(images):
     detector = make_detector()
     alone = images // 2 + 64
     detector.calibrate([alone], "validation")
@@ -296,7 +296,7 @@ def test_training_images_count_for_brightness_and_contrast_and_one_dead_frame_am
     assert (narrow.n_images, detector.calibration.warnings) == (7, [])
     darker = alone // 2
     dead = torch.zeros_like(images[:1])
-    detector.calibrate([alone], "validation", [darker[:4], torch.cat([darker[4:], dead])])
+    detector.calibrate([alone], "validation", measure_exposure(torch.cat([alone, darker, dead])))
     wide = detector.calibration.exposure
     assert (wide.n_images, detector.calibration.n_images) == (15, 7)
     assert wide.brightness[0] == pytest.approx(measure_exposure(darker)[0].min().item() / 2)
@@ -304,7 +304,8 @@ def test_training_images_count_for_brightness_and_contrast_and_one_dead_frame_am
     assert wide.brightness[1] == narrow.brightness[1]
     (warning,) = detector.calibration.warnings
     assert warning.startswith("1 of 15 normal images is suspect")
-    assert [reason is None for reason in detector.suspicions(torch.cat([darker, dead]))] == [True] * 7 + [False]
+    reasons = detector.suspicions(*measure_exposure(torch.cat([darker, dead])))
+    assert [reason is None for reason in reasons] == [True] * 7 + [False]
 
 
 # ------------------------------------------------------------------------------------------------ image scores

@@ -1,0 +1,14 @@
+"""Brightness and contrast of images."""
+
+from torch import Tensor
+
+MAX_LUMINANCE = 255.0
+# Thousandths of red, green and blue in the luminance (ITU-R BT.601): whole numbers, so that white is 255 exactly.
+_LUMA = (299, 587, 114)
+
+
+def measure_exposure(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the luminance, from 0 to 255, of uint8 RGB images (B, 3, H, W): (B,), float64."""
+    luminance = (sum(weight * images[:, i].double() for i, weight in enumerate(_LUMA)) / 1000).flatten(1)
+    mean = luminance.mean(1)
+    return mean, (luminance - mean[:, None]).square().mean(1).sqrt()
