@@ -3,8 +3,8 @@
 // Blocks run one after another. The threads of a block are fibers: each runs until it has to wait for others, and which
 // runs next is drawn at random, so that a missing barrier shows. Barriers and warp operations wait for all that take
 // part, and end the program where some never come. Shared memory has the size that was asked for and is full of NaN.
-// Copies that are asynchronous land as late as they may. Matrix fragments are distributed as PTX's manual says
-// (mma.m16n8k16 and m16n8k8).
+// Copies that are asynchronous land at once or as late as they may, at random. Matrix fragments are distributed as
+// PTX's manual says (mma.m16n8k16 and m16n8k8).
 #pragma once
 
 #include <ucontext.h>
@@ -333,7 +333,7 @@ inline void copy_async(void* to, const void* from,
                        const std::source_location& place = std::source_location::current()) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     emulation::fail("a copy is not aligned to 16 bytes", place);
-  if (!kHasTensorCores) {
+  if (!kHasTensorCores || emulation::block().order() % 2) {
     std::memcpy(to, from, 16);
     return;
   }
