@@ -1,22 +1,35 @@
 """Contextual Affinity Distillation (DSKD, arXiv 2307.03101) for image anomaly detection."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from dskd_fast import functional
-from dskd_fast.losses import ContextualAffinityLoss, CosineDistanceLoss
-
 if TYPE_CHECKING:
-    from dskd_fast.api import DSKD
+    from dskd_fast import functional
+    from dskd_fast.losses import ContextualAffinityLoss, CosineDistanceLoss
+    from dskd_fast.models import DSKD
+    from dskd_fast.runs.folder import load
 
 __version__ = "0.1.0"
 
-__all__ = ["DSKD", "ContextualAffinityLoss", "CosineDistanceLoss", "__version__", "functional"]
+__all__ = ["DSKD", "ContextualAffinityLoss", "CosineDistanceLoss", "__version__", "functional", "load"]
+
+# Imported when asked for: the losses need no timm, which takes seconds, and the command line's help no torch.
+_MODULES = {
+    "functional": "dskd_fast.functional",
+    "ContextualAffinityLoss": "dskd_fast.losses",
+    "CosineDistanceLoss": "dskd_fast.losses",
+    "DSKD": "dskd_fast.models",
+    "load": "dskd_fast.runs.folder",
+}
 
 
 def __getattr__(name: str) -> object:
-    # timm takes a second or two to import, which the losses alone do not need.
-    if name == "DSKD":
-        from dskd_fast.api import DSKD
+    if name not in _MODULES:
+        raise AttributeError(f"module 'dskd_fast' has no attribute {name!r}")
+    module = import_module(_MODULES[name])
+    globals()[name] = module if name == "functional" else getattr(module, name)
+    return globals()[name]
 
-        return DSKD
-    raise AttributeError(f"module 'dskd_fast' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

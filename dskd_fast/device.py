@@ -11,9 +11,6 @@ import torch
 
 from dskd_fast.errors import UserError
 
-DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("fp32", "tf32", "bf16")
-
 # Precision is a setting of the whole process: two threads that changed it at once would compute in each other's, and
 # leave one behind.
 _SETTINGS_LOCK = threading.RLock()

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dskd_fast.choices import TEMPERATURE_RANGE
 from dskd_fast.ops import operators
 from dskd_fast.ops.dispatch import check_backend, resolve_precision
-
-TEMPERATURE_RANGE = (0.01, 100.0)
 
 
 def contextual_affinity(

@@ -12,23 +12,32 @@ from typing import Any
 
 import torch
 
+from dskd_fast.choices import HOLDOUT
 from dskd_fast.cli import doctor as diagnosis
 from dskd_fast.cli.demo import make_data, options_for_demo
-from dskd_fast.cli.display import backends_table, console, counter, print_line, results_table, training_progress
+from dskd_fast.cli.display import (
+    backends_table,
+    console,
+    counter,
+    print_line,
+    print_metrics,
+    print_next,
+    print_no_decisions,
+    print_predictions,
+    print_remarks,
+    print_trained,
+    results_table,
+    training_progress,
+)
 from dskd_fast.data.augment import Augmentation, for_category
 from dskd_fast.data.images import image_size
 from dskd_fast.data.layout import (
-    HOLDOUT,
-    MIN_IMAGES_TO_HOLD_OUT,
     Category,
     GroundTruth,
     default_data_root,
     list_categories,
     open_category,
-    unused_sentences,
 )
-from dskd_fast.data.listing import PREDICTIONS
-from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.export import SUFFIXES
 from dskd_fast.detection.export import export as export_detector
 from dskd_fast.detection.predict import predict as predict_images
@@ -37,9 +46,8 @@ from dskd_fast.errors import TrainingStopped, UserError
 from dskd_fast.evaluation.evaluate import count_kinds, remarks, threshold_of
 from dskd_fast.evaluation.evaluate import evaluate as evaluate_detector
 from dskd_fast.evaluation.report import write_report
-from dskd_fast.files import in_shell, printable
+from dskd_fast.files import printable
 from dskd_fast.metrics.maps import maps_without_image, read_maps, score_maps
-from dskd_fast.models.teacher import DEFAULT
 from dskd_fast.paper.reproduce import reproduce as reproduce_table
 from dskd_fast.paper.tables import to_text
 from dskd_fast.runs import folder as runs
@@ -57,25 +65,25 @@ def train(arguments: argparse.Namespace) -> int:
     data_root, holdout = given.get("data_root") or default_data_root(), given.get("holdout", HOLDOUT)
     augment = given.get("augment", "auto")
 
-    def recipe(category: Category) -> TrainingOptions:
+    def options_for(category: Category) -> TrainingOptions:
         chosen = for_category(category.name) if augment == "auto" else Augmentation.parse(augment)
-        return TrainingOptions(**{"teacher": DEFAULT} | options | {"augmentation": chosen.to_text()})
+        return TrainingOptions(**options | {"augmentation": chosen.to_text()})
 
-    def opened(name: str | None) -> Category:
-        return open_category(data_root, name, holdout=holdout, seed=options.get("seed", 0))
+    def open_named(name: str | None) -> Category:
+        return open_category(data_root, name, holdout=holdout, seed=options.get("seed", TrainingOptions.seed))
 
     if "all_categories" in given:
         if "category" in given:
             raise UserError("--category and --all-categories exclude each other: leave one of them out")
         out = given.get("out") or Path("runs", Path(data_root).resolve().name)
-        return _train_all(list_categories(Path(data_root)), opened, recipe, out, holdout)
-    with group(resolve_device(options.get("device", "auto"))) as processes:
-        category = processes.agree(lambda: opened(given.get("category")))
+        return _train_all(list_categories(Path(data_root)), open_named, options_for, out, holdout)
+    with group(resolve_device(options.get("device", TrainingOptions.device))) as processes:
+        category = processes.agree(lambda: open_named(given.get("category")))
         default = Path("runs", f"{category.name}-{datetime.now():%Y%m%d-%H%M%S}")
         out = given.get("out") or processes.of_first(default)
         console.quiet = not processes.is_first
-        _train_into(out, category, recipe(category), holdout, processes)
-    _print_next(out, category)
+        _train_into(out, category, options_for(category), holdout, processes)
+    print_next(out, category)
     return 0
 
 
@@ -103,27 +111,27 @@ def _resume(given: dict[str, Any], options: dict[str, Any]) -> int:
             folder, options, data_root=given.get("data_root"), report=report, status=status, group=processes
         )
         if processes.is_first:
-            _print_trained(folder, detector)
+            print_trained(folder, detector, runs.read_config(folder)["n_images"]["train"])
     category = find_category(folder, runs.read_config(folder), given.get("data_root"))
-    _print_next(folder, category)
+    print_next(folder, category)
     return 0
 
 
 def _train_all(
     names: list[str],
-    opened: Callable[[str], Category],
-    recipe: Callable[[Category], TrainingOptions],
+    open_named: Callable[[str], Category],
+    options_for: Callable[[Category], TrainingOptions],
     out: Path,
     holdout: float,
 ) -> int:
     """A model for each category; under torchrun each process takes its share of them, on a GPU of its own."""
     failed = 0
-    # torchrun ends all processes as soon as one of them has failed: they wait for each other before they tell it.
+    # torchrun ends all processes as soon as one of them has failed: they wait for each other before they report it.
     with group(torch.device("cpu"), timeout=NEVER) as processes:
         for name in names[processes.rank :: processes.size]:
             try:
-                category = opened(name)
-                options = recipe(category)
+                category = open_named(name)
+                options = options_for(category)
                 use_gpu(resolve_device(options.device))
                 with training_progress(name) as (report, status):
                     if ensure_run(out / name, category, options, holdout=holdout, report=report, status=status):
@@ -136,13 +144,6 @@ def _train_all(
                 print(f"dskd-fast: {printable(f'{name}: {error}')}", file=sys.stderr)
         n_failed = processes.add(torch.tensor([float(failed)], dtype=torch.float64)).item()
     return 2 if n_failed else 0
-
-
-def _print_next(folder: Path, category: Category) -> None:
-    run = in_shell(folder)
-    evaluation = f"dskd-fast evaluate {run}   or   " if category.test else ""
-    print_line()
-    print_line(f"next: {evaluation}dskd-fast predict {run} IMAGES")
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -166,7 +167,7 @@ def evaluate_maps(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         runs.write_json(arguments.out, result)
     console.print(results_table(f"{category.name}, maps in {arguments.maps}", {"maps": figures}), soft_wrap=False)
-    _print_remarks(result)
+    print_remarks(result)
     return 1 if result["bad_masks"] else 0
 
 
@@ -174,7 +175,7 @@ def predict(arguments: argparse.Namespace) -> int:
     detector, _, _ = runs.load_run(arguments.run, arguments.device)
     threshold = threshold_of(detector, arguments.threshold)
     if threshold is None:
-        _print_no_decisions()
+        print_no_decisions()
     with counter("predicting") as progress:
         predictions = predict_images(
             detector,
@@ -184,24 +185,8 @@ def predict(arguments: argparse.Namespace) -> int:
             save_maps=arguments.save_maps,
             progress=lambda done, total: progress("predicting", done, total),
         )
-    failed = [p for p in predictions if p.error is not None]
-    summary = f"{sum(p.score is not None for p in predictions)} images scored"
-    if threshold is not None:
-        anomalous = sum(p.decision == "anomalous" for p in predictions)
-        summary += f", {anomalous} anomalous (score above {threshold:.4g})"
-    suspects = sum(p.decision == "suspect" for p in predictions)
-    if suspects:
-        summary += f", {suspects} suspect (why: {PREDICTIONS})"
-    n_unread = sum(p.score is None for p in failed)
-    if n_unread:
-        summary += f", {n_unread} NOT inspected"
-    print_line(f"{summary}; results in {arguments.out}")
-    for p in predictions:
-        if p.skipped is not None:
-            print_line(f"skipped: {p.path}: {p.skipped}", style="yellow")
-    for p in failed:
-        print_line(f"{'not read' if p.score is None else 'not drawn'}: {p.path}: {p.error}", style="red")
-    return 1 if failed else 0
+    print_predictions(predictions, threshold, arguments.out)
+    return 1 if any(p.error is not None for p in predictions) else 0
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -214,7 +199,7 @@ def export(arguments: argparse.Namespace) -> int:
         threshold=threshold_of(detector, arguments.threshold),
     )
     if exported.metadata["threshold"] is None:
-        _print_no_decisions()
+        print_no_decisions()
     for name, value in exported.metadata.items():
         if isinstance(value, dict):
             for entry, meaning in value.items():
@@ -229,7 +214,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    said: list[dict[str, Any]] = []
+    all_remarks: list[dict[str, Any]] = []
     with counter("scoring") as progress:
         page = write_report(
             arguments.runs,
@@ -238,14 +223,14 @@ def report(arguments: argparse.Namespace) -> int:
             data_root=arguments.data_root,
             device=arguments.device,
             progress=progress,
-            remark=said.append,
+            remark=all_remarks.append,
         )
     print_line(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB), a page for any browser")
     # Runs of the same data have the same remarks.
-    for number, of_run in enumerate(said):
-        if of_run not in said[:number]:
-            _print_remarks(of_run)
-    return 1 if any(of_run["bad_masks"] for of_run in said) else 0
+    for number, of_run in enumerate(all_remarks):
+        if of_run not in all_remarks[:number]:
+            print_remarks(of_run)
+    return 1 if any(of_run["bad_masks"] for of_run in all_remarks) else 0
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -293,15 +278,15 @@ def demo(arguments: argparse.Namespace) -> int:
 
 def reproduce(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
-    recipe = TrainingOptions(**{"teacher": DEFAULT} | _options_in(given))
+    recipe = TrainingOptions(**_options_in(given))
     try:
         outcome = reproduce_table(
             arguments.experiment,
             given.get("data_root") or default_data_root(),
-            given.get("out", Path("reproduction")),
+            arguments.out,
             recipe,
             categories=given.get("categories"),
-            seeds=given.get("seeds", 3),
+            seeds=arguments.seeds,
             training=training_progress,
             evaluation=counter,
             tell=print_line,
@@ -332,30 +317,7 @@ def _train_into(
     with training_progress() as (report, status):
         detector = start_run(out, category, options, holdout=holdout, report=report, status=status, group=processes)
     if processes.is_first:
-        _print_trained(out, detector)
-
-
-def _print_trained(folder: Path, detector: Detector) -> None:
-    calibration = detector.calibration
-    if calibration.threshold is None:
-        told = (
-            "no threshold: there are no validation images, and training images score too low to set one (put good ones "
-            f"into validation/good; of {MIN_IMAGES_TO_HOLD_OUT} training images or more some can be held out)"
-        )
-    else:
-        told = (
-            f"threshold {calibration.threshold.value:.4g} from {calibration.threshold.n_images} normal validation "
-            f"images, expected false alarms {calibration.threshold.expected_false_alarm_rate:.1%}"
-        )
-    n_images = runs.read_config(folder)["n_images"]["train"]
-    print_line(f"trained on {n_images} images, run in {folder}")
-    print_line(told)
-
-
-def _print_no_decisions() -> None:
-    print_line(
-        "no decisions: the run had no validation images to set a threshold with; pass --threshold", style="yellow"
-    )
+        print_trained(out, detector, len(category.train))
 
 
 def _evaluate_run(
@@ -376,7 +338,7 @@ def _evaluate_run(
             progress=progress,
         )
     runs.write_json(folder / runs.METRICS, metrics)
-    _print_metrics(metrics)
+    print_metrics(metrics)
     print_line(f"figures in {folder / runs.METRICS}, scores of each image in {folder / 'scores.csv'}")
     return metrics
 
@@ -385,32 +347,3 @@ def _counted(items: Any, total: int, progress: Any) -> Any:
     for done, item in enumerate(items, start=1):
         yield item
         progress("scoring maps", done, total)
-
-
-def _print_metrics(metrics: dict[str, Any]) -> None:
-    columns = {"both students": metrics, "local alone": metrics["local"], "global alone": metrics["global"]}
-    if None in columns.values():  # one student, whose own figures these are
-        columns = {name: figures for name, figures in columns.items() if figures and figures is not metrics}
-    counts = ", ".join(f"{n} {kind}" for kind, n in metrics["n_images"].items())
-    console.print(results_table(f"{metrics['category']}: {counts} test images", columns), soft_wrap=False)
-    if metrics["decisions"] is not None:
-        decided = ", ".join(
-            f"{metrics['decisions'][kind]} of {n} {kind}" for kind, n in metrics["n_images"].items() if n
-        )
-        print_line(f"called anomalous at threshold {metrics['threshold']:.4g}: {decided}")
-    if any(metrics["suspects"].values()):
-        counted = ", ".join(
-            f"{metrics['suspects'][kind]} of {n} {kind}" for kind, n in metrics["n_images"].items() if n
-        )
-        print_line(f"suspect, since too dark, too bright or of another contrast: {counted}", style="yellow")
-    _print_remarks(metrics)
-
-
-def _print_remarks(said: dict[str, Any]) -> None:
-    """Print what `dskd_fast.evaluation.evaluate.remarks` gave."""
-    for reason in said["absent"]:
-        print_line(f"absent: {reason}", style="yellow")
-    for sentence in unused_sentences(said["unused"]):
-        print_line(sentence, style="yellow")
-    for sentence in said["bad_masks"]:
-        print_line(f"bad mask: {sentence}", style="red")

@@ -1,19 +1,24 @@
-"""What people see: progress bars and tables."""
+"""What people see: progress bars, tables and sentences."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from dskd_fast.cli.doctor import Service
-from dskd_fast.files import printable
+from dskd_fast.data.layout import MIN_IMAGES_TO_HOLD_OUT, Category, unused_sentences
+from dskd_fast.data.listing import PREDICTIONS
+from dskd_fast.detection.detector import Detector
+from dskd_fast.detection.predict import Prediction
+from dskd_fast.files import in_shell, printable
 from dskd_fast.metrics.spro import FPR_LIMITS
 from dskd_fast.runs.history import Progress as TrainingState
 from dskd_fast.training.distributed import is_launched
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # What is printed is mostly paths: brackets and colons in them are not markup, and a line break would spoil them.
 console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -30,8 +35,37 @@ def training_progress(title: str = "") -> Iterator[tuple[Callable[[TrainingState
 
     Several processes share one terminal: they write lines, which begin with `title`.
     """
-    has_bar = console.is_terminal and not is_launched()
     prefix = f"{title}: " if title else ""
+
+    def status(text: str) -> None:
+        print_line(prefix + text)
+
+    def losses_of(state: TrainingState) -> str:
+        figures = [] if state.local_loss is None else [f"local {state.local_loss:.4f}"]
+        figures += [] if state.global_loss is None else [f"global {state.global_loss:.3e}"]
+        return "  ".join([*figures, f"{state.images_per_second:.1f} images/s"])
+
+    if not console.is_terminal or is_launched():
+        tenth = 0
+
+        def report_in_lines(state: TrainingState) -> None:
+            nonlocal tenth
+            if state.step * 10 // state.steps > tenth:
+                tenth = state.step * 10 // state.steps
+                status(f"step {state.step}/{state.steps}  epoch {state.epoch}  {losses_of(state)}")
+
+        yield report_in_lines, status
+        return
+
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -41,34 +75,28 @@ def training_progress(title: str = "") -> Iterator[tuple[Callable[[TrainingState
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
         console=console,
-        disable=not has_bar,
     )
     task = None
-    told = 0
 
-    def report(state: TrainingState) -> None:
-        nonlocal task, told
-        figures = [] if state.local_loss is None else [f"local {state.local_loss:.4f}"]
-        figures += [] if state.global_loss is None else [f"global {state.global_loss:.3e}"]
-        losses = "  ".join([*figures, f"{state.images_per_second:.1f} images/s"])
-        if has_bar:
-            if task is None:
-                task = bar.add_task("training", total=state.steps, losses="")
-            bar.update(task, completed=state.step, losses=losses, description=f"epoch {state.epoch}")
-        elif state.step * 10 // state.steps > told:
-            told = state.step * 10 // state.steps
-            print_line(f"{prefix}step {state.step}/{state.steps}  epoch {state.epoch}  {losses}")
-
-    def status(text: str) -> None:
-        print_line(prefix + text)
+    def report_in_bar(state: TrainingState) -> None:
+        nonlocal task
+        if task is None:
+            task = bar.add_task("training", total=state.steps, losses="")
+        bar.update(task, completed=state.step, losses=losses_of(state), description=f"epoch {state.epoch}")
 
     with bar:
-        yield report, status
+        yield report_in_bar, status
 
 
 @contextmanager
 def counter(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """Yields progress(stage, done, total): one bar, restarted for each stage; nothing where there is no terminal."""
+    if not console.is_terminal:
+        yield lambda *_: None
+        return
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -76,7 +104,6 @@ def counter(title: str) -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
     )
     task = bar.add_task(printable(title), total=None)
 
@@ -87,8 +114,11 @@ def counter(title: str) -> Iterator[Callable[[str, int, int], None]]:
         yield progress
 
 
-def backends_table(services: Iterable[Service]) -> Table:
+def backends_table(services: Iterable[Service]) -> "Table":
     """Which backends serve which calls, and why the others do not."""
+    from rich import box
+    from rich.table import Table
+
     table = Table(title="backends of the losses", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("device", "inputs", "backend", ""):
         table.add_column(column, overflow="fold")
@@ -104,12 +134,15 @@ def backends_table(services: Iterable[Service]) -> Table:
     return table
 
 
-def results_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:
+def results_table(title: str, columns: dict[str, dict[str, Any]]) -> "Table":
     """AUROC and sPRO of several sets of figures, as `score_maps` gives them; "-" for what cannot be computed.
 
     One row per figure: that fits a narrow terminal, where a wide table would lose digits. Of the other FPR limits than
     0.05 those rows are left out that have no figure at all.
     """
+    from rich import box
+    from rich.table import Table
+
     table = Table(title=printable(title), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("", overflow="fold")
     for name in columns:
@@ -131,3 +164,82 @@ def results_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:
                 add(f"sPRO@{limit:g} {kind}", values)
         table.add_section()
     return table
+
+
+def print_trained(folder: Path, detector: Detector, n_images: int) -> None:
+    threshold = detector.calibration.threshold
+    print_line(f"trained on {n_images} images, run in {folder}")
+    if threshold is None:
+        print_line(
+            "no threshold: there are no validation images, and training images score too low to set one (put good ones "
+            f"into validation/good; of {MIN_IMAGES_TO_HOLD_OUT} training images or more some can be held out)"
+        )
+    else:
+        print_line(
+            f"threshold {threshold.value:.4g} from {threshold.n_images} normal validation images, expected false "
+            f"alarms {threshold.expected_false_alarm_rate:.1%}"
+        )
+
+
+def print_next(folder: Path, category: Category) -> None:
+    """What to do with a trained run."""
+    run = in_shell(folder)
+    evaluation = f"dskd-fast evaluate {run}   or   " if category.test else ""
+    print_line()
+    print_line(f"next: {evaluation}dskd-fast predict {run} IMAGES")
+
+
+def print_predictions(predictions: Sequence[Prediction], threshold: float | None, out: Path) -> None:
+    """How many images are what, then those that are not scored or not drawn, and why."""
+    summary = f"{sum(p.score is not None for p in predictions)} images scored"
+    if threshold is not None:
+        anomalous = sum(p.decision == "anomalous" for p in predictions)
+        summary += f", {anomalous} anomalous (score above {threshold:.4g})"
+    suspects = sum(p.decision == "suspect" for p in predictions)
+    if suspects:
+        summary += f", {suspects} suspect (why: {PREDICTIONS})"
+    n_unread = sum(p.error is not None and p.score is None for p in predictions)
+    if n_unread:
+        summary += f", {n_unread} NOT inspected"
+    print_line(f"{summary}; results in {out}")
+    for p in predictions:
+        if p.skipped is not None:
+            print_line(f"skipped: {p.path}: {p.skipped}", style="yellow")
+    for p in predictions:
+        if p.error is not None:
+            print_line(f"{'not read' if p.score is None else 'not drawn'}: {p.path}: {p.error}", style="red")
+
+
+def print_no_decisions() -> None:
+    print_line(
+        "no decisions: the run had no validation images to set a threshold with; pass --threshold", style="yellow"
+    )
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    columns = {"both students": metrics, "local alone": metrics["local"], "global alone": metrics["global"]}
+    if None in columns.values():  # one student, whose own figures these are
+        columns = {name: figures for name, figures in columns.items() if figures and figures is not metrics}
+    counts = ", ".join(f"{n} {kind}" for kind, n in metrics["n_images"].items())
+    console.print(results_table(f"{metrics['category']}: {counts} test images", columns), soft_wrap=False)
+    if metrics["decisions"] is not None:
+        decided = ", ".join(
+            f"{metrics['decisions'][kind]} of {n} {kind}" for kind, n in metrics["n_images"].items() if n
+        )
+        print_line(f"called anomalous at threshold {metrics['threshold']:.4g}: {decided}")
+    if any(metrics["suspects"].values()):
+        counted = ", ".join(
+            f"{metrics['suspects'][kind]} of {n} {kind}" for kind, n in metrics["n_images"].items() if n
+        )
+        print_line(f"suspect, since too dark, too bright or of another contrast: {counted}", style="yellow")
+    print_remarks(metrics)
+
+
+def print_remarks(found: dict[str, Any]) -> None:
+    """Print what `dskd_fast.evaluation.evaluate.remarks` gave."""
+    for reason in found["absent"]:
+        print_line(f"absent: {reason}", style="yellow")
+    for sentence in unused_sentences(found["unused"]):
+        print_line(sentence, style="yellow")
+    for sentence in found["bad_masks"]:
+        print_line(f"bad mask: {sentence}", style="red")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.v2 import functional as tvf
 
 from dskd_fast.errors import UserError
 
@@ -150,6 +149,8 @@ def _rotate(images: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 def _grey(images: torch.Tensor) -> torch.Tensor:
+    from torchvision.transforms.v2 import functional as tvf  # only training needs it
+
     return tvf.rgb_to_grayscale(images)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+from dskd_fast.choices import MAX_PIXELS
 from dskd_fast.data import jpeg
 from dskd_fast.errors import UserError
 
@@ -27,8 +28,6 @@ IMAGE_LIKE_SUFFIXES = (
     *(".exr", ".hdr", ".btf", ".dcm", ".fits", ".nii", ".czi", ".lif", ".nd2", ".lsm", ".svs"),
 )
 MIN_SIDE = 32
-MAX_PIXELS = 250_000_000
-"""Images with more pixels are not read, unless `pixel_limit` says otherwise: a small file may unpack to any size."""
 
 # For a damaged file tifffile logs several lines, and the caller gets an error that says the same.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import ndimage
 
+from dskd_fast.choices import DATA_ROOT, DATA_ROOT_VARIABLE, HOLDOUT
 from dskd_fast.data.contents import content_digests
 from dskd_fast.data.images import ImageError, image_size, natural_key, read_mask
 from dskd_fast.data.listing import Listing, is_prediction_output, list_folder, walk
@@ -36,8 +37,6 @@ from dskd_fast.errors import UserError
 
 Kind = Literal["good", "structural", "logical"]
 KINDS: tuple[Kind, ...] = ("good", "structural", "logical")
-
-DATA_ROOT_VARIABLE = "DSKD_FAST_DATA"
 
 MVTEC_AD_CATEGORIES = (
     "bottle",
@@ -88,9 +87,6 @@ _ANOMALOUS = (
 _N_NAMED = 3
 
 _FORMATS = "png, jpg, bmp, tif or webp"
-
-# The share of training images held out for validation where there is no validation folder.
-HOLDOUT = 0.1
 
 MIN_IMAGES_TO_HOLD_OUT = 10
 
@@ -382,7 +378,7 @@ def unused_sentences(summary: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def default_data_root() -> Path:
     """The folder that $DSKD_FAST_DATA names, else ``./mvtec_loco_anomaly_detection``."""
-    return Path(os.environ.get(DATA_ROOT_VARIABLE) or "mvtec_loco_anomaly_detection")
+    return Path(os.environ.get(DATA_ROOT_VARIABLE) or DATA_ROOT)
 
 
 def open_category(

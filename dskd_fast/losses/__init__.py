@@ -1,5 +1,5 @@
 """The losses of both students."""
 
-from dskd_fast.losses.distillation import LOSSES, ContextualAffinityLoss, CosineDistanceLoss, make_loss
+from dskd_fast.losses.distillation import ContextualAffinityLoss, CosineDistanceLoss, make_loss
 
-__all__ = ["LOSSES", "ContextualAffinityLoss", "CosineDistanceLoss", "make_loss"]
+__all__ = ["ContextualAffinityLoss", "CosineDistanceLoss", "make_loss"]

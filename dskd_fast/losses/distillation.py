@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dskd_fast import functional
+from dskd_fast.choices import LOSSES
 
 Levels = Tensor | Sequence[Tensor]
-
-LOSSES = ("cosine", "flattened-cosine", "contextual-affinity")
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda values: values,

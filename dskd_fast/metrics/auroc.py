@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn import metrics
 
 from dskd_fast.errors import UserError
 
@@ -30,6 +29,8 @@ def auroc(good_scores: Sequence[float], anomalous_scores: Sequence[float]) -> fl
     anomalous = _as_scores("anomalous_scores", anomalous_scores)
     if good.size == 0 or anomalous.size == 0:
         return None
+    from sklearn import metrics  # imported late: predictions need none of it
+
     return float(metrics.roc_auc_score(*_labelled(good, anomalous)))
 
 
@@ -52,6 +53,8 @@ def roc_curve(good_scores: Sequence[float], anomalous_scores: Sequence[float]) -
     anomalous = _as_scores("anomalous_scores", anomalous_scores)
     if good.size == 0 or anomalous.size == 0:
         return None
+    from sklearn import metrics
+
     false_positives, true_positives, _ = metrics.roc_curve(*_labelled(good, anomalous))
     return false_positives, true_positives
 

@@ -63,13 +63,6 @@ def conv_bn_relu(conv: nn.Module) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True))
 
 
-def initialise(module: nn.Module) -> None:
-    """He initialisation of all convolutions (fan out, ReLU), as ResNets are; batch norm starts as the identity."""
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-
-
 def _resampling(in_channels: int, out_channels: int, kernel: int, resample: str) -> nn.Module:
     if resample == "up":
         return nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2, bias=False)

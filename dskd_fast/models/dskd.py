@@ -1,24 +1,23 @@
 """DSKD: a frozen teacher and its two students (paper section 3)."""
 
+from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from dskd_fast import functional
+from dskd_fast.choices import DEFAULT_TEACHER, STAGE4_INITS, STUDENTS
 from dskd_fast.errors import UserError
-from dskd_fast.models.blocks import initialise
 from dskd_fast.models.bottleneck import GlobalBottleneck, LocalBottleneck
+from dskd_fast.models.initialisation import initialise
 from dskd_fast.models.student import Student
-from dskd_fast.models.teacher import DEFAULT, Teacher
+from dskd_fast.models.teacher import Teacher
 
 # Training takes 16 bytes for each: beyond this a machine would rather kill the process than say why.
 _MAX_CONDENSING_PARAMETERS = 1e9
-
-
-STUDENTS = ("both", "local", "global")
 
 
 def branches_of(students: str) -> tuple[str, ...]:
@@ -58,7 +57,7 @@ class DSKD(nn.Module):
 
     def __init__(
         self,
-        teacher: str = DEFAULT,
+        teacher: str = DEFAULT_TEACHER,
         *,
         image_size: int = 256,
         gccb: int | None = None,
@@ -94,7 +93,7 @@ class DSKD(nn.Module):
                 f"at image size {image_size} and gccb={self.gccb} the condensing block would have {condensing:.1e} "
                 f"parameters, more than {_MAX_CONDENSING_PARAMETERS:.0e}: lower the image size or gccb"
             )
-        if stage4_init not in ("imagenet", "random"):
+        if stage4_init not in STAGE4_INITS:
             raise ValueError(f"stage4_init={stage4_init!r} is not known: use 'imagenet' or 'random'")
         if students not in STUDENTS:
             raise ValueError(f"students={students!r} is not known: use one of {', '.join(map(repr, STUDENTS))}")
@@ -113,6 +112,14 @@ class DSKD(nn.Module):
             state = self.teacher.load_weights(teacher_weights)
             if stage4_init == "imagenet" and "global" in self.students and self.teacher.is_bottleneck_resnet:
                 self._load_stage4(state)
+
+    @staticmethod
+    def load(run: str | PathLike[str], device: str = "auto") -> Any:
+        """The trained detector of a run folder, as `dskd_fast.load` gives it."""
+        # The package's own, since nothing here may import from above; networks alone need no run folder.
+        import dskd_fast
+
+        return dskd_fast.load(run, device)
 
     @property
     def local_branch(self) -> tuple[nn.Module, ...]:

@@ -11,13 +11,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from dskd_fast.choices import DEFAULT_TEACHER, LITE
 from dskd_fast.errors import UserError
 
-LITE = "lite"
-DEFAULT = "wide_resnet50_2"
-
 # The paper's teacher has torchvision's first ImageNet weights; timm's own default for that name is another training.
-_TIMM_NAMES = {DEFAULT: "wide_resnet50_2.tv_in1k"}
+_TIMM_NAMES = {DEFAULT_TEACHER: "wide_resnet50_2.tv_in1k"}
 _PREFERRED_STRIDES = (4, 8, 16)
 
 
@@ -51,7 +49,7 @@ class Teacher(nn.Module):
         UserError: there is no such model, or it lacks three levels with strides s, 2s, 4s.
     """
 
-    def __init__(self, name: str = DEFAULT) -> None:
+    def __init__(self, name: str = DEFAULT_TEACHER) -> None:
         super().__init__()
         self.name = name
         if name == LITE:

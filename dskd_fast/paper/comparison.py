@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dskd_fast.choices import DEFAULT_TEACHER
 from dskd_fast.data.layout import unused_sentences
-from dskd_fast.models.teacher import DEFAULT
 from dskd_fast.paper.plan import EMBEDDING, Contestant, Pair, Part, Plan, papers_categories
 from dskd_fast.paper.tables import Cell, Row, Table, over_seeds
 from dskd_fast.runs.options import TrainingOptions
@@ -212,7 +212,7 @@ def _told(part: Part) -> str:
 
 
 def _recipe(recipe: TrainingOptions) -> str:
-    papers = TrainingOptions(DEFAULT)
+    papers = TrainingOptions(DEFAULT_TEACHER)
     others = [name for name in _RECIPE if getattr(recipe, name) != getattr(papers, name)]
 
     def told(options: TrainingOptions, names: Sequence[str]) -> str:
@@ -238,7 +238,7 @@ def _notes_on_experiment(plan: Plan) -> list[str]:
     )
     if plan.experiment == "ablation-gccb":
         told = "The paper prints the mean alone."
-        if plan.recipe.teacher != DEFAULT:
+        if plan.recipe.teacher != DEFAULT_TEACHER:
             told += (
                 f" Its g is out of {EMBEDDING} channels; here it is in the same proportion to the channels that the "
                 f"teacher {plan.recipe.teacher} gives."

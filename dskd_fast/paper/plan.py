@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dskd_fast.choices import DEFAULT_TEACHER
 from dskd_fast.data.layout import MVTEC_AD_CATEGORIES, Category, list_categories, open_category
 from dskd_fast.data.synthetic import MANIFEST
 from dskd_fast.detection.detector import Variant
 from dskd_fast.errors import UserError
-from dskd_fast.models.teacher import DEFAULT, Teacher
+from dskd_fast.models.teacher import Teacher
 from dskd_fast.paper.published import read_paper
 from dskd_fast.runs.options import TrainingOptions
 
@@ -104,7 +105,7 @@ class Plan:
     """An experiment on given data.
 
     Attributes:
-        experiment: one of `dskd_fast.paper.published.EXPERIMENTS`.
+        experiment: one of `dskd_fast.choices.EXPERIMENTS`.
         data_root: folder of the categories.
         parts: the categories, in the order of the paper's columns.
         contestants: the rows that are trained here.
@@ -188,7 +189,7 @@ def _condensing(record: dict[str, Any], recipe: TrainingOptions) -> Contestant:
     g = record["g"]
     if g == 0:
         return Contestant("w/o GCCB", Pair(global_=Student("global", "gccb", 0)), printed=record)
-    embedding = EMBEDDING if recipe.teacher == DEFAULT else 2 * Teacher(recipe.teacher).levels[2].channels
+    embedding = EMBEDDING if recipe.teacher == DEFAULT_TEACHER else 2 * Teacher(recipe.teacher).levels[2].channels
     here = g * embedding // EMBEDDING
     label = f"g = {g}" if here == g else f"g = {g} (here {here})"
     is_default = 2 * g == EMBEDDING

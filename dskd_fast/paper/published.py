@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-EXPERIMENTS = ("loco", "mvtec-ad", "ablation-students", "ablation-losses", "ablation-gccb", "ablation-temperature")
-
 
 def read_paper() -> dict[str, Any]:
     """What paper.json beside this file holds.

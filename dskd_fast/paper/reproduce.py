@@ -78,7 +78,7 @@ def reproduce(
     """Train and evaluate what an experiment needs and is not there yet, then write its tables and figures.
 
     Args:
-        experiment: one of `dskd_fast.paper.published.EXPERIMENTS`.
+        experiment: one of `dskd_fast.choices.EXPERIMENTS`.
         data_root: folder with the categories.
         out: folder of runs, tables and figures. Experiments with the same recipe may share it, and then share runs.
         recipe: of all trainings; seed and augmentation are set for each.

@@ -228,6 +228,21 @@ def read_options(folder: Path, config: dict[str, Any]) -> tuple[TrainingOptions,
         ) from None
 
 
+def load(run: str | os.PathLike[str], device: str = "auto") -> Detector:
+    """The trained detector of a run folder: networks, statistics and threshold.
+
+    `load("my_run").predict("image.png")[0].score`; see `dskd_fast.detection.detector.Detector.predict`.
+
+    Args:
+        run: folder that `dskd-fast train` wrote.
+        device: "auto" (the GPU if there is one), "cpu" or "cuda".
+
+    Raises:
+        UserError: the folder is not a complete run, or there is no such device.
+    """
+    return load_run(Path(run), device)[0]
+
+
 def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOptions, dict[str, Any]]:
     """Read a run folder: the detector on `device`, its options, and its config.
 

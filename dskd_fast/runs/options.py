@@ -1,22 +1,32 @@
 """The options of a run: everything that decides its result."""
 
+import contextlib
 import math
 from dataclasses import dataclass
-from typing import get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
-from dskd_fast.data.augment import Augmentation
-from dskd_fast.detection.calibration import Scoring
-from dskd_fast.device import DEVICES, PRECISIONS
+from dskd_fast.choices import (
+    BITS_RANGE,
+    DEFAULT_TEACHER,
+    DEVICES,
+    LOSSES,
+    PRECISIONS,
+    SCHEDULES,
+    STAGE4_INITS,
+    STUDENTS,
+    TEMPERATURE_RANGE,
+)
 from dskd_fast.errors import UserError
-from dskd_fast.functional import TEMPERATURE_RANGE
-from dskd_fast.losses import LOSSES
-from dskd_fast.models import DSKD
-from dskd_fast.models.dskd import STUDENTS
 
-_CHOICES = {
-    "stage4_init": ("imagenet", "random"),
+if TYPE_CHECKING:
+    from dskd_fast.detection.calibration import Scoring
+    from dskd_fast.models import DSKD
+
+# Of the options that are one of several names.
+CHOICES = {
+    "stage4_init": STAGE4_INITS,
     "students": STUDENTS,
-    "schedule": ("constant", "cosine"),
+    "schedule": SCHEDULES,
     "local_loss": LOSSES,
     "global_loss": LOSSES,
     "precision": PRECISIONS,
@@ -52,7 +62,7 @@ class TrainingOptions:
             when the networks are built.)
     """
 
-    teacher: str
+    teacher: str = DEFAULT_TEACHER
     teacher_weights: str | None = None
     image_size: int = 256
     gccb: int | None = None
@@ -85,32 +95,43 @@ class TrainingOptions:
             whole_for_real = type(value) is int and isinstance(1.0, hint)
             is_of_type = isinstance(value, hint) and (type(value) is not bool or hint is bool)
             check(name, is_of_type or whole_for_real, f"a value of type {getattr(hint, '__name__', hint)}")
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             check(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
         for name in ("image_size", "epochs", "batch_size"):
             check(name, getattr(self, name) >= 1, "a whole number from 1 up")
-        check("bits", self.bits is None or 9 <= self.bits <= 16, "a whole number from 9 to 16")
+        fewest, most = BITS_RANGE
+        check("bits", self.bits is None or fewest <= self.bits <= most, f"a whole number from {fewest} to {most}")
         check("seed", 0 <= self.seed < 2**63, "a whole number from 0 up")
         check("lr", 0 < self.lr < math.inf, "a number above 0")
         low, high = TEMPERATURE_RANGE
         check("temperature", low <= self.temperature <= high, f"a number from {low} to {high:g}")
         check("sigma", self.sigma is None or 0 < self.sigma <= self.image_size, "a number above 0, up to image_size")
-        Augmentation.parse(self.augmentation)
-
-    def networks(self, *, pretrained: bool) -> DSKD:
-        """The networks that are trained; not `pretrained`, the teacher is random, too, for a state to be loaded."""
-        return DSKD(
-            self.teacher,
-            image_size=self.image_size,
-            gccb=self.gccb,
-            stage4_init=self.stage4_init,
-            students=self.students,
-            pretrained=pretrained,
-            teacher_weights=self.teacher_weights if pretrained else None,
+        from dskd_fast.data.augment import (
+            Augmentation,  # imported late, as below: the command line's help needs no torch
         )
 
+        Augmentation.parse(self.augmentation)
+
+    def networks(self, *, pretrained: bool) -> "DSKD":
+        """The networks that are trained; not `pretrained`, with arbitrary weights, for a state dict to be loaded."""
+        from dskd_fast.models import DSKD
+        from dskd_fast.models.initialisation import WithoutRandomWeights
+
+        with contextlib.nullcontext() if pretrained else WithoutRandomWeights():
+            return DSKD(
+                self.teacher,
+                image_size=self.image_size,
+                gccb=self.gccb,
+                stage4_init=self.stage4_init,
+                students=self.students,
+                pretrained=pretrained,
+                teacher_weights=self.teacher_weights if pretrained else None,
+            )
+
     @property
-    def scoring(self) -> Scoring:
+    def scoring(self) -> "Scoring":
+        from dskd_fast.detection.calibration import Scoring
+
         sigma = 4 * self.image_size / 256 if self.sigma is None else self.sigma
         return Scoring(
             self.temperature,

@@ -3,9 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from dskd_fast.choices import EXPERIMENTS
 from dskd_fast.paper.comparison import Results, notes_on, tables_of
 from dskd_fast.paper.plan import Part, Plan, contestants_of
-from dskd_fast.paper.published import EXPERIMENTS, read_paper
+from dskd_fast.paper.published import read_paper
 from dskd_fast.runs.options import TrainingOptions
 
 PAPER = read_paper()

@@ -1,9 +1,10 @@
 import pytest
 
+from dskd_fast.choices import EXPERIMENTS
 from dskd_fast.data.layout import MVTEC_AD_CATEGORIES
 from dskd_fast.errors import UserError
 from dskd_fast.paper.plan import TEMPERATURES, Pair, Student, contestants_of, make_plan, papers_categories
-from dskd_fast.paper.published import EXPERIMENTS, read_paper
+from dskd_fast.paper.published import read_paper
 from dskd_fast.runs.options import TrainingOptions
 
 PAPER = read_paper()

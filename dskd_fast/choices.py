@@ -1,0 +1,30 @@
+"""Names, ranges and defaults that the command line shares with what it calls. Nothing is imported: --help is quick."""
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "tf32", "bf16")
+"""Of training; of the operands of one call see `dskd_fast.ops.dispatch.PRECISIONS`."""
+
+DEFAULT_TEACHER = "wide_resnet50_2"
+LITE = "lite"
+STAGE4_INITS = ("imagenet", "random")
+STUDENTS = ("both", "local", "global")
+LOSSES = ("cosine", "flattened-cosine", "contextual-affinity")
+SCHEDULES = ("constant", "cosine")
+
+TEMPERATURE_RANGE = (0.01, 100.0)
+BITS_RANGE = (9, 16)
+"""Bits of a camera whose files hold 16."""
+
+EXPORT_FORMATS = ("torch", "onnx")
+EXPERIMENTS = ("loco", "mvtec-ad", "ablation-students", "ablation-losses", "ablation-gccb", "ablation-temperature")
+"""Of the paper."""
+
+HOLDOUT = 0.1
+"""Share of the training images that is held out where there are no validation images."""
+
+MAX_PIXELS = 250_000_000
+"""Images with more pixels are refused."""
+
+DATA_ROOT_VARIABLE = "DSKD_FAST_DATA"
+DATA_ROOT = "mvtec_loco_anomaly_detection"
+"""Folder of the data set where neither an option nor the variable names one."""

@@ -1,0 +1,53 @@
+"""Values of options: text to a number or a path, or a sentence that says what is accepted."""
+
+import argparse
+import math
+from pathlib import Path
+
+from dskd_fast.choices import BITS_RANGE, TEMPERATURE_RANGE
+
+
+def path(text: str) -> Path:
+    if not text:  # as from a shell's variable that is not set; to Path it is the current folder
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
+def natural(text: str) -> int:
+    return _number(text, int, "a whole number from 0 up to 2^63 - 1", low=0, high=2**63 - 1)
+
+
+def positive(text: str) -> int:
+    return _number(text, int, "a whole number from 1 up to 2^31 - 1", low=1, high=2**31 - 1)
+
+
+def bits(text: str) -> int:
+    low, high = BITS_RANGE
+    return _number(text, int, f"a whole number from {low} to {high}", low=low, high=high)
+
+
+def positive_number(text: str) -> float:
+    return _number(text, float, "a number above 0", low=math.ulp(0.0))
+
+
+def temperature(text: str) -> float:
+    low, high = TEMPERATURE_RANGE
+    return _number(text, float, f"a number from {low} to {high:g}", low=low, high=high)
+
+
+def share(text: str) -> float:
+    return _number(text, float, "a number from 0 up to, not including, 1", low=0, high=math.nextafter(1, 0))
+
+
+def finite(text: str) -> float:
+    return _number(text, float, "a number")
+
+
+def _number(text: str, kind: type, accepted: str, *, low: float = -math.inf, high: float = math.inf) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high or math.isinf(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {accepted}")
+    return value
