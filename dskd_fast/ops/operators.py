@@ -5,28 +5,53 @@ same call. Each entry of the map depends on its own student vector alone, so the
 saved one times a scalar per position: the backward is one multiplication, and running it again gives the same. A second
 derivative is refused.
 
+The temperature is a tensor: a number would be a constant of a compiled graph, so that each new one would be compiled
+anew or, worse, an old one stay (pytorch/pytorch#197889). On a CPU the operator reads and checks it; elsewhere the
+kernels read it. The overload with a number is there for direct calls and for programs that were exported with it.
+
 Autocast does not cast their inputs, which would round what must be subtracted first: `dskd_fast.functional` turns it
 into a precision, the type to which the operands of the products are rounded. The backend is chosen when the operator
 runs, so that a compiled or exported graph runs on any machine.
 """
 
+import numbers
+
 import torch
 from torch import Tensor
 
-from dskd_fast.backends import accumulation_dtype
+from dskd_fast.backends import TEMPERATURE_LIMITS, TEMPERATURE_RANGE, accumulation_dtype
 from dskd_fast.ops import dispatch
 
 
-@torch.library.custom_op("dskd_fast::contextual_affinity", mutates_args=())
+@torch.library.custom_op("dskd_fast::contextual_affinity.tensor", mutates_args=())
 def contextual_affinity(
-    student: Tensor, teacher: Tensor, temperature: float, precision: str, backend: str, with_gradient: bool
+    student: Tensor, teacher: Tensor, temperature: Tensor, precision: str, backend: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(B, C, H, W) twice -> KL (B, H, W) and its gradient (B, C, H, W), the latter empty unless `with_gradient`."""
+    """(B, C, H, W) twice -> KL (B, H, W) and its gradient (B, C, H, W), the latter empty unless `with_gradient`.
+
+    The temperature () is on the CPU or on the device of the others.
+    """
     if precision == dispatch.AMBIENT:
         precision = dispatch.ambient_precision(student.device.type)
     module = dispatch.load(dispatch.choose(backend, student, teacher, precision).name)
+    if temperature.device.type == "cpu":
+        temperature = temperature.item()
+        check_number(temperature)
     kl, gradient = module.contextual_affinity(student, teacher, temperature, precision, with_gradient)
     return kl, kl.new_empty(0) if gradient is None else gradient
+
+
+# After the overload above: of those that take an argument the first serves a call, and a float takes a tensor, too.
+_LIBRARY = torch.library.Library("dskd_fast", "FRAGMENT")
+_LIBRARY.define(
+    "contextual_affinity(Tensor student, Tensor teacher, float temperature, str precision, str backend, "
+    "bool with_gradient) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "contextual_affinity", "CompositeImplicitAutograd")
+def _(student, teacher, temperature, *options):
+    return contextual_affinity(student, teacher, torch.tensor(temperature, dtype=torch.float64, device="cpu"), *options)
 
 
 @torch.library.custom_op("dskd_fast::cosine_distance", mutates_args=())
@@ -64,15 +89,45 @@ def _scale_gradient(ctx, grad_map, _):
         # True under create_graph=True alone: the saved gradient is a constant to autograd, so that a second derivative
         # would come out without its larger part.
         raise RuntimeError("the loss has no second derivative: call backward or grad without create_graph=True")
+    return (_scaled(ctx, grad_map), *(None for _ in ctx.needs_input_grad[1:]))
+
+
+def _scaled(ctx, grad_map):
     (gradient,) = ctx.saved_tensors
     if gradient.dim() == 1:
         raise RuntimeError(
             "the loss was computed without its gradient, as when it is exported with a student that does not require "
             "grad: compute or export it again with one that does"
         )
-    grad = None if grad_map is None else (grad_map.unsqueeze(1) * gradient).to(ctx.dtype)
-    return (grad, *(None for _ in ctx.needs_input_grad[1:]))
+    return None if grad_map is None else (grad_map.unsqueeze(1) * gradient).to(ctx.dtype)
 
 
 for _operator in (contextual_affinity, cosine_distance):
     _operator.register_autograd(_scale_gradient, setup_context=_save_gradient)
+
+
+def check_number(temperature: float) -> None:
+    """Raise ValueError unless `temperature` is a number in `TEMPERATURE_RANGE`."""
+    is_number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
+    if not is_number or not TEMPERATURE_LIMITS[0] <= temperature <= TEMPERATURE_LIMITS[1]:
+        raise ValueError(
+            f"temperature={temperature!r} is not supported: use a number from {TEMPERATURE_RANGE[0]} to "
+            f"{TEMPERATURE_RANGE[1]:g}"
+        )
+
+
+def refuse_tangents(**tangents: Tensor | None) -> None:
+    """Raise NotImplementedError if one of the inputs, given by name, has a tangent."""
+    for name, tangent in tangents.items():
+        if tangent is not None:
+            raise NotImplementedError(f"{name} carries a tangent of forward-mode autograd: use reverse mode (backward)")
+
+
+def refuse_grad(teacher: Tensor | None = None, temperature: Tensor | None = None) -> None:
+    """Raise ValueError if one of them requires grad."""
+    for name, x, remedy in (
+        ("teacher", teacher, "run the teacher under torch.no_grad() or pass teacher.detach()"),
+        ("temperature", temperature, "pass temperature.detach()"),
+    ):
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{name} requires grad, but the loss is differentiable in the student alone: {remedy}")
