@@ -29,7 +29,9 @@ def contextual_affinity(
     T^2 KL(p_teacher_i || p_student_i). A vector of zeros has cosine 0 with everything and takes no gradient.
 
     Args:
-        student: (B, C, H, W) or (B, N, C), floating, any strides. Differentiable, once, by reverse-mode autograd.
+        student: (B, C, H, W) or (B, N, C), floating, any strides. Differentiable, once, by reverse-mode autograd,
+            torch.func's grad, vjp and jacrev included, unless they are part of a fullgraph of torch.compile. Its vmap
+            makes one batch of all.
         teacher: same shape and device, any floating dtype. Must not require grad: it is a constant here.
         temperature: T, from 0.01 to 100: a number, or a floating tensor () on the CPU or the student's device, which
             must not require grad. Either may change from call to call, in compiled code, too. A tensor on another
@@ -56,7 +58,8 @@ def contextual_affinity(
     s, t, shape = _as_maps(student, teacher)
     temperature = _as_tensor(temperature, student.device)
     check_backend(backend)
-    kl, _ = operators.contextual_affinity(
+    kl, _ = operators.call(
+        operators.contextual_affinity,
         s,
         t,
         temperature,
@@ -86,7 +89,9 @@ def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") 
     """
     s, t, shape = _as_maps(student, teacher)
     check_backend(backend)
-    distance, _ = operators.cosine_distance(s, t, backend, torch.is_grad_enabled() and student.requires_grad)
+    distance, _ = operators.call(
+        operators.cosine_distance, s, t, backend, torch.is_grad_enabled() and student.requires_grad
+    )
     return distance.reshape(shape)
 
 
@@ -154,6 +159,7 @@ def _as_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Si
 
 
 def _refuse_tangent(name: str, x: Tensor) -> None:
-    # It would pass through the operator as zero; the compiler cannot trace the question.
-    if not torch.compiler.is_compiling():
+    # It would pass through the operator as zero. The compiler cannot trace the question, and torch.func's transforms
+    # hide the answer, but ask `operators.call`.
+    if not torch.compiler.is_compiling() and not operators.is_transforming():
         operators.refuse_tangents(**{name: forward_ad.unpack_dual(x).tangent})

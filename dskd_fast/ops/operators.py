@@ -14,7 +14,10 @@ into a precision, the type to which the operands of the products are rounded. Th
 runs, so that a compiled or exported graph runs on any machine.
 """
 
+import functools
 import numbers
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,8 +105,71 @@ def _scaled(ctx, grad_map):
     return None if grad_map is None else (grad_map.unsqueeze(1) * gradient).to(ctx.dtype)
 
 
+class _Transformed(torch.autograd.Function):
+    """An operator for torch.func, whose transforms do not know what is registered with one."""
+
+    @staticmethod
+    def forward(operator, *inputs):
+        return operator(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.dtype = inputs[1].dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx, grad_map, grad_gradient):
+        if grad_gradient is not None:  # torch.func.grad differentiates the backward only if it is asked to
+            raise RuntimeError("the loss has no second derivative: differentiate it once")
+        return (None, _scaled(ctx, grad_map), *(None for _ in ctx.needs_input_grad[2:]))
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        refuse_tangents(**dict(zip(("student", "teacher", "temperature"), tangents, strict=False)))
+
+    @staticmethod
+    def vmap(info, in_dims, operator, *inputs):
+        return _fold(functools.partial(call, operator), info, in_dims[1:], *inputs)
+
+
+def call(operator: Callable[..., tuple[Tensor, Tensor]], *inputs: Any) -> tuple[Tensor, Tensor]:
+    """Call one of the operators such that torch.func can differentiate it, too."""
+    return _Transformed.apply(operator, *inputs) if is_transforming() else operator(*inputs)
+
+
+def is_transforming() -> bool:
+    """Whether a transform of torch.func is at work, and not the compiler, which cannot trace one of `_Transformed`."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _fold(function, info, in_dims, *inputs):
+    """The rule of both operators for vmap: images do not know of each other, so what is mapped over joins them."""
+    student, teacher, *options, with_gradient = inputs
+    # Inside of vmap nothing shows that it requires grad.
+    refuse_grad(teacher, *(x for x in options if isinstance(x, Tensor)))
+    with_gradient = with_gradient or (torch.is_grad_enabled() and student.requires_grad)
+    inputs, size = (student, teacher, *options, with_gradient), info.batch_size
+    if any(dim is not None for dim in in_dims[2:]):  # a temperature each
+        entries = [
+            function(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+            for i in range(size)
+        ]
+        return tuple(torch.stack(x) for x in zip(*entries, strict=True)), (0, 0)
+    moved = [
+        x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip((student, teacher), in_dims[:2], strict=True)
+    ]
+    values, gradient = function(*(x.flatten(0, 1) for x in moved), *inputs[2:])
+    images = moved[0].shape[:2]
+    if not with_gradient:
+        return (values.unflatten(0, images), gradient), (0, None)
+    return (values.unflatten(0, images), gradient.unflatten(0, images)), (0, 0)
+
+
 for _operator in (contextual_affinity, cosine_distance):
     _operator.register_autograd(_scale_gradient, setup_context=_save_gradient)
+    _operator.register_vmap(functools.partial(_fold, _operator))
 
 
 def check_number(temperature: float) -> None:

@@ -165,12 +165,10 @@ def test_sparse_tensors_are_refused(function):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_forward_mode_is_refused(function):
-    """It would come out as a derivative of zero."""
+    """It would come out as a derivative of zero. (By torch.func: below.)"""
     x = random(1, 2, 3, 4)
-    told = "student carries a tangent of forward-mode autograd: use reverse mode"
-    with pytest.raises(NotImplementedError, match=told):
-        torch.func.jvp(lambda student: function(student, x), (x,), (x,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=told):
+    message = "student carries a tangent of forward-mode autograd: use reverse mode"
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
         function(torch.autograd.forward_ad.make_dual(x, x), x)
 
 
@@ -734,20 +732,120 @@ def test_losses_can_be_copied(loss, duplicate):
     assert torch.equal(twin(plain(1), plain(2)), module(plain(1), plain(2)))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_function_transforms_are_refused_or_right(place, function):
-    """torch cannot differentiate a custom operator by its function transforms; vmap it can."""
-    student, teacher = on(place, random(2, 1, 5, 3, 4, seed=1), random(2, 1, 5, 3, 4, seed=2))
+# torch.func
+
+# Transforms of a function of (student, teacher), each (V, B, C, H, W).
+TRANSFORMS = {
+    "grad": lambda f: lambda s, t: torch.func.grad(lambda x: f(x, t[0]).square().sum())(s[0]),
+    "vjp": lambda f: lambda s, t: torch.func.vjp(lambda x: f(x, t[0]), s[0])[1](t[0, :, 0])[0],
+    "jacrev": lambda f: lambda s, t: torch.func.jacrev(lambda x: f(x, t[0]))(s[0]),
+    "vmap": torch.func.vmap,
+    "vmap of one teacher": lambda f: lambda s, t: torch.func.vmap(f, (0, None))(s, t[0]),
+    "vmap of one student": lambda f: lambda s, t: torch.func.vmap(f, (None, 0))(s[0], t),
+    "vmap of other dimensions": lambda f: lambda s, t: torch.func.vmap(f, (-1, 1))(s.movedim(0, -1), t.movedim(0, 1)),
+    "vmap of vmap": lambda f: lambda s, t: torch.func.vmap(torch.func.vmap(f))(s[:, None], t[:, None]),
+    "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(lambda s, t: f(s, t).sum())),
+    "vmap of jacrev": lambda f: torch.func.vmap(torch.func.jacrev(f)),
+    "grad of vmap": lambda f: torch.func.grad(lambda s, t: torch.func.vmap(f)(s, t).square().sum()),
+    "backward of vmap": lambda f: lambda s, t: backward_of(torch.func.vmap(f), s, t),
+    "grad of what is compiled": lambda f: TRANSFORMS["grad"](torch.compile(f, backend="aot_eager")),
+    "compiled vmap": lambda f: (
+        lambda s, t: backward_of(torch.compile(torch.func.vmap(f), backend="aot_eager", fullgraph=True), s, t)
+    ),
+}
+
+
+def backward_of(function, student, teacher):
+    leaf = student.clone().requires_grad_()
+    return torch.autograd.grad(function(leaf, teacher).square().sum(), leaf)[0]
+
+
+def textbook(function, *options):
+    """The same of maps, in plain operations."""
+    plain_function = getattr(reference, function.__name__)
 
     def call(student, teacher):
-        return function(student, teacher, backend=place.backend)
+        rows = plain_function(student.flatten(2).mT, teacher.flatten(2).mT, *options)
+        return rows.unflatten(1, student.shape[2:])
 
-    with pytest.raises(RuntimeError):
-        torch.func.grad(lambda x: call(x, teacher[0]).sum())(student[0])
-    mapped = torch.func.vmap(call)(student, teacher)
-    for values, s, t in zip(mapped, student, teacher, strict=True):
-        assert torch.equal(values, call(s, t))
+    return call
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_function_transforms(pristine_compiler, function, transform):
+    student, teacher = random(3, 2, 4, 2, 2, seed=1).double(), random(3, 2, 4, 2, 2, seed=2).double()
+    found, expected = (TRANSFORMS[transform](f)(student, teacher) for f in (function, textbook(function)))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_vmap_over_temperatures():
+    temperatures = torch.tensor([0.05, 0.5, 3.0])
+    student, teacher = plain(1, torch.float64), plain(2, torch.float64)
+
+    def gradients(function):
+        return torch.func.grad(lambda s: torch.func.vmap(lambda x: function(s, x))(temperatures).square().sum())(
+            student
+        )
+
+    found = gradients(lambda s, x: functional.contextual_affinity(s, teacher, x))
+    torch.testing.assert_close(found, gradients(lambda s, x: textbook(functional.contextual_affinity, x)(s, teacher)))
+
+
+REFUSED = {
+    "grad of grad": (
+        lambda f, s, t: torch.func.grad(lambda x: torch.func.grad(lambda y: f(y, t).square().sum())(x).sum())(s),
+        (RuntimeError, "the loss has no second derivative"),
+    ),
+    "jacrev of jacrev": (
+        lambda f, s, t: torch.func.jacrev(torch.func.jacrev(lambda x: f(x, t)))(s),
+        (RuntimeError, "the loss has no second derivative"),
+    ),
+    "hessian": (
+        lambda f, s, t: torch.func.hessian(lambda x: f(x, t).sum())(s),
+        (NotImplementedError, "student carries a tangent of forward-mode autograd: use reverse mode"),
+    ),
+    "jvp": (
+        lambda f, s, t: torch.func.jvp(lambda x: f(x, t), (s,), (s,)),
+        (NotImplementedError, "student carries a tangent of forward-mode autograd: use reverse mode"),
+    ),
+    "jvp of vmap": (
+        lambda f, s, t: torch.func.jvp(torch.func.vmap(f), (s[None], t[None]), (0 * s[None], t[None])),
+        (NotImplementedError, "carries a tangent of forward-mode autograd: use reverse mode"),
+    ),
+    "the teacher's": (
+        lambda f, s, t: torch.func.grad(lambda x: f(s, x).sum())(t),
+        (ValueError, "teacher requires grad"),
+    ),
+    "the teacher's of vmap": (
+        lambda f, s, t: torch.func.grad(lambda x: torch.func.vmap(f)(s[None], x).sum())(t[None]),
+        (ValueError, "teacher requires grad"),
+    ),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("transform", REFUSED)
+def test_derivatives_that_would_come_out_as_zero_are_refused_by_transforms_too(function, transform):
+    call, (error, message) = REFUSED[transform]
+    with pytest.raises(error, match=message):
+        call(function, plain(1), plain(2))
+
+
+def test_a_derivative_by_the_temperature_is_refused():
+    student, teacher, ones = plain(1), plain(2), torch.ones(2)
+
+    def loss(temperature):
+        return functional.contextual_affinity(student, teacher, temperature).sum()
+
+    def losses(temperatures):
+        return torch.func.vmap(loss)(temperatures).sum()
+
+    for function, at in ((loss, ones[0]), (losses, ones)):
+        with pytest.raises(ValueError, match="temperature requires grad"):
+            torch.func.grad(function)(at)
+        with pytest.raises(NotImplementedError, match="temperature carries a tangent"):
+            torch.func.jvp(function, (at,), (at,))
 
 
 # DistributedDataParallel
