@@ -121,9 +121,12 @@ def resolve_precision(precision: str | None, student: Tensor, teacher: Tensor) -
     return AMBIENT
 
 
-@torch.compiler.assume_constant_result  # the compiler of torch 2.11 cannot trace the question
+# The compiler of torch 2.11 cannot trace the question, and `torch.compiler.assume_constant_result` would import it.
+_WITH_AUTOCAST = frozenset(name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name))
+
+
 def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+    return device in _WITH_AUTOCAST if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
 
 
 def ambient_precision(device: str) -> str:
