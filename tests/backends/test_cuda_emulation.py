@@ -18,7 +18,7 @@ import torch
 import triton
 
 from dskd_fast import reference
-from dskd_fast.backends import native_build
+from dskd_fast.backends import TEMPERATURE_LIMITS, native_build
 
 HERE = Path(__file__).parent / "emulation"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/common/maps.h
@@ -244,12 +244,12 @@ def test_cosine_distance_keeps_its_digits(emulation, tmp_path, make_features):
 
 
 def test_a_temperature_in_memory_gives_the_same_bits_and_nan_out_of_range(emulation, tmp_path, make_features):
-    """At the temperatures between which the kinds of kernels change; 0.01 as float32 has it is in range."""
+    """At the temperatures between which the kinds of kernels change."""
     student, teacher = make_features(65, 16, 0.5, "normal", batch=2)
     student[0, :20] = -teacher[0, :20]
-    lowest = torch.tensor(0.01).item()
-    forms = list(zip((lowest, 1 / 32, 0.1, 0.15, 3.9, 4, 100), (*PRECISIONS, *PRECISIONS[:3]), strict=True))
-    outside = (0.0099, 100.1, 0, -1, math.nan, math.inf)
+    forms = list(zip((*TEMPERATURE_LIMITS, 1 / 32, 0.1, 0.15, 3.9, 4), (*PRECISIONS, *PRECISIONS[:3]), strict=True))
+    lowest, highest = TEMPERATURE_LIMITS
+    outside = (math.nextafter(lowest, 0), math.nextafter(highest, math.inf), 0, -1, math.nan, math.inf)
     known = [Call(maps(student), maps(teacher), t, precision) for t, precision in forms]
     in_memory, refused = (
         [call._replace(temperature=torch.tensor(t, dtype=torch.float64)) for call, t in pairs]

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime import JITFunction
 
 from dskd_fast.backends import triton as triton_fused
+from dskd_fast.backends.common import TEMPERATURE_LIMITS
 from dskd_fast.kernels import affinity, configs, cosine, prepare
 
 # numpy, which the interpreter computes with, warns of infinities and NaN; on a GPU nothing does.
@@ -480,6 +481,7 @@ def test_a_temperature_in_memory_gives_the_same_bits(triton_backend, make_featur
         set_tiles(64, 64)
     student, teacher = make_features(130, 20, 0.1)
     student[:, :70] = -teacher[:, :70]
+    assert (prepare.LOWEST.value, prepare.HIGHEST.value) == TEMPERATURE_LIMITS
     in_memory = torch.tensor(temperature, device=triton_backend.device)
     found, expected = (triton_backend.affinity(student, teacher, t, precision) for t in (in_memory, temperature))
     for x, y in zip(found, expected, strict=True):
