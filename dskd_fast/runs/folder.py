@@ -284,11 +284,14 @@ def find_category(
         UserError: it is not there.
     """
     if data_root is None:
-        data_root = Path(config["data_root"])
+        # The category's own folder, even where a folder in it has the same name.
+        data_root, category = Path(config["data_root"]), None
         if not data_root.exists():
             raise UserError(f"the data of {folder} is not at {data_root} any more: say where it is with --data-root")
-    inside = (data_root / config["category"]).is_dir()
-    return open_category(data_root, config["category"] if inside else None, holdout=holdout, seed=seed)
+    else:
+        data_root = data_root.expanduser()
+        category = config["category"] if (data_root / config["category"]).is_dir() else None
+    return open_category(data_root, category, holdout=holdout, seed=seed)
 
 
 def read_json(path: Path) -> Any:

@@ -510,6 +510,19 @@ def test_truncation_is_found_at_every_cut(tmp_path, rng, rgb):
                 pytest.fail(f"{name}: the first {cut} of {len(data)} bytes passed for an image")
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("layout", [{"rowsperstrip": 16}, {"tile": (32, 32), "compression": "zlib"}])
+@pytest.mark.parametrize("left", [[1, 0, 1, 1], [1, 1, 1]])
+def test_a_tiff_without_one_of_its_strips_or_tiles_is_refused(tmp_path, dtype, layout, left):
+    path = write(tmp_path / "a.tif", encode_tiff(np.ones((64, 64), dtype), photometric="minisblack", **layout))
+    read_image(path)
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for tag in [tag for tag in tiff.pages[0].tags if tag.name.endswith(("Offsets", "ByteCounts"))]:
+            tag.overwrite([value * present for value, present in zip(tag.value, left, strict=False)])
+    with pytest.raises(ImageError, match="1 of its strips or tiles missing"):
+        read_image(path)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_random_damage_never_escapes_as_another_exception(tmp_path, rng, rgb):
     picture = Image.fromarray(rgb)
