@@ -1,17 +1,28 @@
 """Which image files lie where: those that are read, and those of formats that are not."""
 
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from dskd_fast.data.images import is_image_like, list_images, natural_key
 from dskd_fast.errors import UserError
 
 PREDICTIONS = "predictions.csv"
 PICTURE_FOLDERS = ("overlays", "maps")
 # What the first line of every PREDICTIONS begins with, whichever version wrote it.
 _HEADER = b"path,score,threshold,decision,overlay,map,"
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+# Formats that people keep images in and that are not read.
+IMAGE_LIKE_SUFFIXES = (
+    *(".gif", ".apng", ".mpo", ".jfif", ".jpe", ".dib", ".ico", ".svg", ".psd", ".psb", ".xcf"),
+    *(".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr", ".jls", ".qoi"),
+    *(".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".srw", ".orf", ".rw2", ".raf", ".pef"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm", ".tga", ".pcx", ".sgi", ".ras", ".xpm", ".dds"),
+    *(".exr", ".hdr", ".btf", ".dcm", ".fits", ".nii", ".czi", ".lif", ".nd2", ".lsm", ".svs"),
+)
 
 
 class Listing(NamedTuple):
@@ -59,13 +70,13 @@ def walk(folder: Path, leave_out: Callable[[Path], bool] = lambda _: False) -> I
         raise UserError(f"cannot list the folder {error.filename}: {error.strerror}") from error
 
     seen: set[Path] = set()
-    for name, subfolders, _ in os.walk(folder, onerror=unreadable, followlinks=True):
+    for name, below, _ in os.walk(folder, onerror=unreadable, followlinks=True):
         here = Path(name)
         if here.resolve() in seen:
-            subfolders.clear()
+            below.clear()
             continue
         seen.add(here.resolve())
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and not leave_out(here / s))
+        below[:] = sorted(s for s in below if not s.startswith(".") and not leave_out(here / s))
         yield list_folder(here)
 
 
@@ -78,3 +89,52 @@ def is_prediction_output(folder: Path) -> bool:
             return file.readline(200).startswith(_HEADER)
     except OSError:
         return False
+
+
+def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
+    """A sort key that compares runs of digits by their value, and the whole name where that leaves a tie."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)], name
+
+
+def is_image_like(path: Path) -> bool:
+    """Whether a file is, by its suffix (any case), an image of a format that is not read (`IMAGE_LIKE_SUFFIXES`)."""
+    return Path(path).suffix.lower() in IMAGE_LIKE_SUFFIXES
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files directly in ``folder``, in natural order (``2.png`` before ``10.png``).
+
+    A file is an image by its suffix (`IMAGE_SUFFIXES`, any case). Hidden files and folders are left out. A
+    link that leads nowhere is listed, so that reading it fails rather than the image going missing in
+    silence.
+
+    Raises:
+        UserError: ``folder`` is not a folder or cannot be read.
+    """
+    try:
+        entries = list(Path(folder).iterdir())
+    except OSError as error:
+        raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
+    images = [
+        entry
+        for entry in entries
+        if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".") and not entry.is_dir()
+    ]
+    return sorted(images, key=lambda path: natural_key(path.name))
+
+
+def list_subfolders(folder: Path) -> list[Path]:
+    try:
+        folders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
+    return sorted(folders, key=lambda path: natural_key(path.name))
+
+
+def has_images(folder: Path) -> bool:
+    return next(all_images(walk(folder)), None) is not None
+
+
+def all_images(listings: Iterable[Listing]) -> Iterator[Path]:
+    return (path for listing in listings for path in listing.all)

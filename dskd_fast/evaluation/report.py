@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import dskd_fast
+from dskd_fast.data.category import Category, GroundTruth, unused_sentences
+from dskd_fast.data.ground_truth import KINDS, LabelledImage
 from dskd_fast.data.images import read_image
-from dskd_fast.data.layout import KINDS, Category, GroundTruth, LabelledImage, unused_sentences
 from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import Detector, Variant
 from dskd_fast.detection.overlay import colours, full_colour

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import tifffile
 
-from dskd_fast.data.images import load_image, open_image
+from dskd_fast.data.decoding import load_image, open_image
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.metrics.auroc import auroc

@@ -28,7 +28,8 @@ import torchvision
 from filelock import FileLock, Timeout
 
 import dskd_fast
-from dskd_fast.data.layout import Category, open_category
+from dskd_fast.data.category import Category
+from dskd_fast.data.layout import open_category
 from dskd_fast.detection.calibration import Calibration, Exposure, Statistics, Threshold
 from dskd_fast.detection.detector import Detector
 from dskd_fast.device import resolve_device

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dskd_fast.data.layout import Category
+from dskd_fast.data.category import Category
 from dskd_fast.errors import UserError
 from dskd_fast.files import in_shell
 from dskd_fast.runs.history import Epoch

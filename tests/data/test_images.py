@@ -10,18 +10,15 @@ import tifffile
 from PIL import Image, ImageFile
 
 from dskd_fast.data.images import (
-    IMAGE_LIKE_SUFFIXES,
-    IMAGE_SUFFIXES,
     ImageError,
     image_size,
-    is_image_like,
-    list_images,
     pixel_limit,
     read_image,
     read_image_and_peak,
     read_mask,
     resize_square,
 )
+from dskd_fast.data.listing import IMAGE_LIKE_SUFFIXES, IMAGE_SUFFIXES, is_image_like, list_images
 from dskd_fast.errors import UserError
 
 

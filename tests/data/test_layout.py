@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dskd_fast.data.category import GroundTruth, unused_sentences
+from dskd_fast.data.ground_truth import MaskError
 from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import (
     DataNotFound,
-    GroundTruth,
-    MaskError,
     default_data_root,
     list_categories,
     open_category,
-    unused_sentences,
 )
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
