@@ -20,6 +20,8 @@ _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 _ORIENTATION_TAG = 0x0112
 _max_pixels = MAX_PIXELS
 _PILLOW_LIMIT_LOCK = threading.Lock()
+# Where the header of a PNG has these bytes.
+_PNG_BIT_DEPTH, _PNG_COLOUR_TYPE, _PNG_INTERLACING = 24, 25, 28
 # The type and checksum of the empty chunk that ends every PNG.
 _PNG_END = b"IEND\xaeB`\x82"
 
@@ -102,7 +104,7 @@ def decode_pillow(data: bytes, page: int = 0) -> Picture:
             raise Unusable("it is damaged or truncated (some of its coded data is missing)")
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
         is_white_zero = False
-        if image.format == "PNG" and _png_bit_depth(data) == 16:
+        if image.format == "PNG" and data[_PNG_BIT_DEPTH] == 16:
             pixels = _decode_png16(data, image.size)
         elif image.mode in ("L", "LA", "RGB", "RGBA"):
             pixels = np.asarray(image)
@@ -122,17 +124,14 @@ def decode_pillow(data: bytes, page: int = 0) -> Picture:
     return Picture(upright(pixels, orientation), maximum, is_white_zero, is_jpeg or image.format == "WEBP")
 
 
-def _png_bit_depth(data: bytes) -> int:
-    return data[24]
-
-
 def _decode_png16(data: bytes, size: tuple[int, int]) -> np.ndarray:
     """A 16-bit PNG as uint16 of shape (H, W, C).
 
     Pillow's PNG reader drops the low byte of each channel where there are several, but its zlib decoder,
     which undoes filters and interlacing, can be asked for either byte.
     """
-    colour_type, interlaced = data[25], data[28]
+    # torchvision.io.decode_png would do the same to the bit, but is deprecated since torchvision 0.29.
+    colour_type, interlaced = data[_PNG_COLOUR_TYPE], data[_PNG_INTERLACING]
     compressed = b"".join(_png_chunks(data, b"IDAT"))
 
     def decode(mode: str, raw_mode: str) -> np.ndarray:

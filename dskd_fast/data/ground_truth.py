@@ -14,7 +14,8 @@ from dskd_fast.data.images import read_mask
 from dskd_fast.errors import UserError
 
 Kind = Literal["good", "structural", "logical"]
-KINDS: tuple[Kind, ...] = ("good", "structural", "logical")
+ANOMALY_KINDS: tuple[Kind, ...] = ("structural", "logical")
+KINDS: tuple[Kind, ...] = ("good", *ANOMALY_KINDS)
 
 # A lossy format cannot hold a mask: its values smear over the edges.
 _MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
@@ -37,13 +38,13 @@ class Defect:
 
     Attributes:
         mask: bool, shape (H, W) of the native image; True where the defect is.
-        saturation: the saturation threshold s of sPRO in pixels, 1 <= s <= the mask's area: the defect counts
-            as found in full once this many of its pixels are.
+        saturation: the saturation threshold s > 0 of sPRO in pixels: the defect counts as found in full once this
+            many of its pixels are. Of defects read from masks it is a whole number, at most the mask's area.
         name: the defect's name in ``defects_config.json``, else its test folder.
     """
 
     mask: np.ndarray
-    saturation: int
+    saturation: float
     name: str
 
 
@@ -105,18 +106,22 @@ def read_defects_config(path: Path) -> dict[int, DefectType] | None:
         if missing:
             raise UserError(f"{where} lacks {', '.join(missing)}")
         name, value, threshold, relative = (entry[key] for key in keys)
-        if not isinstance(name, str):
-            raise UserError(f"defect_name must be text, not {name!r}, in {where}")
-        if type(value) is not int or not 1 <= value <= 255:
-            raise UserError(f"pixel_value must be an integer from 1 to 255, not {value!r}, in {where}")
-        if type(relative) is not bool:
-            raise UserError(f"relative_saturation must be true or false, not {relative!r}, in {where}")
-        if type(threshold) not in (int, float) or not math.isfinite(threshold) or threshold <= 0:
-            raise UserError(f"saturation_threshold must be a positive number, not {threshold!r}, in {where}")
-        if relative and threshold > 1:
-            raise UserError(f"a relative saturation_threshold must not exceed 1, but is {threshold!r} in {where}")
-        if not relative and threshold != int(threshold):
-            raise UserError(f"an absolute saturation_threshold counts pixels, but is {threshold!r} in {where}")
+        is_positive = type(threshold) in (int, float) and 0 < threshold < math.inf
+        rules = {
+            f"defect_name must be text, not {name!r}": isinstance(name, str),
+            f"pixel_value must be an integer from 1 to 255, not {value!r}": type(value) is int and 1 <= value <= 255,
+            f"relative_saturation must be true or false, not {relative!r}": type(relative) is bool,
+            f"saturation_threshold must be a positive number, not {threshold!r}": is_positive,
+            f"a relative saturation_threshold must not exceed 1, but is {threshold!r}": (
+                not is_positive or not relative or threshold <= 1
+            ),
+            f"an absolute saturation_threshold counts pixels, but is {threshold!r}": (
+                not is_positive or relative or threshold == int(threshold)
+            ),
+        }
+        for sentence, is_kept in rules.items():
+            if not is_kept:
+                raise UserError(f"{sentence} in {where}")
         defect_type = DefectType(name, threshold, relative)
         other = defect_types.setdefault(value, defect_type)
         if (other.saturation_threshold, other.relative_saturation) != (threshold, relative):

@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dskd_fast.data.ground_truth import KINDS, Kind, LabelledImage
+from dskd_fast.data.ground_truth import ANOMALY_KINDS, Kind, LabelledImage
 from dskd_fast.data.listing import all_images, has_images, list_folder, list_subfolders, walk
-from dskd_fast.data.naming import FOLDERS, GOOD, LOGICAL, meant_folder, refuse_other_names
+from dskd_fast.data.naming import FOLDERS, GOOD, LOGICAL, meant_folder, refuse_images, refuse_other_names
 from dskd_fast.errors import UserError
 
 # The paper's modified MVTec AD (section 4.1): these test images are logical anomalies; None stands for a
@@ -26,20 +26,13 @@ def find_test_images(
     test = root / "test"
     if not test.is_dir():
         return
-    if list_folder(test).all:
-        raise UserError(f"{test} holds images directly; move them to {test / 'good'} or to a folder named by defect")
+    refuse_images([list_folder(test)], f"move them to {test / 'good'} or to a folder named by defect")
     refuse_other_names(test, {"good": GOOD, "logical_anomalies": LOGICAL})
     for folder in list_subfolders(test):
         here, *deeper = walk(folder)
         if meant_folder(folder.name, FOLDERS) == "ground_truth" and has_images(folder):
             raise UserError(f"{folder} looks like the masks; move it to {root / 'ground_truth'}")
-        for listing in deeper:
-            if listing.all:
-                own = test / "_".join(listing.folder.relative_to(test).parts)
-                raise UserError(
-                    f"{listing.folder} holds images that would not be used; move them to {folder} itself, or to a "
-                    f"folder directly in {test}, such as {own}"
-                )
+        refuse_images(deeper, f"move them to {folder}, or to a folder of their own in {test}")
         _require_distinct_stems(here.images)
         unused["formats that are not read"] += here.others
         for path in here.images:
@@ -145,7 +138,7 @@ def find_stray_masks(
                 "NNN.png or NNN/*.png); restore its image, or rename or remove it"
             )
         stem = path.stem.removesuffix("_mask") if path.parent == masks.root / folder else path.parent.name
-        kinds = KINDS[1:] if path.parent == masks.root else (_kind(layout, category, folder, stem),)
+        kinds = ANOMALY_KINDS if path.parent == masks.root else (_kind(layout, category, folder, stem),)
         for kind in kinds:
             sentences[kind][sentence] = None
     return {kind: tuple(of_kind) for kind, of_kind in sentences.items()}

@@ -9,7 +9,7 @@ Three layouts are understood:
 - ``folder``: good images, in a folder of their own or under ``train`` or ``train/good``; everything else is
   optional.
 
-No image file vanishes without a word. In the folders that are read, one that lies where it would not be used is
+No image file vanishes without a message. In the folders that are read, one that lies where it would not be used is
 refused, and so is a folder whose name is nearly one of those above (``val``, ``Train``, ``test/ok``); the error says
 where it belongs. All other image files of the category that nothing reads are listed in `Category.unused`. Hidden
 files, and files that are no images by their suffix, are left alone.
@@ -18,7 +18,6 @@ files, and files that are no images by their suffix, are left alone.
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +33,16 @@ from dskd_fast.data.listing import (
     list_subfolders,
     walk,
 )
-from dskd_fast.data.naming import ANOMALOUS, FOLDERS, GOOD, meant_folder, plain, refuse_classes, refuse_other_names
+from dskd_fast.data.naming import (
+    ANOMALOUS,
+    FOLDERS,
+    GOOD,
+    meant_folder,
+    plain,
+    refuse_classes,
+    refuse_images,
+    refuse_other_names,
+)
 from dskd_fast.errors import UserError
 
 DATA_ROOT_VARIABLE = "DSKD_FAST_DATA"
@@ -55,6 +63,12 @@ MVTEC_AD_CATEGORIES = (
     "transistor",
     "wood",
     "zipper",
+)
+
+_WHERE_DATA_ARE = (
+    "download MVTec LOCO AD (licence CC BY-NC-SA 4.0) from https://www.mvtec.com/company/research/datasets/mvtec-loco, "
+    f"or take a folder of good images, and point --data-root or ${DATA_ROOT_VARIABLE} to it, or run 'dskd-fast demo', "
+    "which needs no data"
 )
 
 _FORMATS = "png, jpg, bmp, tif or webp"
@@ -140,9 +154,8 @@ def list_categories(data_root: Path) -> list[str]:
     """
     data_root = data_root.expanduser()
     if data_root.is_dir() and not _is_category(data_root):
-        found = [folder.name for folder in list_subfolders(data_root) if _is_category(folder)]
+        found = _categories_in(data_root)
         if found:
-            refuse_classes(data_root, found)
             return found
     _find_root(data_root, None)  # says what is wrong
     loose = list_folder(data_root).images
@@ -167,16 +180,17 @@ def _is_category(folder: Path) -> bool:
     return bool(here.others) and not any(_is_category(sub) for sub in subfolders)
 
 
+def _categories_in(data_root: Path) -> list[str]:
+    found = [folder.name for folder in list_subfolders(data_root) if _is_category(folder)]
+    refuse_classes(data_root, found)
+    return found
+
+
 def _find_root(data_root: Path, category: str | None) -> Path:
     if category is not None and (not category or category in (".", "..") or {"/", "\\"} & set(category)):
         raise UserError(f"a category must be the name of a folder in the data root, not {category!r}")
     if not data_root.exists():
-        raise DataNotFound(
-            f"the data root {data_root} does not exist; download MVTec LOCO AD (licence CC BY-NC-SA 4.0) "
-            "from https://www.mvtec.com/company/research/datasets/mvtec-loco, or take a folder of your own, "
-            f"and point --data-root or ${DATA_ROOT_VARIABLE} to it, or run 'dskd-fast demo', which needs no "
-            "data"
-        )
+        raise DataNotFound(f"the data root {data_root} does not exist; {_WHERE_DATA_ARE}")
     if not data_root.is_dir():
         raise UserError(f"the data root {data_root} is a file; name the folder that holds the categories")
     if category is not None and (data_root / category).is_dir():
@@ -193,15 +207,9 @@ def _find_root(data_root: Path, category: str | None) -> Path:
                 f"and holds no category {category}; leave the category out or name the folder above it"
             )
         return data_root
-    found = [folder.name for folder in list_subfolders(data_root) if _is_category(folder)]
+    found = _categories_in(data_root)
     if not found:
-        raise DataNotFound(
-            f"the data root {data_root} holds neither categories (folders with train/good) nor images; point "
-            f"--data-root or ${DATA_ROOT_VARIABLE} to MVTec LOCO AD "
-            "(https://www.mvtec.com/company/research/datasets/mvtec-loco, licence CC BY-NC-SA 4.0) or to a "
-            "folder of good images, or run 'dskd-fast demo', which needs no data"
-        )
-    refuse_classes(data_root, found)
+        raise DataNotFound(f"the data root {data_root} holds neither categories nor images; {_WHERE_DATA_ARE}")
     listed = ", ".join(found[:30]) + (", ..." if found[30:] else "")
     if category is None:
         raise UserError(f"the data root {data_root} is not itself a category; choose one of: {listed}")
@@ -216,23 +224,10 @@ def _images_of_split(folder: Path, unused: dict[str, list[Path]]) -> list[Path]:
     good = folder / "good"
     loose = list_folder(folder)
     of_good = list_folder(good) if good.is_dir() else Listing(good, [], [])
-    if loose.all and of_good.all:
-        raise UserError(
-            f"{folder} holds images that would not be used, {loose.all[0].name} among them, because {good} has some; "
-            f"move good ones to {good} itself, others elsewhere"
-        )
-    chosen = of_good if of_good.all else loose
-    _refuse_deeper(chosen.folder, (listing for listing in walk(folder) if listing.folder not in (folder, good)))
+    chosen, other = (of_good, loose) if of_good.all else (loose, of_good)
+    deeper = [listing for listing in walk(folder) if listing.folder not in (folder, good)]
+    refuse_images([other, *deeper], f"move good ones to {chosen.folder}, others elsewhere")
     return _readable(chosen, unused)
-
-
-def _refuse_deeper(folder: Path, deeper: Iterable[Listing]) -> None:
-    for listing in deeper:
-        if listing.all:
-            raise UserError(
-                f"{listing.folder} holds images that would not be used; move good ones to {folder} itself, others "
-                "elsewhere"
-            )
 
 
 def _readable(listing: Listing, unused: dict[str, list[Path]]) -> list[Path]:
@@ -262,7 +257,7 @@ def _training_images(root: Path, unused: dict[str, list[Path]]) -> list[Path]:
                 raise
             continue  # not ours to read, as lost+found
         if is_flat:
-            _refuse_deeper(root, listings)
+            refuse_images(listings, f"move good ones to {root}, others elsewhere")
         unused["in folders that have no meaning here"] += all_images(listings)
         unused["drawn by an earlier prediction"] += sorted(drawn)
     if is_flat:

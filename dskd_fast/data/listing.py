@@ -26,12 +26,13 @@ IMAGE_LIKE_SUFFIXES = (
 
 
 class Listing(NamedTuple):
-    """The image files directly in a folder, in natural order.
+    """The image files directly in a folder, in natural order (``2.png`` before ``10.png``); hidden ones are left out.
 
     Attributes:
         folder: where they lie.
-        images: files of formats that are read, see `list_images`.
-        others: image files of formats that are not read, see `is_image_like`.
+        images: files of formats that are read, by their suffix (`IMAGE_SUFFIXES`, any case). A link that leads nowhere
+            is listed, so that reading it fails rather than the image going missing in silence.
+        others: image files of formats that are not read (`IMAGE_LIKE_SUFFIXES`).
     """
 
     folder: Path
@@ -44,15 +45,22 @@ class Listing(NamedTuple):
 
 
 def list_folder(folder: Path) -> Listing:
-    """The image files directly in a folder; hidden ones are left out.
+    """The image files directly in a folder.
 
     Raises:
         UserError: `folder` is not a folder or cannot be read.
     """
-    images = list_images(folder)
-    others = [entry for entry in folder.iterdir() if is_image_like(entry) and not entry.name.startswith(".")]
-    others = [entry for entry in others if not entry.is_dir()]
-    return Listing(folder, images, sorted(others, key=lambda path: natural_key(path.name)))
+    entries = _entries(folder)
+    images, others = (
+        [entry for entry in entries if entry.suffix.lower() in suffixes and not entry.is_dir()]
+        for suffixes in (IMAGE_SUFFIXES, IMAGE_LIKE_SUFFIXES)
+    )
+    return Listing(folder, images, others)
+
+
+def list_subfolders(folder: Path) -> list[Path]:
+    """The folders directly in a folder, in natural order; hidden ones are left out."""
+    return [entry for entry in _entries(folder) if entry.is_dir()]
 
 
 def walk(folder: Path, leave_out: Callable[[Path], bool] = lambda _: False) -> Iterator[Listing]:
@@ -67,7 +75,7 @@ def walk(folder: Path, leave_out: Callable[[Path], bool] = lambda _: False) -> I
     """
 
     def unreadable(error: OSError) -> None:
-        raise UserError(f"cannot list the folder {error.filename}: {error.strerror}") from error
+        raise _unlistable(error) from error
 
     seen: set[Path] = set()
     for name, below, _ in os.walk(folder, onerror=unreadable, followlinks=True):
@@ -91,50 +99,27 @@ def is_prediction_output(folder: Path) -> bool:
         return False
 
 
-def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
-    """A sort key that compares runs of digits by their value, and the whole name where that leaves a tie."""
-    parts = re.split(r"([0-9]+)", name.casefold())
-    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)], name
-
-
-def is_image_like(path: Path) -> bool:
-    """Whether a file is, by its suffix (any case), an image of a format that is not read (`IMAGE_LIKE_SUFFIXES`)."""
-    return Path(path).suffix.lower() in IMAGE_LIKE_SUFFIXES
-
-
-def list_images(folder: Path) -> list[Path]:
-    """The image files directly in ``folder``, in natural order (``2.png`` before ``10.png``).
-
-    A file is an image by its suffix (`IMAGE_SUFFIXES`, any case). Hidden files and folders are left out. A
-    link that leads nowhere is listed, so that reading it fails rather than the image going missing in
-    silence.
-
-    Raises:
-        UserError: ``folder`` is not a folder or cannot be read.
-    """
-    try:
-        entries = list(Path(folder).iterdir())
-    except OSError as error:
-        raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
-    images = [
-        entry
-        for entry in entries
-        if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".") and not entry.is_dir()
-    ]
-    return sorted(images, key=lambda path: natural_key(path.name))
-
-
-def list_subfolders(folder: Path) -> list[Path]:
-    try:
-        folders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
-    return sorted(folders, key=lambda path: natural_key(path.name))
-
-
 def has_images(folder: Path) -> bool:
     return next(all_images(walk(folder)), None) is not None
 
 
 def all_images(listings: Iterable[Listing]) -> Iterator[Path]:
     return (path for listing in listings for path in listing.all)
+
+
+def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
+    """A sort key that compares runs of digits by their value, and the whole name where that leaves a tie."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)], name
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        raise _unlistable(error) from error
+    return sorted(entries, key=lambda path: natural_key(path.name))
+
+
+def _unlistable(error: OSError) -> UserError:
+    return UserError(f"cannot list the folder {error.filename}: {error.strerror}")

@@ -1,10 +1,10 @@
-"""What people call the folders of a data set, and which of their names are refused."""
+"""What people call the folders of a data set, and what is refused because it would not be used as they mean it."""
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from dskd_fast.data.listing import has_images, list_subfolders
+from dskd_fast.data.listing import Listing, has_images, list_subfolders
 from dskd_fast.errors import UserError
 
 # What people call these folders, as `plain` writes it: the name itself comes first.
@@ -23,6 +23,7 @@ ANOMALOUS = (
 
 
 def plain(name: str) -> str:
+    """A name without case and separators: "Good Parts" and "good_parts" are the same."""
     return re.sub(r"[-_. ]", "", name.casefold())
 
 
@@ -42,6 +43,15 @@ def refuse_other_names(parent: Path, names: Mapping[str, Iterable[str]]) -> None
             raise UserError(
                 f"{folder} is not read under this name, though it looks like the folder {meant}; rename it to "
                 f"{parent / meant}, or move its images there"
+            )
+
+
+def refuse_images(listings: Iterable[Listing], advice: str) -> None:
+    """Raise UserError for the first folder that holds images, which would not be used where they lie."""
+    for listing in listings:
+        if listing.all:
+            raise UserError(
+                f"{listing.folder} holds images that would not be used, {listing.all[0].name} among them; {advice}"
             )
 
 

@@ -18,7 +18,7 @@ from dskd_fast.data.images import (
     read_mask,
     resize_square,
 )
-from dskd_fast.data.listing import IMAGE_LIKE_SUFFIXES, IMAGE_SUFFIXES, is_image_like, list_images
+from dskd_fast.data.listing import IMAGE_LIKE_SUFFIXES, IMAGE_SUFFIXES, list_folder
 from dskd_fast.errors import UserError
 
 

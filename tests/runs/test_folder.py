@@ -19,8 +19,8 @@ from dskd_fast import __version__
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
+from dskd_fast.files import load_tensors, save_tensors
 from dskd_fast.runs.folder import begin_run, claimed, load_run, read_config, save_run, write_file, write_json
-from dskd_fast.tensors import load_tensors, save_tensors
 from dskd_fast.training.train import train
 
 
