@@ -36,8 +36,7 @@ ROOMS = {
     "data": "images, layouts, store, augmentation, synthetic images",
     "backends": "one module per backend",
     "device": "where and in which number format the networks run",
-    "tensors": "tensors on disk",
-    "files": "files that appear only when they are complete",
+    "files": "files that appear only when they are complete, tensors among them",
     "errors": "errors that a user can mend",
     "reference": "the textbook formulas that everything is tested against",
 }

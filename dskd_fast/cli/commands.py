@@ -16,16 +16,14 @@ from dskd_fast.cli import doctor as diagnosis
 from dskd_fast.cli.demo import make_data, options_for_demo
 from dskd_fast.cli.display import backends_table, console, counter, print_line, results_table, training_progress
 from dskd_fast.data.augment import Augmentation, for_category
+from dskd_fast.data.category import Category, GroundTruth, unused_sentences
 from dskd_fast.data.images import image_size
 from dskd_fast.data.layout import (
     HOLDOUT,
     MIN_IMAGES_TO_HOLD_OUT,
-    Category,
-    GroundTruth,
     default_data_root,
     list_categories,
     open_category,
-    unused_sentences,
 )
 from dskd_fast.data.listing import PREDICTIONS
 from dskd_fast.detection.detector import Detector

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from dskd_fast.data.exposure import measure_exposure
-from dskd_fast.data.images import IMAGE_SUFFIXES, ImageError, read_image
-from dskd_fast.data.listing import PICTURE_FOLDERS, PREDICTIONS, is_prediction_output, walk
+from dskd_fast.data.images import ImageError, read_image
+from dskd_fast.data.listing import IMAGE_SUFFIXES, PICTURE_FOLDERS, PREDICTIONS, is_prediction_output, walk
 from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.inputs import check_batch_size

@@ -28,16 +28,16 @@ import torchvision
 from filelock import FileLock, Timeout
 
 import dskd_fast
-from dskd_fast.data.layout import Category, open_category
+from dskd_fast.data.category import Category
+from dskd_fast.data.layout import open_category
 from dskd_fast.detection.calibration import Calibration, Exposure, Statistics, Threshold
 from dskd_fast.detection.detector import Detector
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
-from dskd_fast.files import in_shell, is_half_written, unwritable, write_file
+from dskd_fast.files import in_shell, is_half_written, load_tensors, save_tensors, unwritable, write_file
 from dskd_fast.models.dskd import branches_of
 from dskd_fast.runs.history import Epoch
 from dskd_fast.runs.options import ADDED_OPTIONS, TrainingOptions
-from dskd_fast.tensors import load_tensors, save_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"

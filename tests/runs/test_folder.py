@@ -19,6 +19,7 @@ from dskd_fast import __version__
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
+from dskd_fast.files import load_tensors, save_tensors
 from dskd_fast.runs.folder import (
     begin_run,
     claimed,
@@ -29,7 +30,6 @@ from dskd_fast.runs.folder import (
     write_file,
     write_json,
 )
-from dskd_fast.tensors import load_tensors, save_tensors
 from dskd_fast.training.train import train
 
 
