@@ -53,6 +53,7 @@ setup(
     packages=[*find_packages(include=["dskd_fast", "dskd_fast.*"]), "dskd_fast.kernels", *SOURCES],
     package_dir={"dskd_fast.kernels": "kernels", "dskd_fast.csrc": "csrc"},
     package_data={
+        "dskd_fast": ["py.typed"],
         "dskd_fast.kernels": ["README.md"],
         "dskd_fast.paper": ["paper.json"],
         "dskd_fast.evaluation": ["report_page/*"],

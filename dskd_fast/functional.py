@@ -4,13 +4,11 @@ Usable in any PyTorch project: CPU or GPU, under autocast and torch.compile. The
 whole beyond N = 512 on a CPU: rows are visited a slab at a time, of at most 2^18 entries or 64 rows.
 """
 
-import numbers
-
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dskd_fast.choices import TEMPERATURE_RANGE
 from dskd_fast.ops import operators
 from dskd_fast.ops.dispatch import check_backend, resolve_precision
 
@@ -18,7 +16,7 @@ from dskd_fast.ops.dispatch import check_backend, resolve_precision
 def contextual_affinity(
     student: Tensor,
     teacher: Tensor,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     *,
     precision: str | None = None,
     backend: str = "auto",
@@ -30,9 +28,13 @@ def contextual_affinity(
     T^2 KL(p_teacher_i || p_student_i). A vector of zeros has cosine 0 with everything and takes no gradient.
 
     Args:
-        student: (B, C, H, W) or (B, N, C), floating, any strides. Differentiable, once, by reverse-mode autograd.
+        student: (B, C, H, W) or (B, N, C), floating, any strides. Differentiable, once, by reverse-mode autograd,
+            torch.func's grad, vjp and jacrev included, unless they are part of a fullgraph of torch.compile. Its vmap
+            makes one batch of all.
         teacher: same shape and device, any floating dtype. Must not require grad: it is a constant here.
-        temperature: T, from 0.01 to 100.
+        temperature: T, from 0.01 to 100: a number, or a floating tensor () on the CPU or the student's device, which
+            must not require grad. Either may change from call to call, in compiled code, too. A tensor on another
+            device than the CPU is never read back: out of range it makes the map and its gradient NaN.
         precision: type to which the operands of the matrix products are rounded; accumulation is in float32 at least.
             "ieee" (float32; float64 for float64 inputs), "tf32", "bf16" or "fp16". None follows PyTorch: the autocast
             dtype if autocast is on, the dtype of half-precision inputs, else `torch.get_float32_matmul_precision()`.
@@ -48,17 +50,18 @@ def contextual_affinity(
     Raises:
         TypeError: an input is not a dense floating tensor.
         NotImplementedError: forward-mode autograd is asked for.
-        ValueError: shapes, devices, temperature, precision or backend outside of the above, or the teacher requires
-            grad.
-        RuntimeError: the forced backend cannot serve the call.
+        ValueError: shapes, devices, temperature, precision or backend outside of the above, or the teacher or the
+            temperature requires grad.
+        RuntimeError: the forced backend cannot serve the call, or a second derivative is asked for.
     """
     s, t, shape = _as_maps(student, teacher)
-    check_temperature(temperature)
+    temperature = _as_tensor(temperature, student.device)
     check_backend(backend)
-    kl, _ = operators.contextual_affinity(
+    kl, _ = operators.call(
+        operators.contextual_affinity,
         s,
         t,
-        float(temperature),
+        temperature,
         resolve_precision(precision, s, t),
         backend,
         torch.is_grad_enabled() and student.requires_grad,
@@ -81,22 +84,49 @@ def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") 
         TypeError: an input is not a dense floating tensor.
         NotImplementedError: forward-mode autograd is asked for.
         ValueError: shapes, devices or backend outside of the above, or the teacher requires grad.
-        RuntimeError: the forced backend cannot serve the call.
+        RuntimeError: the forced backend cannot serve the call, or a second derivative is asked for.
     """
     s, t, shape = _as_maps(student, teacher)
     check_backend(backend)
-    distance, _ = operators.cosine_distance(s, t, backend, torch.is_grad_enabled() and student.requires_grad)
+    distance, _ = operators.call(
+        operators.cosine_distance, s, t, backend, torch.is_grad_enabled() and student.requires_grad
+    )
     return distance.reshape(shape)
 
 
-def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless `temperature` is a number in `TEMPERATURE_RANGE`."""
-    is_number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
-    if not is_number or not TEMPERATURE_RANGE[0] <= temperature <= TEMPERATURE_RANGE[1]:
-        raise ValueError(
-            f"temperature={temperature!r} is not supported: use a number from {TEMPERATURE_RANGE[0]} to "
-            f"{TEMPERATURE_RANGE[1]:g}"
-        )
+def check_temperature(temperature: float | Tensor) -> None:
+    """Raise ValueError or TypeError unless it is a number from 0.01 to 100 or a tensor that may hold one."""
+    if not isinstance(temperature, Tensor):
+        operators.check_number(temperature)
+        return
+    if temperature.dim() != 0:
+        raise ValueError(f"temperature has shape {tuple(temperature.shape)}: pass a number or a tensor of shape ()")
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature has dtype {temperature.dtype}: pass a number or a floating-point tensor")
+    _refuse_tangent("temperature", temperature)
+    operators.refuse_grad(temperature=temperature)
+
+
+def _as_tensor(temperature: float | Tensor, device: torch.device) -> Tensor:
+    """The temperature, checked, as a tensor () on the CPU or on `device`; on `device` in compiled code."""
+    if torch.compiler.is_compiling() and isinstance(temperature, np.ndarray):
+        temperature = torch.as_tensor(temperature)  # the compiler takes numpy's numbers for arrays
+    check_temperature(temperature)
+    if isinstance(temperature, Tensor):
+        if temperature.device == device:
+            return temperature
+        if temperature.device.type != "cpu":
+            raise ValueError(
+                f"temperature is on {temperature.device} and student on {device}: pass it on that device or on the CPU"
+            )
+    if torch.compiler.is_compiling():
+        # A product is what the compiler can do with a float that changes, and with a tensor on the CPU, without a copy
+        # to the device. `torch.tensor` would make a constant of the float.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return torch.ones((), dtype=dtype, device=device) * temperature
+    if isinstance(temperature, Tensor):
+        return temperature
+    return torch.tensor(temperature, dtype=torch.float64, device="cpu")
 
 
 def _as_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
@@ -108,9 +138,7 @@ def _as_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Si
             raise TypeError(f"{name} has dtype {x.dtype}: pass a floating-point tensor")
         if x.layout != torch.strided:
             raise TypeError(f"{name} has layout {x.layout}: pass a dense tensor, x.to_dense()")
-        # A tangent would pass through the operator as zero; the compiler cannot trace the question.
-        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(f"{name} carries a tangent of forward-mode autograd: use reverse mode (backward)")
+        _refuse_tangent(name, x)
         if x.dim() not in (3, 4):
             raise ValueError(f"{name} has shape {tuple(x.shape)}: pass (B, C, H, W) or (B, N, C)")
         if x.shape[1 if x.dim() == 4 else 2] == 0:
@@ -123,11 +151,14 @@ def _as_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Si
         raise ValueError(
             f"teacher is on {teacher.device} and student on {student.device}: they must be on the same device"
         )
-    if teacher.requires_grad:
-        raise ValueError(
-            "teacher requires grad, but the loss is differentiable in the student alone: "
-            "run the teacher under torch.no_grad() or pass teacher.detach()"
-        )
+    operators.refuse_grad(teacher=teacher)
     if student.dim() == 4:
         return student, teacher, torch.Size((student.shape[0], *student.shape[2:]))
     return student.mT.unsqueeze(-1), teacher.mT.unsqueeze(-1), student.shape[:2]
+
+
+def _refuse_tangent(name: str, x: Tensor) -> None:
+    # It would pass through the operator as zero. The compiler cannot trace the question, and torch.func's transforms
+    # hide the answer, but ask `operators.call`.
+    if not torch.compiler.is_compiling() and not operators.is_transforming():
+        operators.refuse_tangents(**{name: forward_ad.unpack_dual(x).tangent})

@@ -10,23 +10,23 @@ everything relative to the row's own key j = i:
 
 A row's own key, with E = 1, is left out of the tiles and added exactly afterwards.
 
-Each kernel comes in two kinds. NEAR serves the blocks of rows in which no |c| can exceed RADIUS, and needs no
-exponential but the teacher's; the other serves the rest. Both are launched over all blocks and each leaves the other's
-alone: which rows are near is known on the device only, and reading it back would stall the queue.
+Each kernel comes in three kinds. NEAR serves the blocks of rows in which no |c| can exceed RADIUS, and needs no
+exponential but the teacher's; the others serve the rest, WITH_FAR where T is so low that logits may leave float32's
+range. All that may be needed are launched over all blocks and each leaves the others' alone: which rows are near is
+known on the device only, as T may be, and reading it back would stall the queue.
 """
 
 import triton
 import triton.language as tl
 
 from dskd_fast.kernels.arithmetic import LN2, LOG2E, RADIUS, expm1_tail, log1p_tail, to_operand
-from dskd_fast.kernels.prepare import FP16_EXPONENT, FP16_SCALE, NEVER
+from dskd_fast.kernels.prepare import FP16_EXPONENT, FP16_SCALE, IS_FAR, LOGIT_SCALE, NEVER, TEMPERATURE
 
 # The student's logits c + a reach 2/T. Up to FAR their exponentials, and sums of 2^17 of them, are in float32's range;
-# they cannot exceed it unless T < 1/FAR_BELOW. There a second sum is kept, lowered by FAR_SHIFT, in which everything
-# from FAR to 2/T = 289 (T = 0.01) is in range. All in units of log 2.
+# they cannot exceed it unless T < 1/FAR_BELOW (prepare.py). There a second sum is kept, lowered by FAR_SHIFT, in which
+# everything from FAR to 2/T = 289 (T = 0.01) is in range. All in units of log 2.
 FAR = tl.constexpr(95.0)
 FAR_SHIFT = tl.constexpr(190.0)
-FAR_BELOW = tl.constexpr(32)
 
 
 @triton.jit
@@ -74,8 +74,7 @@ def forward_kernel(
     teacher_shift,
     student_shift,
     factor,
-    temperature,
-    logit_scale,  # 1 / (T log 2), less the scale of fp16 operands
+    scalars,  # of prepare_kernel, as for the gradient
     n,
     n_pad,
     C_PAD: tl.constexpr,
@@ -97,9 +96,13 @@ def forward_kernel(
     is_near = (tl.max(tl.load(c_bound + rows), 0) > RADIUS) == 0
     if is_near != NEAR:
         return
+    if not NEAR and (tl.load(scalars + IS_FAR) > 0) != WITH_FAR:
+        return
     keys += b * n_pad * C_PAD
     delta += b * n_pad * C_PAD
     bias += b * n_pad
+    temperature = tl.load(scalars + TEMPERATURE)
+    logit_scale = tl.load(scalars + LOGIT_SCALE)
     row_constant = tl.load(own_logit + rows)
     row_c_shift = tl.load(c_shift + rows)
     row_c_scale = tl.load(c_scale + rows)
@@ -197,7 +200,7 @@ def gradient_kernel(
     teacher_shift,
     student_shift,
     raw,  # (B, N_PAD, C_PAD) float32 out: sum over the other positions j of 2^shift E (expm1(c) - u) k_j
-    logit_scale,
+    scalars,  # of prepare_kernel
     n_pad,
     C_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -219,9 +222,12 @@ def gradient_kernel(
     is_near = (tl.max(tl.load(c_bound + rows), 0) > RADIUS) == 0
     if is_near != NEAR:
         return
+    if not NEAR and (tl.load(scalars + IS_FAR) > 0) != WITH_FAR:
+        return
     keys += b * n_pad * C_PAD
     delta += b * n_pad * C_PAD
     bias += b * n_pad
+    logit_scale = tl.load(scalars + LOGIT_SCALE)
     row_shift = tl.load(teacher_shift + rows)
     row_constant = tl.load(own_logit + rows) - row_shift
     row_c_shift = tl.load(c_shift + rows)

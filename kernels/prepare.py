@@ -6,10 +6,12 @@ difference of two nearly equal unit vectors keeps its digits. Operands are (B, N
 padding, so that the kernels over pairs need no mask.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
-from dskd_fast.kernels.arithmetic import LOG2E, RADIUS, expm1_tail, to_operand
+from dskd_fast.kernels.arithmetic import LN2, LOG2E, RADIUS, expm1_tail, to_operand
 
 # Positions and channels of a block; channels of one of the centre's, whose positions are GROUP.
 BLOCK_P = 32
@@ -29,8 +31,20 @@ GROUPS = tl.constexpr(16)
 FP16_SCALE = tl.constexpr(16384.0)
 FP16_EXPONENT = tl.constexpr(14)
 
+# Temperatures outside of these give NaN. A float32's rounding of the ends, 0.01 and 100, is inside.
+LOWEST = tl.constexpr(0.00999999)
+HIGHEST = tl.constexpr(100.0001)
+NAN = tl.constexpr(math.nan)
 # Below this temperature c is taken relative to its value for the row's own key, else relative to 0 (README.md).
-OWN_SHIFT_BELOW = 0.15
+OWN_SHIFT_BELOW = tl.constexpr(0.15)
+# Below 1/FAR_BELOW a row's logits may leave float32's range (affinity.py).
+FAR_BELOW = tl.constexpr(32)
+
+# What the kernels over pairs read of the temperature, and how much of it there is: places in float32 scratch memory.
+TEMPERATURE = tl.constexpr(0)
+LOGIT_SCALE = tl.constexpr(1)  # 1 / (T log 2), less the scale of fp16 operands
+IS_FAR = tl.constexpr(2)  # 1 where T < 1/FAR_BELOW, else 0
+SCALARS = 3
 
 # Stands for minus infinity in logits: its exp2 is 0, and 0 times it is 0 rather than NaN.
 NEVER = tl.constexpr(-1e4)
@@ -135,7 +149,11 @@ def prepare_kernel(
     c_bound,  # (B, N_PAD) float32 out: no |c| is larger
     c_own,  # (B, N_PAD) float32 out: c of the row's own key
     inverse_norm,  # (B, N_PAD) float64 out: 1/|student_i|
+    scalars,  # (SCALARS,) float32 out
+    temperature,  # T, and what the host makes of it; IN_MEMORY a pointer to it, float64, and the others are not used
     inverse_temperature,
+    logit_scale,
+    is_far,
     n,
     n_pad,
     n_channels,
@@ -152,8 +170,25 @@ def prepare_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
+    IN_MEMORY: tl.constexpr,
     OWN_SHIFT: tl.constexpr,
 ):
+    own_shift = OWN_SHIFT
+    if IN_MEMORY:
+        wide = tl.load(temperature)
+        wide = tl.where((wide >= LOWEST) & (wide <= HIGHEST), wide, NAN)
+        operand_scale: tl.constexpr = FP16_SCALE if PRECISION == "fp16" else 1.0
+        temperature = wide.to(tl.float32)
+        inverse_temperature = (1 / wide).to(tl.float32)
+        # The constants in full: they would be float32.
+        ln2, own_shift_below = tl.full((), LN2, tl.float64), tl.full((), OWN_SHIFT_BELOW, tl.float64)
+        logit_scale = (1 / (wide * ln2 * (operand_scale * operand_scale))).to(tl.float32)
+        is_far = tl.where(wide * FAR_BELOW < 1, 1.0, 0.0)
+        own_shift = wide < own_shift_below
+    if tl.program_id(0) == 0:
+        tl.store(scalars + TEMPERATURE, temperature)
+        tl.store(scalars + LOGIT_SCALE, logit_scale)
+        tl.store(scalars + IS_FAR, is_far)
     blocks = n_pad // BLOCK_P
     b = (tl.program_id(0) // blocks).to(tl.int64)
     positions = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -201,8 +236,8 @@ def prepare_kernel(
     tl.store(bias + rows, tl.where(is_position, (mk * inverse_temperature * LOG2E).to(tl.float32), NEVER))
     tl.store(own_logit + rows, tl.where(is_position, ((kk + mk) * inverse_temperature * LOG2E).to(tl.float32), -NEVER))
     own = (dk * inverse_temperature).to(tl.float32)
-    tl.store(c_shift + rows, own if OWN_SHIFT else own * 0)
-    tl.store(c_own + rows, own * 0 if OWN_SHIFT else own)
+    tl.store(c_shift + rows, tl.where(own_shift, own, own * 0))
+    tl.store(c_own + rows, tl.where(own_shift, own * 0, own))
     tl.store(c_scale + rows, inverse_temperature / (scale * key_scale))
     tl.store(c_bound + rows, (tl.sqrt(dd) * 2).to(tl.float32) * inverse_temperature)
     tl.store(inverse_norm + rows, s_inverse)

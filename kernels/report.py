@@ -76,7 +76,11 @@ MACHINES = {
 
 
 class Case(NamedTuple):
-    """One kernel as it would be launched: `kind` is "near", "other" or "far" (see `dskd_fast.kernels.affinity`)."""
+    """One kernel as it would be launched.
+
+    `kind` is "near", "other" or "far" (see `dskd_fast.kernels.affinity`) of the kernels over pairs, and "memory" of the
+    prepare kernel where the temperature is in the device's memory.
+    """
 
     architecture: str
     precision: str
@@ -98,8 +102,8 @@ def cases(architectures: Iterable[str], precisions: Iterable[str]) -> Iterator[C
                     for kind in ("near", "other", "far"):
                         yield Case(architecture, precision, width, kernel, kind)
             # Likewise for the kernels over positions, of any width.
-            for kernel in ("prepare", "project"):
-                yield Case(architecture, precision, 256, kernel, "")
+            for kernel, kind in (("prepare", ""), ("prepare", "memory"), ("project", "")):
+                yield Case(architecture, precision, 256, kernel, kind)
         for kernel in ("centre", "cosine"):
             yield Case(architecture, "ieee", 256, kernel, "")
 
@@ -144,6 +148,7 @@ _KERNELS = {
 def _source(case: Case, config: configs.Config) -> tuple[ASTSource, dict[str, int], configs.Blocks | None]:
     """The source of a case with the types of its arguments, as a launch on float32 images (B, C, H, W) has them."""
     constants: dict[str, Any] = {"C_PAD": case.width, "PRECISION": case.precision, "WITH_GRADIENT": True}
+    constants |= {"IN_MEMORY": case.kind == "memory", "OWN_SHIFT": True}
     blocks = None
     if case.kernel in ("forward", "gradient"):
         blocks = config.forward if case.kernel == "forward" else config.gradient
@@ -163,7 +168,9 @@ def _source(case: Case, config: configs.Config) -> tuple[ASTSource, dict[str, in
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             kind = "constexpr"
-        elif name in ("temperature", "inverse_temperature", "logit_scale"):
+        elif name == "temperature" and case.kind == "memory":
+            kind = "*fp64"
+        elif name in ("temperature", "inverse_temperature", "logit_scale", "is_far"):
             kind = "fp32"
         elif name in ("n", "n_pad", "n_channels", "width") or "stride" in name:
             kind = "i32"

@@ -1,6 +1,10 @@
-"""Data flows one way; nothing imports from above itself, and importing the package is cheap."""
+"""The rooms and their order: nothing imports from above itself, and importing the package is cheap.
+
+`python tests/test_architecture.py` prints the order.
+"""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,27 +16,34 @@ import dskd_fast.kernels
 
 PACKAGE = Path(dskd_fast.__file__).parent
 KERNELS = Path(dskd_fast.kernels.__file__).parent  # a folder of its own in the repository
+CSRC = KERNELS.parent / "csrc"
 
-# What each part may import, itself apart. Everything may import errors.
-ALLOWED = {
-    "errors": set(),
-    "files": set(),
-    "reference": set(),
-    "kernels": set(),
-    "csrc": set(),
-    "backends": {"kernels"},
-    "ops": {"backends"},
-    "functional": {"ops"},
-    "losses": {"functional"},
-    "models": {"functional", "losses"},
-    "data": set(),
-    "metrics": {"files", "data"},
-    "workflow": {"files", "data", "metrics", "models", "losses", "functional", "ops", "backends", "package"},
-    "cli": {"files", "workflow", "data", "metrics", "models", "losses", "functional", "package"},
-    "api": {"models", "workflow"},
-    "package": {"functional", "losses", "api"},
-    "__main__": {"cli"},
+# Each room may import from those below it. The two below the line stand apart: they import nothing of the package.
+ROOMS = {
+    "__main__": "python -m dskd_fast",
+    "cli": "arguments, progress, printing; demo and doctor",
+    "paper": "the paper's tables and figures, beside its published numbers",
+    "evaluation": "test images -> figures and the HTML page",
+    "training": "good images -> a run: the loop, one step, checkpoints, several processes",
+    "runs": "the run folder: options, files, history",
+    "detection": "a trained detector: calibration, the decision rule, predict, export",
+    "models": "teacher, bottlenecks, students, DSKD",
+    "losses": "the loss modules",
+    "functional": "the loss maps as functions",
+    "metrics": "AUROC, sPRO, map files",
+    "ops": "the registered operators, dispatch, the portable form",
+    "data": "images, layouts, store, augmentation, synthetic images",
+    "backends": "one module per backend",
+    "device": "where and in which number format the networks run",
+    "files": "files that appear only when they are complete, tensors among them",
+    "errors": "errors that a user can mend",
+    "choices": "names, ranges and defaults of options, without torch",
+    "reference": "the textbook formulas that everything is tested against",
 }
+APART = {"kernels": "Triton kernels, loaded by backends", "csrc": "C++ and CUDA C++, built and loaded by backends"}
+# `dskd_fast` itself names what it offers and imports it when it is asked for; only what stands on it may import it.
+SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
+OFFERED = {"functional", "losses", "models", "runs"}
 
 
 def part_of(module):
@@ -56,8 +67,7 @@ def imports_of(source, module, is_package):
                 base = ".".join([*parents, *([base] if base else [])])
             # "from dskd_fast import functional" imports a module, "from dskd_fast import DSKD" a name.
             names = [
-                f"{base}.{alias.name}" if base == "dskd_fast" and alias.name in ALLOWED else base
-                for alias in node.names
+                f"{base}.{alias.name}" if base == "dskd_fast" and alias.name in ROOMS else base for alias in node.names
             ]
         else:
             continue
@@ -73,9 +83,22 @@ def modules():
             yield file, ".".join(names[:-1] if is_package else names), is_package
 
 
-def test_every_part_is_known():
-    assert {part_of(module) for _, module, _ in modules()} <= ALLOWED.keys()
-    assert len(list(modules())) > 20
+def allowed(own):
+    """The rooms that a room may import."""
+    if own == "package":
+        return OFFERED
+    if own in APART:
+        return {own}
+    order = list(ROOMS)
+    below = set(order[order.index(own) :])
+    # The version, and DSKD.load.
+    below |= {"package"} if order.index(own) <= order.index("models") else set()
+    return below | ({"kernels"} if own == "backends" else set())
+
+
+def test_every_room_is_known_and_every_known_room_is_there():
+    assert {part_of(module) for _, module, _ in modules()} == {*ROOMS, "kernels", "package"}
+    assert all((CSRC / name).is_dir() for name in ("common", "cpu", "cuda"))
 
 
 @pytest.mark.parametrize(("file", "module", "is_package"), [pytest.param(*m, id=m[1]) for m in modules()])
@@ -84,20 +107,25 @@ def test_nothing_imports_from_above(file, module, is_package):
     wrong = [
         f"{file}:{line} imports {part}"
         for part, line in imports_of(file.read_text(encoding="utf-8"), module, is_package)
-        if part not in {own, "errors"} | ALLOWED[own]
+        if part not in allowed(own)
     ]
     assert wrong == []
 
 
-def test_the_order_has_no_circle():
-    """`package` apart, whose lazy import of the models is what the workflow's and command line's go through."""
-    done = {"package"}
-    rest = {part: parts - done for part, parts in ALLOWED.items() if part != "package"}
-    while rest:
-        free = {part for part, parts in rest.items() if parts <= done}
-        assert free, rest
-        done |= free
-        rest = {part: parts for part, parts in rest.items() if part not in free}
+def test_the_native_sources_include_nothing_but_each_other():
+    """csrc/cpu and csrc/cuda share csrc/common and know nothing of one another."""
+    for folder in ("common", "cpu", "cuda"):
+        for file in sorted((CSRC / folder).iterdir()):
+            included = re.findall(r'^#include "(.+)"', file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            places = {(file.parent / name).resolve().parent.name for name in included}
+            assert places <= {folder, "common"}, file
+
+
+def test_no_file_is_longer_than_a_person_reads():
+    sources = [path for folder in (PACKAGE, KERNELS, CSRC) for path in folder.rglob("*.*") if path.suffix in SUFFIXES]
+    assert len(sources) > 60
+    lines = {path.name: path.read_text(encoding="utf-8").count("\n") for path in sources}
+    assert {name: n for name, n in lines.items() if n > 400 and name != "affinity.cu"} == {}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +149,7 @@ def run_python(code):
 
 def test_importing_is_cheap_and_touches_no_gpu():
     """Neither timm, which takes seconds, nor a compiler, nor a GPU: a process may only want a loss, or fork."""
+    assert "torch" not in run_python("import sys, dskd_fast; print(*sys.modules)")
     heavy = ("timm", "torchvision", "triton", "torch._inductor", "torch._dynamo", "sklearn", "scipy", "rich")
     already = run_python("import sys, torch; print(*sys.modules)")
     found = run_python(
@@ -131,9 +160,11 @@ def test_importing_is_cheap_and_touches_no_gpu():
     assert [name for name in heavy if name in found and name not in already] == []
 
 
-def test_the_model_is_imported_when_asked_for():
-    assert dskd_fast.DSKD.__module__ == "dskd_fast.api"
-    assert "DSKD" in dskd_fast.__all__
+def test_what_the_package_offers_is_imported_when_asked_for():
+    assert {*dskd_fast.__all__} <= {*dir(dskd_fast)}
+    assert all(getattr(dskd_fast, name) is not None for name in dskd_fast.__all__)
+    assert dskd_fast.DSKD is dskd_fast.models.DSKD
+    assert dskd_fast.load is dskd_fast.runs.folder.load
     with pytest.raises(AttributeError, match="no attribute 'NONE'"):
         _ = dskd_fast.NONE
 
@@ -149,3 +180,11 @@ def test_the_kernels_are_no_package_of_their_own():
         "print(importlib.util.find_spec('kernels'), importlib.util.find_spec('dskd_fast.kernels') is not None)"
     )
     assert found == ["None", "True"]
+
+
+if __name__ == "__main__":
+    for room, content in ROOMS.items():
+        print(f"{room:12} {content}")
+    print("-" * 12)
+    for room, content in APART.items():
+        print(f"{room:12} {content}")

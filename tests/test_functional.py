@@ -335,13 +335,50 @@ def test_unsuitable_tensors(function, student, teacher, error, message):
 
 @pytest.mark.parametrize(
     "temperature",
-    [0, -1, 0.00999, 100.001, math.nan, math.inf, -math.inf, "1", None, True, 1j, torch.tensor(1.0)],
+    [0, -1, 0.00999, 100.001, math.nan, math.inf, -math.inf, "1", None, True, 1j],
 )
 def test_unsuitable_temperatures(temperature):
     x = random(1, 4, 3)
-    with pytest.raises(ValueError, match=r"temperature=.* use a number from 0.01 to 100") as raised:
+    # On a CPU the value of a tensor is known, too.
+    tensors = [torch.tensor(float(temperature)).double()] if type(temperature) in (int, float) else []
+    for given in (temperature, *tensors):
+        with pytest.raises(ValueError, match=r"temperature=.* use a number from 0.01 to 100") as raised:
+            contextual_affinity(x, x, given)
+        assert repr(given.item() if isinstance(given, torch.Tensor) else given) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "error", "message"),
+    [
+        (torch.tensor([1.0]), ValueError, r"temperature has shape \(1,\): pass a number or a tensor of shape \(\)"),
+        (torch.tensor(1), TypeError, "temperature has dtype torch.int64: pass a number or a floating-point tensor"),
+        (
+            torch.tensor(1.0, device="meta"),
+            ValueError,
+            "temperature is on meta and student on cpu: pass it on that dev",
+        ),
+        (torch.tensor(1.0, requires_grad=True), ValueError, r"temperature requires grad.*pass temperature\.detach\(\)"),
+    ],
+)
+def test_unsuitable_tensors_of_a_temperature(temperature, error, message):
+    x = random(1, 4, 3)
+    with pytest.raises(error, match=message):
         contextual_affinity(x, x, temperature)
-    assert repr(temperature) in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_temperature_may_be_a_tensor(dtype):
+    """The ends of the range as the type has them included, the lower one of which float32 has a little below."""
+    student, teacher = random(2, 7, 3, seed=1).requires_grad_(), random(2, 7, 3, seed=2)
+    for value in (0.01, 0.3, 100):
+        temperature = torch.tensor(value, dtype=dtype)
+        results = []
+        for given in (temperature, temperature.item()):
+            kl = contextual_affinity(student, teacher, given)
+            results.append((kl, *torch.autograd.grad(kl.sum(), student)))
+        for found, expected in zip(*results, strict=True):
+            assert torch.equal(found, expected)
+        assert torch.equal(temperature, torch.tensor(value, dtype=dtype))
 
 
 @pytest.mark.parametrize("temperature", [0.01, 100, 1, np.float64(0.5)])

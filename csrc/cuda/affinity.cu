@@ -237,28 +237,28 @@ DSKD_DEVICE void finish_row(const Affinity& call, int64_t image, int row, const 
   }
   // Rounding may bring v below log1p_tail(u). T^2 as one factor would underflow with the smallest T.
   divergence = divergence < 0 ? 0 : divergence;
+  const double temperature = temperature_of(call);
   if (row < call.shape.positions)
-    call.kl[image * call.shape.positions + row] = static_cast<float>(divergence * call.temperature * call.temperature);
+    call.kl[image * call.shape.positions + row] = static_cast<float>(divergence * temperature * temperature);
   if (call.gradient.data == nullptr) return;
   call.u[place] = static_cast<float>(u);
   call.teacher_shift[place] = teacher_exponent;
   call.student_shift[place] = student_exponent;
   call.student_rest[place] = student_rest;
-  call.factor[place] =
-      static_cast<float>(share * call.temperature / (kProduct == Product::float16 ? kHalfScale : 1.0f));
+  call.factor[place] = static_cast<float>(share * temperature / (kProduct == Product::float16 ? kHalfScale : 1.0f));
 }
 
 template <Product kProduct>
 DSKD_DEVICE float logit_scale_of(const Affinity& call) {
   const double scale = kProduct == Product::float16 ? static_cast<double>(kHalfScale) * kHalfScale : 1.0;
-  return static_cast<float>(kLog2E / (call.temperature * scale));
+  return static_cast<float>(kLog2E / (temperature_of(call) * scale));
 }
 
 // Whether a block of rows is of the launch's kind; a block of NaN alone is near, where all others must be.
-DSKD_DEVICE bool is_served(const Affinity& call, int64_t image, int start_i, bool near) {
+DSKD_DEVICE bool is_served(const Affinity& call, int64_t image, int start_i, bool near, bool far_rows) {
   const int row = start_i + static_cast<int>(threadIdx.x) % kTile;
   const bool has_other = __syncthreads_or(call.c_bound[image * call.n_pad + row] > kRadius);
-  return has_other != near;
+  return has_other ? !near && (temperature_of(call) * kFarBelow < 1) == far_rows : near;
 }
 
 template <Product kProduct>
@@ -288,15 +288,16 @@ __global__ void __launch_bounds__(kThreads, kProduct == Product::plain || kFarRo
     const int blocks = static_cast<int>(call.n_pad / kTile);
     const int64_t image = blockIdx.x / blocks;
     const int start_i = static_cast<int>(blockIdx.x % blocks) * kTile;
-    if (!is_served(call, image, start_i, kNear)) return;
+    if (!is_served(call, image, start_i, kNear, kFarRows)) return;
     const Lane lane;
     const RowPair rows(call, image, start_i, lane);
     auto pieces = pieces_of<kProduct>(call, image, start_i, 0, 0, shared);
     const float* bias = call.bias + image * call.n_pad;
+    const float logit_scale = logit_scale_of<kProduct>(call);
     Sums sums[2];
     for (int tile = 0; tile < pieces.tiles; tile++) {
       float a[4][4], c[4][4];
-      logits(pieces, rows, bias, tile * kTile, logit_scale_of<kProduct>(call), lane, a, c);
+      logits(pieces, rows, bias, tile * kTile, logit_scale, lane, a, c);
       // A tile's sums by themselves: long sums lose digits.
       Sums part[2];
 #pragma unroll
@@ -400,7 +401,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_kernel(const Affinity ca
     const int blocks = static_cast<int>(call.n_pad / kTile);
     const int64_t image = blockIdx.x / blocks;
     const int start_i = static_cast<int>(blockIdx.x % blocks) * kTile, first = static_cast<int>(blockIdx.y) * kChannels;
-    if (!is_served(call, image, start_i, kNear)) return;
+    if (!is_served(call, image, start_i, kNear, kFarRows)) return;
     const Lane lane;
     const RowPair rows(call, image, start_i, lane);
     float u[2], teacher_shift[2], student_shift[2], student_rest[2];
@@ -416,6 +417,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_kernel(const Affinity ca
         static_cast<int>(call.c_pad) - first < kChannels ? static_cast<int>(call.c_pad) - first : kChannels;
     auto pieces = pieces_of<kProduct>(call, image, start_i, channels / kChannelsOf, first, shared);
     const float* bias = call.bias + image * call.n_pad;
+    const float logit_scale = logit_scale_of<kProduct>(call);
     float sum[kMost][kColumns][4];
 #pragma unroll
     for (int p = 0; p < kMost; p++)
@@ -425,7 +427,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_kernel(const Affinity ca
         for (int k = 0; k < 4; k++) sum[p][n][k] = 0;
     for (int tile = 0; tile < pieces.tiles; tile++) {
       float a[4][4], c[4][4];
-      logits(pieces, rows, bias, tile * kTile, logit_scale_of<kProduct>(call), lane, a, c);
+      logits(pieces, rows, bias, tile * kTile, logit_scale, lane, a, c);
 #pragma unroll
       for (int n = 0; n < 4; n++) {
 #pragma unroll
@@ -486,10 +488,13 @@ const char* launch_both(const Affinity& call, int capability, void* stream) {
 template <Product kProduct>
 const char* launch_kinds(const Affinity& call, int capability, void* stream) {
   const char* failed = launch_both<kProduct, true, false>(call, capability, stream);
+  const bool is_known = call.temperature_at == nullptr, is_far = call.temperature * kFarBelow < 1;
   // Rows are near, at the latest, where even opposite vectors are: |s - t| |t_j - t_i| / T <= 4/T.
-  if (failed != nullptr || call.temperature >= 4 / static_cast<double>(kRadius)) return failed;
-  if (call.temperature * kFarBelow < 1) return launch_both<kProduct, false, true>(call, capability, stream);
-  return launch_both<kProduct, false, false>(call, capability, stream);
+  if (failed != nullptr || (is_known && call.temperature >= 4 / static_cast<double>(kRadius))) return failed;
+  if (is_known && is_far) return launch_both<kProduct, false, true>(call, capability, stream);
+  failed = launch_both<kProduct, false, false>(call, capability, stream);
+  if (failed != nullptr || is_known) return failed;
+  return launch_both<kProduct, false, true>(call, capability, stream);
 }
 
 }  // namespace

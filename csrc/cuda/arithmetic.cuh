@@ -15,6 +15,14 @@ namespace dskd {
 constexpr float kHalfScale = 16384.0f;
 constexpr float kHalfExponent = 14.0f;
 
+// NaN where it is in the device's memory and out of range: the host, which does not know it, cannot refuse it. A
+// float32's rounding of the ends, 0.01 and 100, is inside.
+DSKD_DEVICE double temperature_of(const Affinity& call) {
+  if (call.temperature_at == nullptr) return call.temperature;
+  const double temperature = *call.temperature_at;
+  return temperature >= 0.00999999 && temperature <= 100.0001 ? temperature : float_of(0x7FC00000);
+}
+
 // To nearest, ties to even; below fp16's normal numbers, too. What is too large becomes infinite.
 DSKD_DEVICE uint16_t to_float16(float x) {
   const uint32_t b = bits_of(x), sign = (b >> 16) & 0x8000, size = b & 0x7FFFFFFF;

@@ -24,7 +24,8 @@ struct Affinity {
   Shape shape;
   Maps student, teacher;
   int64_t n_pad, c_pad;
-  double temperature;
+  double temperature;            // used where temperature_at is null
+  const double* temperature_at;  // in the device's memory, where the host does not know it
   Product product;
   int dropped_bits;  // of the fraction of plain operands
   float* kl;         // (B, N)

@@ -38,14 +38,21 @@ void check(const char* failed) {
   STD_TORCH_CHECK(failed == nullptr, "the kernel \"", failed == nullptr ? "" : failed, "\" could not be launched");
 }
 
-// `capability`: of the tensors' device, 80 for 8.0.
-void contextual_affinity(Tensor student, Tensor teacher, double temperature, std::string precision, int64_t capability,
-                         Tensor kl, std::optional<Tensor> gradient) {
+// `temperature_at`: in place of `temperature`, one in the device's memory. `capability`: of the tensors' device, 80 for
+// 8.0.
+void contextual_affinity(Tensor student, Tensor teacher, double temperature, std::optional<Tensor> temperature_at,
+                         std::string precision, int64_t capability, Tensor kl, std::optional<Tensor> gradient) {
   Affinity call{};
   call.shape = shape_of(student, teacher);
   call.student = maps_of(student);
   call.teacher = maps_of(teacher);
   call.temperature = temperature;
+  if (temperature_at.has_value()) {
+    STD_TORCH_CHECK(temperature_at->is_cuda() && temperature_at->get_device_index() == student.get_device_index() &&
+                        temperature_at->scalar_type() == ScalarType::Double && temperature_at->numel() == 1,
+                    "the temperature must be one float64 on the tensors' device");
+    call.temperature_at = static_cast<const double*>(temperature_at->data_ptr());
+  }
   call.kl = static_cast<float*>(kl.data_ptr());
   call.gradient = maps_of(gradient);
   if (call.shape.batch == 0 || call.shape.positions == 0) return;
@@ -76,8 +83,8 @@ void cosine_distance(Tensor student, Tensor teacher, Tensor distance, std::optio
 
 STABLE_TORCH_LIBRARY(dskd_fast_cuda, m) {
   m.def(
-      "contextual_affinity(Tensor student, Tensor teacher, float temperature, str precision, int capability, "
-      "Tensor(a!) kl, Tensor(b!)? gradient) -> ()");
+      "contextual_affinity(Tensor student, Tensor teacher, float temperature, Tensor? temperature_at, str precision, "
+      "int capability, Tensor(a!) kl, Tensor(b!)? gradient) -> ()");
   m.def("cosine_distance(Tensor student, Tensor teacher, Tensor(a!) distance, Tensor(b!)? gradient) -> ()");
 }
 

@@ -90,14 +90,15 @@ __global__ void __launch_bounds__(kPositionThreads, 4) prepare_kernel(const Affi
   dd = sum_of_lanes(dd, shared);
   if (lane != 0) return;
   const int64_t row = image * call.n_pad + position;
-  const float own = static_cast<float>(dk / call.temperature);
-  const bool is_shifted = call.temperature < kOwnShiftBelow;
-  call.bias[row] = is_position ? static_cast<float>(mk / call.temperature * kLog2E) : kNever;
-  call.own_logit[row] = is_position ? static_cast<float>(tk / call.temperature * kLog2E) : -kNever;
+  const double temperature = temperature_of(call);
+  const float own = static_cast<float>(dk / temperature);
+  const bool is_shifted = temperature < kOwnShiftBelow;
+  call.bias[row] = is_position ? static_cast<float>(mk / temperature * kLog2E) : kNever;
+  call.own_logit[row] = is_position ? static_cast<float>(tk / temperature * kLog2E) : -kNever;
   call.c_shift[row] = is_shifted ? own : own * 0;
   call.c_own[row] = is_shifted ? own * 0 : own;
-  call.c_scale[row] = static_cast<float>(1 / call.temperature) / (scale * key_scale);
-  call.c_bound[row] = static_cast<float>(2 * sqrt(dd) / call.temperature);
+  call.c_scale[row] = static_cast<float>(1 / temperature) / (scale * key_scale);
+  call.c_bound[row] = static_cast<float>(2 * sqrt(dd) / temperature);
   call.inverse_norm[row] = s_inverse;
 }
 

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# A float32's rounding of the ends of `choices.TEMPERATURE_RANGE` is in range, too: it has no 0.01.
+TEMPERATURE_LIMITS = (0.00999999, 100.0001)
+
 
 def accumulation_dtype(student: Tensor, teacher: Tensor, precision: str) -> torch.dtype:
     """float64 where an input is float64 and nothing is to be rounded below it, else float32."""

@@ -45,13 +45,14 @@ def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | No
 
 
 def contextual_affinity(
-    student: Tensor, teacher: Tensor, temperature: float, precision: str, with_gradient: bool
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, precision: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """KL map and, if wanted, its gradient; see `dskd_fast.backends`."""
     major, minor = torch.cuda.get_device_capability(student.device)
     kl, gradient = outputs(student, torch.float32, with_gradient)
+    value, in_memory = (0.0, temperature.double()) if isinstance(temperature, Tensor) else (temperature, None)
     torch.ops.dskd_fast_cuda.contextual_affinity(
-        student, teacher, temperature, precision, 10 * major + minor, kl, gradient
+        student, teacher, value, in_memory, precision, 10 * major + minor, kl, gradient
     )
     return kl, gradient
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dskd_fast.backends.common import accumulation_dtype
+from dskd_fast.backends.common import TEMPERATURE_LIMITS, accumulation_dtype
 
 # On a CPU a slab's working set should stay in the second-level cache; on a GPU it should fill the device.
 _SLAB_ELEMENTS = {"cpu": 1 << 18}
@@ -44,12 +44,16 @@ def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> None:
 
 
 def contextual_affinity(
-    student: Tensor, teacher: Tensor, temperature: float, precision: str, with_gradient: bool
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, precision: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """KL map and, if wanted, its gradient; see `dskd_fast.backends`.
 
     Accumulation is in float32, or in float64 for "ieee" with a float64 input.
     """
+    if isinstance(temperature, Tensor):
+        lowest, highest = TEMPERATURE_LIMITS
+        temperature = temperature.to(_widest_dtype(temperature.device))
+        temperature = temperature.where((temperature >= lowest) & (temperature <= highest), math.nan)
     kl, gradient = _contextual_affinity(
         student.flatten(2).mT, teacher.flatten(2).mT, temperature, precision, with_gradient
     )
@@ -79,7 +83,7 @@ def _as_maps(values: Tensor, gradient: Tensor | None, student: Tensor) -> tuple[
 
 
 def _contextual_affinity(
-    student: Tensor, teacher: Tensor, temperature: float, precision: str, with_gradient: bool
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, precision: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The same on rows: (B, N, C) twice -> (B, N) and (B, N, C) or None."""
     batch, n, _ = student.shape
@@ -148,10 +152,14 @@ def directions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # Apple's GPUs have no float64
+    x = x.to(_widest_dtype(x.device))
     norm = torch.linalg.vector_norm(x, dim=-1)
     inverse_norm = torch.where(norm > 0, 1 / norm, 0.0)
     return x * inverse_norm.unsqueeze(-1), inverse_norm
+
+
+def _widest_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
 def _rows(a: Tensor, d: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:

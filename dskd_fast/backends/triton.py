@@ -45,7 +45,7 @@ def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | No
 
 
 def contextual_affinity(
-    student: Tensor, teacher: Tensor, temperature: float, precision: str, with_gradient: bool
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, precision: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """KL map and, if wanted, its gradient; see `dskd_fast.backends`."""
     batch, channels, height, width = student.shape
@@ -71,10 +71,19 @@ def contextual_affinity(
 
     per_position = {"C_PAD": c_pad, "BLOCK_P": prepare.BLOCK_P, "BLOCK_C": prepare.BLOCK_C, **prepare.EXACT}
     position_grid = (batch * (n_pad // prepare.BLOCK_P),)
-    logit_scale = 1 / (temperature * math.log(2) * operand_scale**2)
-    # Rows are near, at the latest, where even opposite vectors are: |s - t| |t_j - t_i| / T <= 4/T.
-    kinds = (True,) if temperature >= 4 / affinity.RADIUS.value else (True, False)
-    variant = {"PRECISION": precision, "C_PAD": c_pad, "WITH_FAR": temperature * affinity.FAR_BELOW.value < 1}
+    scalars = torch.empty(prepare.SCALARS, dtype=torch.float32, device=device)
+    near, other, far = ({"NEAR": kind == "near", "WITH_FAR": kind == "far"} for kind in ("near", "other", "far"))
+    in_memory = isinstance(temperature, Tensor)
+    if in_memory:  # in the device's memory: kernels of all kinds look there what they have to do
+        of_temperature, own_shift, kinds = (temperature.double(), 0.0, 0.0, 0.0), False, (near, other, far)
+    else:
+        is_far = temperature * prepare.FAR_BELOW.value < 1
+        logit_scale = 1 / (temperature * math.log(2) * operand_scale**2)
+        of_temperature = (temperature, 1 / temperature, logit_scale, float(is_far))
+        own_shift = temperature < prepare.OWN_SHIFT_BELOW.value
+        # Rows are near, at the latest, where even opposite vectors are: |s - t| |t_j - t_i| / T <= 4/T.
+        kinds = (near,) if temperature >= 4 / affinity.RADIUS.value else (near, far if is_far else other)
+    variant = {"PRECISION": precision, "C_PAD": c_pad}
 
     with _on(device):
         prepare.centre_kernel[batch, prepare.GROUPS.value](
@@ -89,21 +98,21 @@ def contextual_affinity(
             **prepare.EXACT,
         )
         prepare.prepare_kernel[position_grid](
-            student, teacher, mean, keys, delta, *operand_stats, c_own, inverse_norm,
-            1 / temperature, n, n_pad, channels, width, *student.stride(), *teacher.stride(),
-            PRECISION=precision, OWN_SHIFT=temperature < prepare.OWN_SHIFT_BELOW, **per_position,
+            student, teacher, mean, keys, delta, *operand_stats, c_own, inverse_norm, scalars, *of_temperature,
+            n, n_pad, channels, width, *student.stride(), *teacher.stride(),
+            PRECISION=precision, IN_MEMORY=in_memory, OWN_SHIFT=own_shift, **per_position,
         )  # fmt: skip
-        for near in kinds:
+        for kind in kinds:
             affinity.forward_kernel[(batch * (n_pad // config.forward.m),)](
-                keys, delta, *operand_stats, c_own, kl, *row_stats, temperature, logit_scale, n, n_pad,
-                NEAR=near, WITH_GRADIENT=with_gradient, **variant, **config.forward.launch(),
+                keys, delta, *operand_stats, c_own, kl, *row_stats, scalars, n, n_pad,
+                WITH_GRADIENT=with_gradient, **kind, **variant, **config.forward.launch(),
             )  # fmt: skip
         if gradient is not None:
             raw = scratch(n_pad, c_pad)
-            for near in kinds:
+            for kind in kinds:
                 affinity.gradient_kernel[batch * (n_pad // config.gradient.m), c_pad // config.chunk](
-                    keys, delta, *operand_stats, *row_stats[:3], raw, logit_scale, n_pad,
-                    NEAR=near, CHUNK=config.chunk, **variant, **config.gradient.launch(),
+                    keys, delta, *operand_stats, *row_stats[:3], raw, scalars, n_pad,
+                    CHUNK=config.chunk, **kind, **variant, **config.gradient.launch(),
                 )  # fmt: skip
             prepare.project_kernel[position_grid](
                 raw, keys, c_own, *row_stats, inverse_norm, student, gradient,

@@ -30,10 +30,9 @@ from dskd_fast.cli.display import (
     training_progress,
 )
 from dskd_fast.data.augment import Augmentation, for_category
+from dskd_fast.data.category import Category, GroundTruth
 from dskd_fast.data.images import image_size
 from dskd_fast.data.layout import (
-    Category,
-    GroundTruth,
     default_data_root,
     list_categories,
     open_category,

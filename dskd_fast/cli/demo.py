@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from dskd_fast.data.layout import Category, open_category
+from dskd_fast.data.category import Category
+from dskd_fast.data.layout import open_category
 from dskd_fast.data.synthetic import CATEGORY, make_screw_bag
 from dskd_fast.device import has_fast_bf16, resolve_device
 from dskd_fast.models.teacher import LITE

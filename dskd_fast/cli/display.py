@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dskd_fast.cli.doctor import Service
-from dskd_fast.data.layout import MIN_IMAGES_TO_HOLD_OUT, Category, unused_sentences
+from dskd_fast.data.category import Category, unused_sentences
+from dskd_fast.data.layout import MIN_IMAGES_TO_HOLD_OUT
 from dskd_fast.data.listing import PREDICTIONS
 from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.predict import Prediction

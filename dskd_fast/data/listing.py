@@ -1,11 +1,11 @@
 """Which image files lie where: those that are read, and those of formats that are not."""
 
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from dskd_fast.data.images import is_image_like, list_images, natural_key
 from dskd_fast.errors import UserError
 
 PREDICTIONS = "predictions.csv"
@@ -14,13 +14,25 @@ PICTURE_FOLDERS = ("overlays", "maps")
 _HEADER = b"path,score,threshold,decision,overlay,map,"
 
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+# Formats that people keep images in and that are not read.
+IMAGE_LIKE_SUFFIXES = (
+    *(".gif", ".apng", ".mpo", ".jfif", ".jpe", ".dib", ".ico", ".svg", ".psd", ".psb", ".xcf"),
+    *(".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr", ".jls", ".qoi"),
+    *(".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".srw", ".orf", ".rw2", ".raf", ".pef"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm", ".tga", ".pcx", ".sgi", ".ras", ".xpm", ".dds"),
+    *(".exr", ".hdr", ".btf", ".dcm", ".fits", ".nii", ".czi", ".lif", ".nd2", ".lsm", ".svs"),
+)
+
+
 class Listing(NamedTuple):
-    """The image files directly in a folder, in natural order.
+    """The image files directly in a folder, in natural order (``2.png`` before ``10.png``); hidden ones are left out.
 
     Attributes:
         folder: where they lie.
-        images: files of formats that are read, see `list_images`.
-        others: image files of formats that are not read, see `is_image_like`.
+        images: files of formats that are read, by their suffix (`IMAGE_SUFFIXES`, any case). A link that leads nowhere
+            is listed, so that reading it fails rather than the image going missing in silence.
+        others: image files of formats that are not read (`IMAGE_LIKE_SUFFIXES`).
     """
 
     folder: Path
@@ -33,15 +45,22 @@ class Listing(NamedTuple):
 
 
 def list_folder(folder: Path) -> Listing:
-    """The image files directly in a folder; hidden ones are left out.
+    """The image files directly in a folder.
 
     Raises:
         UserError: `folder` is not a folder or cannot be read.
     """
-    images = list_images(folder)
-    others = [entry for entry in folder.iterdir() if is_image_like(entry) and not entry.name.startswith(".")]
-    others = [entry for entry in others if not entry.is_dir()]
-    return Listing(folder, images, sorted(others, key=lambda path: natural_key(path.name)))
+    entries = _entries(folder)
+    images, others = (
+        [entry for entry in entries if entry.suffix.lower() in suffixes and not entry.is_dir()]
+        for suffixes in (IMAGE_SUFFIXES, IMAGE_LIKE_SUFFIXES)
+    )
+    return Listing(folder, images, others)
+
+
+def list_subfolders(folder: Path) -> list[Path]:
+    """The folders directly in a folder, in natural order; hidden ones are left out."""
+    return [entry for entry in _entries(folder) if entry.is_dir()]
 
 
 def walk(folder: Path, leave_out: Callable[[Path], bool] = lambda _: False) -> Iterator[Listing]:
@@ -56,16 +75,16 @@ def walk(folder: Path, leave_out: Callable[[Path], bool] = lambda _: False) -> I
     """
 
     def unreadable(error: OSError) -> None:
-        raise UserError(f"cannot list the folder {error.filename}: {error.strerror}") from error
+        raise _unlistable(error) from error
 
     seen: set[Path] = set()
-    for name, subfolders, _ in os.walk(folder, onerror=unreadable, followlinks=True):
+    for name, below, _ in os.walk(folder, onerror=unreadable, followlinks=True):
         here = Path(name)
         if here.resolve() in seen:
-            subfolders.clear()
+            below.clear()
             continue
         seen.add(here.resolve())
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and not leave_out(here / s))
+        below[:] = sorted(s for s in below if not s.startswith(".") and not leave_out(here / s))
         yield list_folder(here)
 
 
@@ -78,3 +97,29 @@ def is_prediction_output(folder: Path) -> bool:
             return file.readline(200).startswith(_HEADER)
     except OSError:
         return False
+
+
+def has_images(folder: Path) -> bool:
+    return next(all_images(walk(folder)), None) is not None
+
+
+def all_images(listings: Iterable[Listing]) -> Iterator[Path]:
+    return (path for listing in listings for path in listing.all)
+
+
+def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
+    """A sort key that compares runs of digits by their value, and the whole name where that leaves a tie."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)], name
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        raise _unlistable(error) from error
+    return sorted(entries, key=lambda path: natural_key(path.name))
+
+
+def _unlistable(error: OSError) -> UserError:
+    return UserError(f"cannot list the folder {error.filename}: {error.strerror}")

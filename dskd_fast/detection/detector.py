@@ -83,6 +83,16 @@ class Detector:
         scoring: how maps and scores are made of their features.
         calibration: statistics and threshold; None before `calibrate`.
         bits: of values of more than 8 bits in image files, see `dskd_fast.data.images.read_image`.
+
+    Example:
+        >>> from dskd_fast.detection.calibration import Scoring
+        >>> networks = DSKD("lite", image_size=64, pretrained=False)
+        >>> detector = Detector(networks, Scoring(temperature=1.0, sigma=1.0))
+        >>> detector.calibrate([torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)], "validation")
+        >>> black = np.zeros((480, 640, 3), np.uint8)
+        >>> (found,) = detector.predict(black)
+        >>> found.map.shape, found.suspect.split(" (")[0]
+        ((480, 640), 'too dark and too little contrast')
     """
 
     model: DSKD

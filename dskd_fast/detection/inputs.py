@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dskd_fast.data.images import MIN_SIDE, load_image, read_image
+from dskd_fast.data.decoding import load_image
+from dskd_fast.data.images import MIN_SIDE, read_image
 
 OneImage = str | os.PathLike[str] | NDArray | Tensor | Image.Image
 Images = OneImage | Iterable[OneImage]

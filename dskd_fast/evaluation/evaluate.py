@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dskd_fast.data.layout import KINDS, Category, GroundTruth
+from dskd_fast.data.category import Category, GroundTruth
+from dskd_fast.data.ground_truth import KINDS
 from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import VARIANTS, Detector, Maps, Variant

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import dskd_fast
+from dskd_fast.data.category import Category, GroundTruth, unused_sentences
+from dskd_fast.data.ground_truth import ANOMALY_KINDS, KINDS, LabelledImage
 from dskd_fast.data.images import read_image
-from dskd_fast.data.layout import KINDS, Category, GroundTruth, LabelledImage, unused_sentences
 from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import Detector, Variant
 from dskd_fast.detection.overlay import colours, full_colour
@@ -41,7 +42,7 @@ from dskd_fast.evaluation.evaluate import (
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.auroc import roc_curve
 from dskd_fast.metrics.maps import score_maps
-from dskd_fast.metrics.spro import ANOMALY_KINDS, SPRO
+from dskd_fast.metrics.spro import SPRO
 from dskd_fast.runs.folder import find_category, load_run, read_finished
 from dskd_fast.runs.options import TrainingOptions
 

@@ -23,7 +23,9 @@ class ContextualAffinityLoss(nn.Module):
     Called with `(student, teacher)`, each a tensor (B, C, H, W) or (B, N, C) or a list of such levels.
 
     Args:
-        temperature: T of the softmax, from 0.01 to 100.
+        temperature: T of the softmax, from 0.01 to 100, a number or a tensor () as in
+            `dskd_fast.functional.contextual_affinity`. The attribute may change between calls, of compiled code, too.
+            A tensor is neither a parameter nor a buffer: it stays where it is.
         reduction: "mean" averages over images and positions, "sum" adds them up, "none" returns the map; levels are
             then added (eq. 7). With "none" and a list of levels, whose maps differ in size, a list of maps is returned.
         precision: "ieee", "tf32", "bf16", "fp16" or None, see `dskd_fast.functional.contextual_affinity`.
@@ -36,7 +38,7 @@ class ContextualAffinityLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         reduction: str = "mean",
         precision: str | None = None,
         backend: str = "auto",

@@ -7,16 +7,18 @@ per pixel.
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import tifffile
 
-from dskd_fast.data.images import load_image, open_image
+from dskd_fast.data.category import Category
+from dskd_fast.data.decoding import load_image, open_image
+from dskd_fast.data.ground_truth import ANOMALY_KINDS, KINDS, Defect, LabelledImage
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.metrics.auroc import auroc
-from dskd_fast.metrics.spro import ANOMALY_KINDS, FPR_LIMITS, KINDS, SPRO, Defect, as_scores, mean_of_kinds
+from dskd_fast.metrics.spro import FPR_LIMITS, SPRO, as_scores, mean_of_kinds
 
 SUFFIXES = (".tiff", ".tif")
 
@@ -38,23 +40,6 @@ class ScoredMap(NamedTuple):
     anomaly_map: np.ndarray
     score: float
     defects: Sequence[Defect] | None
-
-
-class LabelledImage(Protocol):
-    """A test image: its file, its kind ("good", "structural" or "logical") and its key "test/TYPE/NNN"."""
-
-    path: Path
-    kind: str
-    key: str
-
-
-class Category(Protocol):
-    """A category's name, its test images, and the defects of each at the image's own resolution, None if unknown."""
-
-    name: str
-    test: Sequence[LabelledImage]
-
-    def defects(self, item: LabelledImage, size: tuple[int, int] | None = None) -> Sequence[Defect] | None: ...
 
 
 def save_map(path: str | os.PathLike, anomaly_map: np.ndarray) -> None:

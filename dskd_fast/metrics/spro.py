@@ -20,27 +20,14 @@ negative pixels.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from dskd_fast.data.ground_truth import ANOMALY_KINDS, KINDS, Defect
 from dskd_fast.errors import UserError
 
 FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
-ANOMALY_KINDS = ("structural", "logical")
-KINDS = ("good", *ANOMALY_KINDS)
-
-
-class Defect(Protocol):
-    """One annotated defect.
-
-    Attributes:
-        mask: bool, shape (H, W), True on the defect.
-        saturation: pixels of the defect that have to be found for it to count as wholly found, a number > 0.
-    """
-
-    mask: np.ndarray
-    saturation: float
 
 
 class SPRO:

@@ -53,6 +53,13 @@ class DSKD(nn.Module):
 
     Raises:
         UserError: unknown teacher, weights that cannot be had, or a size or g that does not fit.
+
+    Example:
+        >>> import torch
+        >>> model = DSKD("lite", image_size=64, pretrained=False)
+        >>> local_map, global_map = model.anomaly_maps(torch.rand(2, 3, 64, 64))
+        >>> local_map.shape
+        torch.Size([2, 64, 64])
     """
 
     def __init__(

@@ -114,11 +114,19 @@ def resolve_precision(precision: str | None, student: Tensor, teacher: Tensor) -
         return "ieee"
     device = student.device.type
     half = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return half.get(torch.get_autocast_dtype(device), "ieee")
     if student.dtype == teacher.dtype and student.dtype in half:
         return half[student.dtype]
     return AMBIENT
+
+
+# The compiler of torch 2.11 cannot trace the question, and `torch.compiler.assume_constant_result` would import it.
+_WITH_AUTOCAST = frozenset(name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name))
+
+
+def _has_autocast(device: str) -> bool:
+    return device in _WITH_AUTOCAST if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
 
 
 def ambient_precision(device: str) -> str:

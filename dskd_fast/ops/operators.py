@@ -5,28 +5,57 @@ same call. Each entry of the map depends on its own student vector alone, so the
 saved one times a scalar per position: the backward is one multiplication, and running it again gives the same. A second
 derivative is refused.
 
+The temperature is a tensor: a number would be a constant of a compiled graph, so that each new one would be compiled
+anew or, worse, an old one stay (pytorch/pytorch#197889). On a CPU the operator reads and checks it; elsewhere the
+kernels read it. The overload with a number is there for direct calls and for programs that were exported with it.
+
 Autocast does not cast their inputs, which would round what must be subtracted first: `dskd_fast.functional` turns it
 into a precision, the type to which the operands of the products are rounded. The backend is chosen when the operator
 runs, so that a compiled or exported graph runs on any machine.
 """
 
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dskd_fast.backends.common import accumulation_dtype
+from dskd_fast.backends.common import TEMPERATURE_LIMITS, accumulation_dtype
+from dskd_fast.choices import TEMPERATURE_RANGE
 from dskd_fast.ops import dispatch
 
 
-@torch.library.custom_op("dskd_fast::contextual_affinity", mutates_args=())
+@torch.library.custom_op("dskd_fast::contextual_affinity.tensor", mutates_args=())
 def contextual_affinity(
-    student: Tensor, teacher: Tensor, temperature: float, precision: str, backend: str, with_gradient: bool
+    student: Tensor, teacher: Tensor, temperature: Tensor, precision: str, backend: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(B, C, H, W) twice -> KL (B, H, W) and its gradient (B, C, H, W), the latter empty unless `with_gradient`."""
+    """(B, C, H, W) twice -> KL (B, H, W) and its gradient (B, C, H, W), the latter empty unless `with_gradient`.
+
+    The temperature () is on the CPU or on the device of the others.
+    """
     if precision == dispatch.AMBIENT:
         precision = dispatch.ambient_precision(student.device.type)
     module = dispatch.load(dispatch.choose(backend, student, teacher, precision).name)
+    if temperature.device.type == "cpu":
+        temperature = temperature.item()
+        check_number(temperature)
     kl, gradient = module.contextual_affinity(student, teacher, temperature, precision, with_gradient)
     return kl, kl.new_empty(0) if gradient is None else gradient
+
+
+# After the overload above: of those that take an argument the first serves a call, and a float takes a tensor, too.
+_LIBRARY = torch.library.Library("dskd_fast", "FRAGMENT")
+_LIBRARY.define(
+    "contextual_affinity(Tensor student, Tensor teacher, float temperature, str precision, str backend, "
+    "bool with_gradient) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "contextual_affinity", "CompositeImplicitAutograd")
+def _(student, teacher, temperature, *options):
+    return contextual_affinity(student, teacher, torch.tensor(temperature, dtype=torch.float64, device="cpu"), *options)
 
 
 @torch.library.custom_op("dskd_fast::cosine_distance", mutates_args=())
@@ -64,15 +93,108 @@ def _scale_gradient(ctx, grad_map, _):
         # True under create_graph=True alone: the saved gradient is a constant to autograd, so that a second derivative
         # would come out without its larger part.
         raise RuntimeError("the loss has no second derivative: call backward or grad without create_graph=True")
+    return (_scaled(ctx, grad_map), *(None for _ in ctx.needs_input_grad[1:]))
+
+
+def _scaled(ctx, grad_map):
     (gradient,) = ctx.saved_tensors
     if gradient.dim() == 1:
         raise RuntimeError(
             "the loss was computed without its gradient, as when it is exported with a student that does not require "
             "grad: compute or export it again with one that does"
         )
-    grad = None if grad_map is None else (grad_map.unsqueeze(1) * gradient).to(ctx.dtype)
-    return (grad, *(None for _ in ctx.needs_input_grad[1:]))
+    return None if grad_map is None else (grad_map.unsqueeze(1) * gradient).to(ctx.dtype)
+
+
+class _Transformed(torch.autograd.Function):
+    """An operator for torch.func, whose transforms do not know what is registered with one."""
+
+    @staticmethod
+    def forward(operator, *inputs):
+        return operator(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.dtype = inputs[1].dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx, grad_map, grad_gradient):
+        if grad_gradient is not None:  # torch.func.grad differentiates the backward only if it is asked to
+            raise RuntimeError("the loss has no second derivative: differentiate it once")
+        return (None, _scaled(ctx, grad_map), *(None for _ in ctx.needs_input_grad[2:]))
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        refuse_tangents(**dict(zip(("student", "teacher", "temperature"), tangents, strict=False)))
+
+    @staticmethod
+    def vmap(info, in_dims, operator, *inputs):
+        return _fold(functools.partial(call, operator), info, in_dims[1:], *inputs)
+
+
+def call(operator: Callable[..., tuple[Tensor, Tensor]], *inputs: Any) -> tuple[Tensor, Tensor]:
+    """Call one of the operators such that torch.func can differentiate it, too."""
+    return _Transformed.apply(operator, *inputs) if is_transforming() else operator(*inputs)
+
+
+def is_transforming() -> bool:
+    """Whether a transform of torch.func is at work, and not the compiler, which cannot trace one of `_Transformed`."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _fold(function, info, in_dims, *inputs):
+    """The rule of both operators for vmap: images do not know of each other, so what is mapped over joins them."""
+    student, teacher, *options, with_gradient = inputs
+    # Inside of vmap nothing shows that it requires grad.
+    refuse_grad(teacher, *(x for x in options if isinstance(x, Tensor)))
+    with_gradient = with_gradient or (torch.is_grad_enabled() and student.requires_grad)
+    inputs, size = (student, teacher, *options, with_gradient), info.batch_size
+    if any(dim is not None for dim in in_dims[2:]):  # a temperature each
+        entries = [
+            function(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+            for i in range(size)
+        ]
+        return tuple(torch.stack(x) for x in zip(*entries, strict=True)), (0, 0)
+    moved = [
+        x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip((student, teacher), in_dims[:2], strict=True)
+    ]
+    values, gradient = function(*(x.flatten(0, 1) for x in moved), *inputs[2:])
+    images = moved[0].shape[:2]
+    if not with_gradient:
+        return (values.unflatten(0, images), gradient), (0, None)
+    return (values.unflatten(0, images), gradient.unflatten(0, images)), (0, 0)
 
 
 for _operator in (contextual_affinity, cosine_distance):
     _operator.register_autograd(_scale_gradient, setup_context=_save_gradient)
+    _operator.register_vmap(functools.partial(_fold, _operator))
+
+
+def check_number(temperature: float) -> None:
+    """Raise ValueError unless `temperature` is a number in `TEMPERATURE_RANGE`."""
+    is_number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
+    if not is_number or not TEMPERATURE_LIMITS[0] <= temperature <= TEMPERATURE_LIMITS[1]:
+        raise ValueError(
+            f"temperature={temperature!r} is not supported: use a number from {TEMPERATURE_RANGE[0]} to "
+            f"{TEMPERATURE_RANGE[1]:g}"
+        )
+
+
+def refuse_tangents(**tangents: Tensor | None) -> None:
+    """Raise NotImplementedError if one of the inputs, given by name, has a tangent."""
+    for name, tangent in tangents.items():
+        if tangent is not None:
+            raise NotImplementedError(f"{name} carries a tangent of forward-mode autograd: use reverse mode (backward)")
+
+
+def refuse_grad(teacher: Tensor | None = None, temperature: Tensor | None = None) -> None:
+    """Raise ValueError if one of them requires grad."""
+    for name, x, remedy in (
+        ("teacher", teacher, "run the teacher under torch.no_grad() or pass teacher.detach()"),
+        ("temperature", temperature, "pass temperature.detach()"),
+    ):
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{name} requires grad, but the loss is differentiable in the student alone: {remedy}")

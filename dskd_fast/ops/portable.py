@@ -28,7 +28,7 @@ _SERIES_RADIUS = 1e-4
 
 
 def contextual_affinity(
-    student: Tensor, teacher: Tensor, temperature: float, precision: str, backend: str, with_gradient: bool
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, precision: str, backend: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """(B, C, H, W) twice, float32 -> KL (B, H, W), float32, and an empty tensor.
 
@@ -64,6 +64,7 @@ def cosine_distance(student: Tensor, teacher: Tensor, backend: str, with_gradien
 
 
 DECOMPOSITIONS = {
+    torch.ops.dskd_fast.contextual_affinity.tensor: contextual_affinity,
     torch.ops.dskd_fast.contextual_affinity.default: contextual_affinity,
     torch.ops.dskd_fast.cosine_distance.default: cosine_distance,
 }

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dskd_fast.choices import DEFAULT_TEACHER
-from dskd_fast.data.layout import unused_sentences
+from dskd_fast.data.category import unused_sentences
 from dskd_fast.paper.plan import EMBEDDING, Contestant, Pair, Part, Plan, papers_categories
 from dskd_fast.paper.tables import Cell, Row, Table, over_seeds
 from dskd_fast.runs.options import TrainingOptions

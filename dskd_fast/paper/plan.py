@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dskd_fast.choices import DEFAULT_TEACHER
-from dskd_fast.data.layout import MVTEC_AD_CATEGORIES, Category, list_categories, open_category
+from dskd_fast.data.category import Category
+from dskd_fast.data.layout import MVTEC_AD_CATEGORIES, list_categories, open_category
 from dskd_fast.data.synthetic import MANIFEST
 from dskd_fast.detection.detector import Variant
 from dskd_fast.errors import UserError

@@ -27,9 +27,10 @@ from typing import Any
 from PIL import Image
 
 from dskd_fast.data.augment import for_category
+from dskd_fast.data.category import Category
 from dskd_fast.data.contents import content_digests
+from dskd_fast.data.ground_truth import KINDS
 from dskd_fast.data.images import ImageError, read_image
-from dskd_fast.data.layout import KINDS, Category
 from dskd_fast.detection.calibration import Calibration
 from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.overlay import full_colour

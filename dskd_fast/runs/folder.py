@@ -28,16 +28,16 @@ import torchvision
 from filelock import FileLock, Timeout
 
 import dskd_fast
-from dskd_fast.data.layout import Category, open_category
+from dskd_fast.data.category import Category
+from dskd_fast.data.layout import open_category
 from dskd_fast.detection.calibration import Calibration, Exposure, Statistics, Threshold
 from dskd_fast.detection.detector import Detector
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
-from dskd_fast.files import in_shell, is_half_written, unwritable, write_file
+from dskd_fast.files import in_shell, is_half_written, load_tensors, save_tensors, unwritable, write_file
 from dskd_fast.models.dskd import branches_of
 from dskd_fast.runs.history import Epoch
 from dskd_fast.runs.options import ADDED_OPTIONS, TrainingOptions
-from dskd_fast.tensors import load_tensors, save_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
@@ -299,11 +299,14 @@ def find_category(
         UserError: it is not there.
     """
     if data_root is None:
-        data_root = Path(config["data_root"])
+        # The category's own folder, even where a folder in it has the same name.
+        data_root, category = Path(config["data_root"]), None
         if not data_root.exists():
             raise UserError(f"the data of {folder} is not at {data_root} any more: say where it is with --data-root")
-    inside = (data_root / config["category"]).is_dir()
-    return open_category(data_root, config["category"] if inside else None, holdout=holdout, seed=seed)
+    else:
+        data_root = data_root.expanduser()
+        category = config["category"] if (data_root / config["category"]).is_dir() else None
+    return open_category(data_root, category, holdout=holdout, seed=seed)
 
 
 def read_json(path: Path) -> Any:

@@ -15,12 +15,11 @@ from typing import Any, Protocol
 
 import torch
 
-from dskd_fast.data.layout import Category
+from dskd_fast.data.category import Category
 from dskd_fast.errors import UserError
-from dskd_fast.files import in_shell
+from dskd_fast.files import in_shell, load_tensors, save_tensors
 from dskd_fast.runs.history import Epoch
 from dskd_fast.runs.options import ADDED_OPTIONS, CHANGEABLE, TrainingOptions
-from dskd_fast.tensors import load_tensors, save_tensors
 from dskd_fast.training.distributed import is_launched
 
 # At most so much of a training is lost when it is killed, unless writing takes so long that it would cost too much.

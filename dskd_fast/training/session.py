@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dskd_fast.data.layout import Category, unused_sentences
+from dskd_fast.data.category import Category, unused_sentences
 from dskd_fast.detection.detector import Detector
 from dskd_fast.errors import UserError
 from dskd_fast.runs import folder as runs

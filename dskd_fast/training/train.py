@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dskd_fast.data.augment import Augmentation
-from dskd_fast.data.layout import Category
+from dskd_fast.data.category import Category
 from dskd_fast.data.store import Batches, ImageStore
 from dskd_fast.detection.detector import Detector, to_float
 from dskd_fast.device import (

@@ -212,6 +212,35 @@ def test_students_that_are_far_off(backend, truth, make_features, temperature, p
     truth.check((kl, gradient), exact, limits)
 
 
+# 0.01 as float32 has it, a little below.
+@pytest.mark.parametrize(
+    ("k", "temperature"),
+    list(enumerate((torch.tensor(0.01).item(), math.nextafter(1 / 32, 0), 1 / 32, 0.1, 1, 4, 100))),
+)
+def test_a_temperature_in_the_devices_memory(backend, truth, make_features, k, temperature):
+    """Where the host does not know which kinds of kernels have something to do."""
+    if backend.module.__name__.endswith("cpu_native"):
+        pytest.skip("a CPU's memory is the host's: the operator has read the temperature")
+    student, teacher = make_features(65, 16, 0.1)
+    student[:, 10:30] = -teacher[:, 10:30]
+    exact = truth(student, teacher, temperature)
+    in_memory = torch.tensor(temperature, dtype=torch.float64, device=backend.device)
+    for precision in backend.some(PRECISIONS, k):
+        result = backend.affinity(student, teacher, in_memory, precision)
+        truth.check(result, exact, truth.limits(student, teacher, temperature, precision))
+
+
+@pytest.mark.parametrize(("k", "temperature"), list(enumerate((0.0099, 100.1, 0, -1, math.nan, math.inf))))
+def test_a_temperature_in_memory_that_is_out_of_range_gives_nan(backend, make_features, k, temperature):
+    if backend.module.__name__.endswith("cpu_native"):
+        pytest.skip("a CPU's memory is the host's: the operator has read and refused the temperature")
+    student, teacher = make_features(70, 5, 0.1)
+    student[:, :3] = teacher[:, :3]
+    for precision in backend.some(PRECISIONS, k):
+        for x in backend.affinity(student, teacher, torch.tensor(temperature, device=backend.device), precision):
+            assert x.isnan().all()
+
+
 @pytest.mark.parametrize("temperature", [math.nextafter(4, 0), 4, math.nextafter(4, 5), 4.1])
 def test_opposite_students_where_no_difference_is_large_any_more(backend, truth, make_features, temperature):
     """At T = 4, |s_i - t_i| |t_j - t_i| / T is 1 at the most, and here exactly that."""

@@ -18,7 +18,7 @@ import torch
 import triton
 
 from dskd_fast import reference
-from dskd_fast.backends import native_build
+from dskd_fast.backends import TEMPERATURE_LIMITS, native_build
 
 HERE = Path(__file__).parent / "emulation"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/common/maps.h
@@ -34,11 +34,14 @@ def _slow(*values):
 
 
 class Call(NamedTuple):
-    """Maps (B, C, H, W) and what is done with them; temperature None is the cosine distance."""
+    """Maps (B, C, H, W) and what is done with them.
+
+    The temperature None is the cosine distance, a tensor one that lies in the device's memory.
+    """
 
     student: torch.Tensor
     teacher: torch.Tensor
-    temperature: float | None
+    temperature: float | torch.Tensor | None
     precision: str = "ieee"
     with_gradient: bool = True
     seed: int = 0
@@ -71,7 +74,8 @@ class Emulation:
 
     def _packed(self, call: Call) -> bytes:
         gradient = torch.empty_like(call.student, dtype=torch.float32, device="meta")
-        header = [call.seed, call.temperature is not None, call.with_gradient]
+        in_memory = isinstance(call.temperature, torch.Tensor)
+        header = [call.seed, call.temperature is not None, in_memory, call.with_gradient]
         header += [PRECISIONS.index(call.precision), *call.student.shape]
         for x in (call.student, call.teacher, gradient):
             header += [DTYPES.index(x.dtype), *x.stride()]
@@ -82,7 +86,7 @@ class Emulation:
             storages.append(bits.numpy().tobytes())
         header += map(len, storages)
         header += [0] * (32 - len(header))
-        return struct.pack("<32qd", *map(int, header), call.temperature or 0.0) + b"".join(storages)
+        return struct.pack("<32qd", *map(int, header), float(call.temperature or 0)) + b"".join(storages)
 
 
 def compile_with_emulation(target: Path, sources: list[Path], tensor_cores: int) -> Path:
@@ -237,6 +241,27 @@ def test_cosine_distance_keeps_its_digits(emulation, tmp_path, make_features):
         distance, gradient = as_rows(*result)
         torch.testing.assert_close(distance.double(), exact.detach(), rtol=1e-6 + 1e-9, atol=1e-15)
         torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-6, atol=1e-6 * leaf.grad.abs().max().item())
+
+
+def test_a_temperature_in_memory_gives_the_same_bits_and_nan_out_of_range(emulation, tmp_path, make_features):
+    """At the temperatures between which the kinds of kernels change."""
+    student, teacher = make_features(65, 16, 0.5, "normal", batch=2)
+    student[0, :20] = -teacher[0, :20]
+    forms = list(zip((*TEMPERATURE_LIMITS, 1 / 32, 0.1, 0.15, 3.9, 4), (*PRECISIONS, *PRECISIONS[:3]), strict=True))
+    lowest, highest = TEMPERATURE_LIMITS
+    outside = (math.nextafter(lowest, 0), math.nextafter(highest, math.inf), 0, -1, math.nan, math.inf)
+    known = [Call(maps(student), maps(teacher), t, precision) for t, precision in forms]
+    in_memory, refused = (
+        [call._replace(temperature=torch.tensor(t, dtype=torch.float64)) for call, t in pairs]
+        for pairs in ([(call, call.temperature) for call in known], [(known[0], t) for t in outside])
+    )
+    results = emulation.run(known + in_memory + refused, tmp_path)
+    for found, expected in zip(results[len(known) :], results[: len(known)], strict=False):
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
+    for result in results[-len(outside) :]:
+        for x in result:
+            assert x.isnan().all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, *_slow(math.inf)])

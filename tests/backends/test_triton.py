@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime import JITFunction
 
 from dskd_fast.backends import triton as triton_fused
+from dskd_fast.backends.common import TEMPERATURE_LIMITS
 from dskd_fast.kernels import affinity, configs, cosine, prepare
 
 # numpy, which the interpreter computes with, warns of infinities and NaN; on a GPU nothing does.
@@ -30,12 +31,13 @@ KERNELS = {
     "project": prepare.project_kernel,
     "cosine": cosine.cosine_kernel,
 }
-# Without a gradient, with one; at a temperature at which all rows are near, and below it.
+# Without a gradient, with one; where all rows are near, at a temperature below that, and at one in the device's memory.
 LAUNCHES = {
     (False, 4.0): {"centre": 1, "prepare": 1, "forward": 1},
     (True, 4.0): {"centre": 1, "prepare": 1, "forward": 1, "gradient": 1, "project": 1},
     (False, 1.0): {"centre": 1, "prepare": 1, "forward": 2},
     (True, 1.0): {"centre": 1, "prepare": 1, "forward": 2, "gradient": 2, "project": 1},
+    (True, None): {"centre": 1, "prepare": 1, "forward": 3, "gradient": 3, "project": 1},
 }
 
 
@@ -99,7 +101,8 @@ def pair_of(triton_backend, make_features, n, c):
 def test_launches(triton_backend, make_features, watch, with_gradient, temperature):
     """The kernels really run, interpreted where there is no GPU; and only those that have something to do."""
     student, teacher = make_features(5, 3, 0.1)
-    kl, gradient = triton_backend.affinity(student, teacher, temperature, with_gradient=with_gradient)
+    given = torch.ones((), device=triton_backend.device) if temperature is None else temperature
+    kl, gradient = triton_backend.affinity(student, teacher, given, with_gradient=with_gradient)
     assert watch.launches == LAUNCHES[with_gradient, temperature]
     assert (kl > 0).all()
     assert gradient is None or (gradient != 0).all()
@@ -131,11 +134,13 @@ def test_the_host_only_allocates_and_launches(
         x.to(triton_backend.device).mT.unflatten(2, (4, 6)).contiguous() for x in make_features(24, 5, 0.1, batch=2)
     ]
     student, teacher = (layout(x) for layout, x in zip(layouts, maps, strict=True))
+    in_memory = torch.ones((), dtype=torch.float64, device=triton_backend.device)
     with watch_without_launching as watch:
         for precision in PRECISIONS:
             triton_backend.affinity_of_maps(student, teacher, 0.1, precision, with_gradient)
+            triton_backend.affinity_of_maps(student, teacher, in_memory, precision, with_gradient)
         triton_backend.cosine_of_maps(student, teacher, with_gradient)
-    assert watch.launches["prepare"] == 4
+    assert watch.launches["prepare"] == 8
     assert set(watch.operations) <= {"aten::empty", "aten::empty_like"}
 
 
@@ -469,6 +474,20 @@ def test_a_gpu_that_fails_is_refused_for_every_call(working_gpu, monkeypatch):
 # Hostile blocks
 
 
+# Powers of two: the interpreter hands numbers over as they are, a GPU's launcher as float32.
+@pytest.mark.parametrize(("temperature", "precision"), list(zip((1 / 64, 1 / 8, 1, 4), PRECISIONS, strict=True)))
+def test_a_temperature_in_memory_gives_the_same_bits(triton_backend, make_features, set_tiles, temperature, precision):
+    if triton_backend.is_interpreted:
+        set_tiles(64, 64)
+    student, teacher = make_features(130, 20, 0.1)
+    student[:, :70] = -teacher[:, :70]
+    assert (prepare.LOWEST.value, prepare.HIGHEST.value) == TEMPERATURE_LIMITS
+    in_memory = torch.tensor(temperature, device=triton_backend.device)
+    found, expected = (triton_backend.affinity(student, teacher, t, precision) for t in (in_memory, temperature))
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("temperature", [1, 4])
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_whole_blocks_of_nan_are_written_too(triton_backend, make_features, monkeypatch, temperature, who):
@@ -483,7 +502,7 @@ def test_whole_blocks_of_nan_are_written_too(triton_backend, make_features, monk
 
 
 @pytest.mark.parametrize("kind", ["rectified", "normal", "clustered"])
-@pytest.mark.parametrize("temperature", [prepare.OWN_SHIFT_BELOW * 0.999, prepare.OWN_SHIFT_BELOW, 2])
+@pytest.mark.parametrize("temperature", [prepare.OWN_SHIFT_BELOW.value * 0.999, prepare.OWN_SHIFT_BELOW.value, 2])
 def test_students_with_nothing_in_common_with_their_teacher(
     triton_backend, truth, make_features, set_tiles, kind, temperature
 ):

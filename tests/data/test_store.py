@@ -6,7 +6,9 @@ from PIL import Image
 import dskd_fast.data.store as store_module
 from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import ImageError
-from dskd_fast.data.store import ImageStore
+from dskd_fast.data.store import Batches, ImageStore
+
+KEEP_ALL = 2 * 2**30
 
 
 @pytest.fixture
@@ -25,29 +27,32 @@ def expected(path, size):
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
-@pytest.mark.parametrize("memory_limit", [2 * 2**30, 0])
-def test_batches_are_the_resized_images_in_the_order_asked_for(paths, memory_limit):
+@pytest.mark.parametrize(("memory_limit", "decoded_later"), [(KEEP_ALL, 0), (0, 2)])
+def test_batches_are_the_resized_images_in_the_order_asked_for(paths, monkeypatch, memory_limit, decoded_later):
+    calls = []
+    read = store_module.read_image_and_peak
+    monkeypatch.setattr(
+        store_module, "read_image_and_peak", lambda path, **bits: calls.append(path) or read(path, **bits)
+    )
     store = ImageStore(paths, 32, memory_limit=memory_limit)
+    assert sorted(calls) == sorted(paths)
+    store.batch([1, 5]).zero_()  # a batch is a copy
+    assert len(calls) - 7 == decoded_later
     assert len(store) == 7
-    assert store.in_memory == (memory_limit > 0)
     assert store.native_sizes == tuple((40 + i, 64 - i) for i in range(7))
-    order = [6, 0, 3, 3]
+    order = [6, 0, 3, 3, 1]
     for indices in (order, torch.tensor(order), np.array(order)):
         batch = store.batch(indices)
-        assert batch.dtype == torch.uint8
-        assert batch.shape == (4, 3, 32, 32)
-        for image, index in zip(batch, order, strict=True):
-            assert torch.equal(image, expected(paths[index], 32))
-    assert store.batch([]).shape == (0, 3, 32, 32)
+        assert (batch.dtype, batch.shape) == (torch.uint8, (5, 3, 32, 32))
+        assert torch.equal(batch, torch.stack([expected(paths[i], 32) for i in order]))
     assert [x.tolist() for x in store.exposures] == [x.tolist() for x in measure_exposure(store.batch(range(7)))]
-
-
-@pytest.mark.parametrize("memory_limit", [2 * 2**30, 0])
-def test_a_batch_is_a_copy(paths, memory_limit):
-    store = ImageStore(paths, 32, memory_limit=memory_limit)
-    before = store.batch([0]).clone()
-    store.batch([0]).zero_()
-    assert torch.equal(store.batch([0]), before)
+    batches = Batches(store, order, 2)
+    for _ in range(2):
+        assert [len(batch) for batch in batches] == [2, 2, 1]
+        assert torch.equal(torch.cat(list(batches)), store.batch(order))
+    for index in (-1, 7):
+        with pytest.raises(IndexError, match="from 0 to 6"):
+            store.batch([0, index])
 
 
 @pytest.mark.parametrize(("short", "in_memory"), [(0, True), (1, False)])
@@ -56,34 +61,17 @@ def test_the_limit_is_inclusive_to_the_byte(paths, short, in_memory):
     assert ImageStore(paths, 32, memory_limit=limit).in_memory is in_memory
 
 
-@pytest.mark.parametrize(("memory_limit", "later"), [(2 * 2**30, 0), (0, 2)])
-def test_how_often_files_are_decoded(paths, monkeypatch, memory_limit, later):
-    calls = []
-    original = store_module.read_image_and_peak
-    monkeypatch.setattr(
-        store_module, "read_image_and_peak", lambda path, **options: calls.append(path) or original(path, **options)
-    )
-    store = ImageStore(paths, 32, memory_limit=memory_limit)
-    assert sorted(calls) == sorted(paths)
-    calls.clear()
-    store.batch([1, 5])
-    assert len(calls) == later
-
-
-@pytest.mark.parametrize("memory_limit", [2 * 2**30, 0])
+@pytest.mark.parametrize("memory_limit", [KEEP_ALL, 0])
 def test_one_error_names_every_bad_file_and_no_good_one(paths, memory_limit):
     paths[1].write_bytes(paths[1].read_bytes()[:100])
     paths[4].write_bytes(b"")
     paths[6].unlink()
-    with pytest.raises(ImageError) as caught:
-        ImageStore(paths, 32, memory_limit=memory_limit)
+    seen = []
+    with pytest.raises(ImageError, match=r"^3 images are unusable [^\n]+$") as caught:
+        ImageStore(paths, 32, memory_limit=memory_limit, progress=lambda *counts: seen.append(counts))
     assert [path for path, _ in caught.value.failures] == [paths[1], paths[4], paths[6]]
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith("3 images")
-    assert message.count("; ") == 2
-    for i, path in enumerate(paths):
-        assert (f"{path}: " in message) == (i in (1, 4, 6))
+    assert [f"{path}: " in str(caught.value) for path in paths] == [i in (1, 4, 6) for i in range(7)]
+    assert seen == [(i, 7) for i in range(1, 8)]
 
 
 def test_values_of_16_bits_are_read_with_the_range_that_is_given(tmp_path):
@@ -104,26 +92,9 @@ def test_a_streamed_file_that_goes_bad_later(paths):
         store.batch([0, 2])
 
 
-def test_progress_counts_bad_files_too(paths):
-    paths[0].write_bytes(b"")
-    seen = []
-    with pytest.raises(ImageError):
-        ImageStore(paths, 32, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(i, 7) for i in range(1, 8)]
-
-
 def test_no_images():
     store = ImageStore([], 32)
-    assert len(store) == 0
-    assert store.native_sizes == ()
-    assert store.batch([]).shape == (0, 3, 32, 32)
-
-
-@pytest.mark.parametrize("index", [-1, 7])
-@pytest.mark.parametrize("memory_limit", [2 * 2**30, 0])
-def test_indices_out_of_range(paths, index, memory_limit):
-    with pytest.raises(IndexError, match="from 0 to 6"):
-        ImageStore(paths, 32, memory_limit=memory_limit).batch([0, index])
+    assert (len(store), store.native_sizes, store.batch([]).shape) == (0, (), (0, 3, 32, 32))
 
 
 @pytest.mark.parametrize(("arguments", "name"), [({"size": 0}, "size"), ({"memory_limit": -1}, "memory_limit")])

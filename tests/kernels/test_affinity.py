@@ -57,7 +57,7 @@ def test_a_block_of_rows_among_65536(image, temperature, near):
     operands += [torch.full((N,), 1 / temperature), tensor(bound)]
     kl, raw = torch.full((N,), math.nan), torch.full((N, C), math.nan)
     u, teacher_shift, student_shift, factor = (torch.full((N,), math.nan) for _ in range(4))
-    logit_scale = 1 / (temperature * math.log(2))
+    scalars = tensor([temperature, 1 / (temperature * math.log(2)), 0])
     blocks = {"C_PAD": C, "BLOCK_M": ROWS, "BLOCK_N": 1024, "BLOCK_C": C, "PRECISION": "ieee", "WITH_FAR": False}
 
     def launch(kernel, *arguments, **constants):
@@ -65,10 +65,10 @@ def test_a_block_of_rows_among_65536(image, temperature, near):
 
     statistics = (u, teacher_shift, student_shift)
     launch(
-        affinity.forward_kernel, *operands, tensor(own_c), kl, *statistics, factor, temperature, logit_scale, N, N,
+        affinity.forward_kernel, *operands, tensor(own_c), kl, *statistics, factor, scalars, N, N,
         NEAR=near, WITH_GRADIENT=True,
     )  # fmt: skip
-    launch(affinity.gradient_kernel, *operands, *statistics, raw, logit_scale, N, NEAR=near, CHUNK=C)
+    launch(affinity.gradient_kernel, *operands, *statistics, raw, scalars, N, NEAR=near, CHUNK=C)
     own_weight = tensor(np.expm1(own_c[:ROWS])) - u[:ROWS]
     gradient = (raw[:ROWS] + own_weight[:, None] * operands[0][:ROWS]) * factor[:ROWS, None]
 

@@ -56,8 +56,9 @@ def test_every_entry_of_the_table_is_compiled(report, loops):
     names = ("architecture", "precision", "kernel", "kind")
     found = {(*(row[name] for name in names), *row["blocks"], row["chunk"]) for row in loops}
     assert found == expected
-    others = {(row["architecture"], row["kernel"]) for row in rows if row not in loops}
-    assert others == {(a, kernel) for a in ARCHITECTURES for kernel in ("centre", "prepare", "project", "cosine")}
+    others = {(row["architecture"], row["kernel"], row["kind"]) for row in rows if row not in loops}
+    kinds = (("centre", ""), ("prepare", ""), ("prepare", "memory"), ("project", ""), ("cosine", ""))
+    assert others == {(a, *kind) for a in ARCHITECTURES for kind in kinds}
     assert {row["precision"] for row in rows if row["kernel"] == "prepare"} == set(PRECISIONS)
 
 
@@ -157,8 +158,9 @@ from dskd_fast.kernels import configs, prepare, report
 from triton.compiler import ASTSource
 import triton
 
-for kernel in ("centre", "prepare", "project", "cosine", "forward", "gradient"):
-    case = report.Case("sm_90", "bf16", 64, kernel, "far")
+cases = [(kernel, "far") for kernel in ("centre", "prepare", "project", "cosine", "forward", "gradient")]
+for kernel, kind in (*cases, ("prepare", "memory")):
+    case = report.Case("sm_90", "bf16", 64, kernel, kind)
     source, options, _ = report._source(case, configs.config("sm_90", "bf16", 64))
     ones = {name: 1 for name in source.signature if name in ("width", "n_channels") or name.endswith("stride_c")}
     signature = {name: "constexpr" if name in ones else kind for name, kind in source.signature.items()}
@@ -179,5 +181,6 @@ def test_kernels_compile_for_what_the_launcher_turns_into_constants(compiling):
     result = subprocess.run(command, env=compiling, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
-    assert [line for line in lines if line.startswith("fused")] == ["fused: 0"] * 2
-    assert [line.split()[1] for line in lines if not line.startswith("fused")] == ["True"] * 5 + ["False"]
+    assert [line for line in lines if line.startswith("fused")] == ["fused: 0"] * 3
+    is_kept = [line.split()[1] for line in lines if not line.startswith("fused")]
+    assert is_kept == ["True"] * 5 + ["False", "True"]  # the gradient kernel has no n

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -131,6 +134,20 @@ def test_flattening_weighs_positions_by_their_magnitude():
     student[..., 1] = -0.01
     assert CosineDistanceLoss()(student, teacher).item() == pytest.approx(1.0)  # (0 + 2) / 2
     assert CosineDistanceLoss(flatten=True)(student, teacher).item() == pytest.approx(2e-4, rel=1e-3)
+
+
+def test_a_tensor_as_temperature_is_kept_as_it_is():
+    """As is its value where the module is moved or rounded; it is no state of the module either."""
+    temperature = torch.tensor(0.3, dtype=torch.float64)
+    loss, student, teacher = ContextualAffinityLoss(temperature), levels(1), levels(2)
+    for module in (loss, copy.deepcopy(loss).half(), pickle.loads(pickle.dumps(loss)).to("meta")):
+        assert torch.equal(module(student, teacher), ContextualAffinityLoss(0.3)(student, teacher))
+        assert "temperature=0.3," in repr(module)
+        assert list(module.state_dict()) == list(module.parameters()) == []
+    temperature.fill_(0.5)
+    assert torch.equal(loss(student, teacher), ContextualAffinityLoss(0.5)(student, teacher))
+    with pytest.raises(ValueError, match="temperature requires grad"):
+        ContextualAffinityLoss(torch.nn.Parameter(temperature))
 
 
 def test_temperature_and_precision_are_passed_on():

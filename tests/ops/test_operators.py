@@ -1,4 +1,5 @@
 import copy
+import functools
 import os
 import pickle
 import shutil
@@ -7,9 +8,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.export import Dim
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -17,8 +20,8 @@ from dskd_fast import ContextualAffinityLoss, CosineDistanceLoss, functional, re
 from dskd_fast.ops import dispatch, operators
 from dskd_fast.ops.dispatch import AMBIENT, BACKEND_VARIABLE, PRECISIONS
 
-affinity = torch.ops.dskd_fast.contextual_affinity
-cosine = torch.ops.dskd_fast.cosine_distance
+affinity = torch.ops.dskd_fast.contextual_affinity.tensor
+cosine = torch.ops.dskd_fast.cosine_distance.default
 
 FUNCTIONS = [functional.contextual_affinity, functional.cosine_distance]
 
@@ -89,7 +92,8 @@ def test_registration(place, pair, with_gradient):
     student, teacher = pair
     student = student.detach().requires_grad_(with_gradient)
     checks = FEWER[with_gradient] if place == INTERPRETER else ALL
-    torch.library.opcheck(affinity, (student, teacher, 0.5, "ieee", place.backend, with_gradient), test_utils=checks)
+    call = student, teacher, torch.tensor(0.5, device=place.device), "ieee", place.backend, with_gradient
+    torch.library.opcheck(affinity, call, test_utils=checks)
     torch.library.opcheck(cosine, (student, teacher, place.backend, with_gradient), test_utils=checks)
 
 
@@ -97,7 +101,7 @@ def test_registration(place, pair, with_gradient):
 def test_registration_at_every_precision(place, precision):
     student, teacher = on(place, *PAIRS["transposed"]())
     checks = FEWER[True] if place == INTERPRETER and precision != AMBIENT else ALL
-    call = student.requires_grad_(), teacher, 0.05, precision, place.backend, True
+    call = student.requires_grad_(), teacher, torch.tensor(0.05), precision, place.backend, True
     torch.library.opcheck(affinity, call, test_utils=checks)
 
 
@@ -105,7 +109,7 @@ def test_registration_at_every_precision(place, precision):
 def test_the_operators_return_the_map_and_the_gradient_or_nothing(place, with_gradient):
     student, teacher = on(place, *PAIRS["transposed"]())
     for values, gradient in (
-        affinity(student, teacher, 1.0, "ieee", place.backend, with_gradient),
+        affinity(student, teacher, torch.tensor(1.0), "ieee", place.backend, with_gradient),
         cosine(student, teacher, place.backend, with_gradient),
     ):
         assert values.shape == (1, 3, 4)
@@ -115,7 +119,7 @@ def test_the_operators_return_the_map_and_the_gradient_or_nothing(place, with_gr
 
 def test_only_the_student_gets_a_gradient(place):
     student, teacher = (x.requires_grad_() for x in on(place, *PAIRS["contiguous"]()))
-    values, gradient = affinity(student, teacher, 1.0, "ieee", place.backend, True)
+    values, gradient = affinity(student, teacher, torch.tensor(1.0), "ieee", place.backend, True)
     assert not gradient.requires_grad
     values.sum().backward()
     assert student.grad is not None
@@ -124,7 +128,7 @@ def test_only_the_student_gets_a_gradient(place):
 
 def test_a_gradient_that_was_not_asked_for_is_an_error_never_a_wrong_one(place):
     student, teacher = on(place, *PAIRS["contiguous"]())
-    values, _ = affinity(student.requires_grad_(), teacher, 1.0, "ieee", place.backend, False)
+    values, _ = affinity(student.requires_grad_(), teacher, torch.tensor(1.0), "ieee", place.backend, False)
     with pytest.raises(RuntimeError):
         values.sum().backward()
     assert student.grad is None
@@ -161,12 +165,10 @@ def test_sparse_tensors_are_refused(function):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_forward_mode_is_refused(function):
-    """It would come out as a derivative of zero."""
+    """It would come out as a derivative of zero. (By torch.func: below.)"""
     x = random(1, 2, 3, 4)
-    told = "student carries a tangent of forward-mode autograd: use reverse mode"
-    with pytest.raises(NotImplementedError, match=told):
-        torch.func.jvp(lambda student: function(student, x), (x,), (x,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=told):
+    message = "student carries a tangent of forward-mode autograd: use reverse mode"
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
         function(torch.autograd.forward_ad.make_dual(x, x), x)
 
 
@@ -195,7 +197,7 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("noise", [1e-3, 1.0])
 def test_kernels_never_read_a_value_back(place, monkeypatch, function, noise):
-    """It would stall a GPU's queue. Near and far students, whose kernels differ."""
+    """It would stall a GPU's queue. Near and far students, whose kernels differ; the temperature where they are."""
     module, name, recorder = dispatch.load(place.backend), function.__name__, Recorder()
     original = getattr(module, name)
 
@@ -206,9 +208,10 @@ def test_kernels_never_read_a_value_back(place, monkeypatch, function, noise):
     monkeypatch.setattr(module, name, watched)
     teacher, other = on(place, *PAIRS["contiguous"]())
     student = (teacher + noise * other).requires_grad_()
+    temperature = [torch.ones((), device=place.device)] if name == "contextual_affinity" else []
     with recorder:
-        function(student, teacher, backend=place.backend).mean().backward()
-    assert getattr(torch.ops.dskd_fast, name).default in recorder.seen
+        function(student, teacher, *temperature, backend=place.backend).mean().backward()
+    assert (affinity if name == "contextual_affinity" else cosine) in recorder.seen
     assert torch.ops.aten.empty_like.default in recorder.seen
     if place.backend != "torch":
         assert recorder.stalling() == []
@@ -223,9 +226,10 @@ def test_a_call_can_be_captured_in_a_cuda_graph(function):
     """Which refuses every synchronisation, and everything that depends on what the first call found out."""
     student, teacher = (x.cuda() for x in PAIRS["contiguous"]())
     student.requires_grad_()
+    temperature = [torch.ones((), device="cuda")] if function is functional.contextual_affinity else []
 
     def call():
-        return torch.autograd.grad(function(student, teacher, backend="triton").sum(), student)[0]
+        return torch.autograd.grad(function(student, teacher, *temperature, backend="triton").sum(), student)[0]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -237,6 +241,8 @@ def test_a_call_can_be_captured_in_a_cuda_graph(function):
         captured = call()
     with torch.no_grad():
         student.copy_(plain(7))
+        for x in temperature:
+            x.fill_(0.02)
     graph.replay()
     assert torch.equal(captured, call())
 
@@ -489,11 +495,74 @@ def test_a_new_shape_of_a_static_graph_is_compiled_anew(pristine_compiler):
     )
 
 
-def test_the_temperature_may_change_under_compile(pristine_compiler):
-    compiled = torch.compile(functional.contextual_affinity, fullgraph=True, backend="aot_eager")
-    for temperature in (1.0, 0.5, 0.25, 0.125):
-        expected = functional.contextual_affinity(plain(1), plain(2), temperature)
-        assert torch.equal(compiled(plain(1), plain(2), temperature), expected)
+class Weighted(torch.nn.Module):
+    """A schedule of a temperature and a weight that go together."""
+
+    scale = 1.0
+
+    def forward(self, student, teacher):
+        return self.scale * ContextualAffinityLoss(2 * self.scale)(student, teacher)
+
+
+def step_of(function):
+    """A function of the temperature and how to run it: as it is, or compiled."""
+    return lambda compile: functools.partial(compile(function), plain(1), plain(2))
+
+
+def given_as(kind):
+    def make(compile):
+        call = compile(functional.contextual_affinity)
+        return lambda temperature: call(plain(1), plain(2), kind(temperature))
+
+    return make
+
+
+def step_of_module(module, attribute):
+    def make(compile):
+        call = compile(module)
+
+        def step(temperature):
+            setattr(module, attribute, temperature)
+            return call(plain(1), plain(2))
+
+        return step
+
+    return make
+
+
+SCHEDULES = {
+    "alone": step_of(functional.contextual_affinity),
+    "a function of it": step_of(lambda s, t, x: functional.contextual_affinity(s, t, x**0.5)),
+    "with a weight": step_of(lambda s, t, x: functional.contextual_affinity(s, t, x) * x),
+    "its double with a weight": step_of(lambda s, t, x: functional.contextual_affinity(s, t, 2 * x) * x),
+    "its inverse with a weight": step_of(lambda s, t, x: functional.contextual_affinity(s, t, 1 / x) * x),
+    "a tensor": given_as(torch.tensor),
+    "a number of numpy": given_as(np.float64),
+    "an attribute of the loss": step_of_module(ContextualAffinityLoss(), "temperature"),
+    "an attribute with a weight": step_of_module(Weighted(), "scale"),
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "compiler"),
+    [
+        *((name, "aot_eager") for name in SCHEDULES),
+        pytest.param(
+            "its double with a weight",
+            "inductor",
+            marks=pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler"),
+        ),
+    ],
+)
+def test_a_temperature_may_change_under_compile(pristine_compiler, schedule, compiler):
+    """Once it is known to change, nothing is compiled anew; and an old value never stays (pytorch/pytorch#197889)."""
+    eager = SCHEDULES[schedule](lambda function: function)
+    compiled = SCHEDULES[schedule](functools.partial(torch.compile, fullgraph=True, backend=compiler))
+    # Of a float of which nothing but a function is used, torch 2.11 compiles every value anew.
+    is_fixed = schedule != "a function of it" or TorchVersion(torch.__version__) >= "2.14"
+    for k, temperature in enumerate((1.0, 0.5, 0.25, 2.0, 0.3)):
+        with torch.compiler.set_stance("fail_on_recompile" if k >= 2 and is_fixed else "default"):
+            torch.testing.assert_close(compiled(temperature), eager(temperature), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -594,13 +663,32 @@ def test_an_exported_loss_serves_other_shapes_and_survives_a_file(place, tmp_pat
         module, (student.requires_grad_(), teacher), dynamic_shapes=(SHAPES, SHAPES), strict=strict
     )
     operator = affinity if loss == "affinity" else cosine
-    assert operator.default in [node.target for node in program.graph.nodes]
+    assert operator in [node.target for node in program.graph.nodes]
     torch.export.save(program, tmp_path / "loss.pt2")
     call = [[x] for x in on(place, random(1, 5, 6, 4, seed=3), random(1, 5, 6, 4, seed=4))]
     expected = loss_and_gradients(lambda s, t: module(s[0], t[0]), *call)
     for exported in (program, torch.export.load(tmp_path / "loss.pt2")):
         run = exported.module()
         assert_same(loss_and_gradients(lambda s, t, run=run: run(s[0], t[0]), *call), expected)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_program_that_holds_the_temperature_as_a_number_still_runs(tmp_path, strict):
+    """As those that were exported before the operator took a tensor."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, student, teacher):
+            return torch.ops.dskd_fast.contextual_affinity(student, teacher, 0.5, AMBIENT, "auto", True)[0]
+
+    call = plain(1), plain(2)
+    torch.export.save(torch.export.export(Loss(), call, strict=strict), tmp_path / "loss.pt2")
+    program = torch.export.load(tmp_path / "loss.pt2")
+    assert torch.ops.dskd_fast.contextual_affinity.default in [node.target for node in program.graph.nodes]
+    loaded, module = program.module(), ContextualAffinityLoss(0.5, reduction="none")
+    results = [
+        loss_and_gradients(lambda s, t, f=f: f(s[0], t[0]).sum(), *([x] for x in call)) for f in (loaded, module)
+    ]
+    assert_same(*results)
 
 
 def test_an_exported_loss_runs_in_another_process_that_imports_the_package(tmp_path):
@@ -644,20 +732,120 @@ def test_losses_can_be_copied(loss, duplicate):
     assert torch.equal(twin(plain(1), plain(2)), module(plain(1), plain(2)))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_function_transforms_are_refused_or_right(place, function):
-    """torch cannot differentiate a custom operator by its function transforms; vmap it can."""
-    student, teacher = on(place, random(2, 1, 5, 3, 4, seed=1), random(2, 1, 5, 3, 4, seed=2))
+# torch.func
+
+# Transforms of a function of (student, teacher), each (V, B, C, H, W).
+TRANSFORMS = {
+    "grad": lambda f: lambda s, t: torch.func.grad(lambda x: f(x, t[0]).square().sum())(s[0]),
+    "vjp": lambda f: lambda s, t: torch.func.vjp(lambda x: f(x, t[0]), s[0])[1](t[0, :, 0])[0],
+    "jacrev": lambda f: lambda s, t: torch.func.jacrev(lambda x: f(x, t[0]))(s[0]),
+    "vmap": torch.func.vmap,
+    "vmap of one teacher": lambda f: lambda s, t: torch.func.vmap(f, (0, None))(s, t[0]),
+    "vmap of one student": lambda f: lambda s, t: torch.func.vmap(f, (None, 0))(s[0], t),
+    "vmap of other dimensions": lambda f: lambda s, t: torch.func.vmap(f, (-1, 1))(s.movedim(0, -1), t.movedim(0, 1)),
+    "vmap of vmap": lambda f: lambda s, t: torch.func.vmap(torch.func.vmap(f))(s[:, None], t[:, None]),
+    "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(lambda s, t: f(s, t).sum())),
+    "vmap of jacrev": lambda f: torch.func.vmap(torch.func.jacrev(f)),
+    "grad of vmap": lambda f: torch.func.grad(lambda s, t: torch.func.vmap(f)(s, t).square().sum()),
+    "backward of vmap": lambda f: lambda s, t: backward_of(torch.func.vmap(f), s, t),
+    "grad of what is compiled": lambda f: TRANSFORMS["grad"](torch.compile(f, backend="aot_eager")),
+    "compiled vmap": lambda f: (
+        lambda s, t: backward_of(torch.compile(torch.func.vmap(f), backend="aot_eager", fullgraph=True), s, t)
+    ),
+}
+
+
+def backward_of(function, student, teacher):
+    leaf = student.clone().requires_grad_()
+    return torch.autograd.grad(function(leaf, teacher).square().sum(), leaf)[0]
+
+
+def textbook(function, *options):
+    """The same of maps, in plain operations."""
+    plain_function = getattr(reference, function.__name__)
 
     def call(student, teacher):
-        return function(student, teacher, backend=place.backend)
+        rows = plain_function(student.flatten(2).mT, teacher.flatten(2).mT, *options)
+        return rows.unflatten(1, student.shape[2:])
 
-    with pytest.raises(RuntimeError):
-        torch.func.grad(lambda x: call(x, teacher[0]).sum())(student[0])
-    mapped = torch.func.vmap(call)(student, teacher)
-    for values, s, t in zip(mapped, student, teacher, strict=True):
-        assert torch.equal(values, call(s, t))
+    return call
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_function_transforms(pristine_compiler, function, transform):
+    student, teacher = random(3, 2, 4, 2, 2, seed=1).double(), random(3, 2, 4, 2, 2, seed=2).double()
+    found, expected = (TRANSFORMS[transform](f)(student, teacher) for f in (function, textbook(function)))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_vmap_over_temperatures():
+    temperatures = torch.tensor([0.05, 0.5, 3.0])
+    student, teacher = plain(1, torch.float64), plain(2, torch.float64)
+
+    def gradients(function):
+        return torch.func.grad(lambda s: torch.func.vmap(lambda x: function(s, x))(temperatures).square().sum())(
+            student
+        )
+
+    found = gradients(lambda s, x: functional.contextual_affinity(s, teacher, x))
+    torch.testing.assert_close(found, gradients(lambda s, x: textbook(functional.contextual_affinity, x)(s, teacher)))
+
+
+REFUSED = {
+    "grad of grad": (
+        lambda f, s, t: torch.func.grad(lambda x: torch.func.grad(lambda y: f(y, t).square().sum())(x).sum())(s),
+        (RuntimeError, "the loss has no second derivative"),
+    ),
+    "jacrev of jacrev": (
+        lambda f, s, t: torch.func.jacrev(torch.func.jacrev(lambda x: f(x, t)))(s),
+        (RuntimeError, "the loss has no second derivative"),
+    ),
+    "hessian": (
+        lambda f, s, t: torch.func.hessian(lambda x: f(x, t).sum())(s),
+        (NotImplementedError, "student carries a tangent of forward-mode autograd: use reverse mode"),
+    ),
+    "jvp": (
+        lambda f, s, t: torch.func.jvp(lambda x: f(x, t), (s,), (s,)),
+        (NotImplementedError, "student carries a tangent of forward-mode autograd: use reverse mode"),
+    ),
+    "jvp of vmap": (
+        lambda f, s, t: torch.func.jvp(torch.func.vmap(f), (s[None], t[None]), (0 * s[None], t[None])),
+        (NotImplementedError, "carries a tangent of forward-mode autograd: use reverse mode"),
+    ),
+    "the teacher's": (
+        lambda f, s, t: torch.func.grad(lambda x: f(s, x).sum())(t),
+        (ValueError, "teacher requires grad"),
+    ),
+    "the teacher's of vmap": (
+        lambda f, s, t: torch.func.grad(lambda x: torch.func.vmap(f)(s[None], x).sum())(t[None]),
+        (ValueError, "teacher requires grad"),
+    ),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("transform", REFUSED)
+def test_derivatives_that_would_come_out_as_zero_are_refused_by_transforms_too(function, transform):
+    call, (error, message) = REFUSED[transform]
+    with pytest.raises(error, match=message):
+        call(function, plain(1), plain(2))
+
+
+def test_a_derivative_by_the_temperature_is_refused():
+    student, teacher, ones = plain(1), plain(2), torch.ones(2)
+
+    def loss(temperature):
+        return functional.contextual_affinity(student, teacher, temperature).sum()
+
+    def losses(temperatures):
+        return torch.func.vmap(loss)(temperatures).sum()
+
+    for function, at in ((loss, ones[0]), (losses, ones)):
+        with pytest.raises(ValueError, match="temperature requires grad"):
+            torch.func.grad(function)(at)
+        with pytest.raises(NotImplementedError, match="temperature carries a tangent"):
+            torch.func.jvp(function, (at,), (at,))
 
 
 # DistributedDataParallel

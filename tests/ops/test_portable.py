@@ -32,6 +32,7 @@ def test_contextual_affinity_keeps_its_digits(noise, temperature, limit):
     found = contextual_affinity(student, teacher, temperature)
     assert found.dtype == torch.float32
     assert relative_error(found, expected) < limit
+    assert torch.equal(contextual_affinity(student, teacher, torch.tensor(temperature, dtype=torch.float64)), found)
 
 
 @pytest.mark.parametrize("noise", [1, 1e-2, 1e-4])

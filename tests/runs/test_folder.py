@@ -19,8 +19,17 @@ from dskd_fast import __version__
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
-from dskd_fast.runs.folder import begin_run, claimed, load_run, read_config, save_run, write_file, write_json
-from dskd_fast.tensors import load_tensors, save_tensors
+from dskd_fast.files import load_tensors, save_tensors
+from dskd_fast.runs.folder import (
+    begin_run,
+    claimed,
+    find_category,
+    load_run,
+    read_config,
+    save_run,
+    write_file,
+    write_json,
+)
 from dskd_fast.training.train import train
 
 
@@ -298,6 +307,16 @@ def test_the_config_says_how_the_run_came_about(tiny_run, tiny_options, data_roo
     assert config["device"] in ("cpu", "cuda")
     assert datetime.fromisoformat(config["created"]).tzinfo is not None
     assert config["commit"] is None or len(config["commit"].removesuffix("+changes")) == 40
+
+
+@pytest.mark.parametrize("given", [None, "~/set", "~/set/part/"])
+def test_the_data_are_where_they_were_or_where_they_are_now(write_images, tmp_path, monkeypatch, given):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_images(tmp_path / "set" / "part" / "train", 2)
+    if given is None:  # a folder of the same name below was none of the run's
+        write_images(tmp_path / "set" / "part" / "part" / "train", 2)
+    config = {"category": "part", "data_root": str(tmp_path / "set" / "part")}
+    assert find_category(tmp_path, config, given and Path(given)).root == tmp_path / "set" / "part"
 
 
 def test_loading_needs_neither_a_download_nor_the_teachers_file(run, tiny_weights, monkeypatch, write_images, edit):

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 
+from dskd_fast.files import load_tensors
 from dskd_fast.runs.folder import load_run
-from dskd_fast.tensors import load_tensors
 from dskd_fast.training.distributed import ALONE, Group, launched_as
 
 SCRIPT = Path(sys.executable).with_name("dskd-fast")

@@ -19,9 +19,9 @@ import dskd_fast.training.checkpoints as checkpoints_module
 import dskd_fast.training.train as train_module
 from dskd_fast.data.layout import open_category
 from dskd_fast.errors import TrainingStopped, UserError
+from dskd_fast.files import load_tensors, save_tensors
 from dskd_fast.runs.folder import load_run
 from dskd_fast.runs.options import ADDED_OPTIONS
-from dskd_fast.tensors import load_tensors, save_tensors
 from dskd_fast.training import trainer as trainer_module
 from dskd_fast.training.checkpoints import Checkpoints
 from dskd_fast.training.session import ensure_run, resume_run, start_run

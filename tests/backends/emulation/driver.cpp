@@ -38,11 +38,17 @@ int main(int, char** arguments) {
     const int64_t* at = header;
     const auto next = [&at] { return *at++; };
     emulation::seed(static_cast<unsigned>(next()));
-    const bool is_affinity = next() != 0, with_gradient = next() != 0;
+    const bool is_affinity = next() != 0, is_in_memory = next() != 0, with_gradient = next() != 0;
     dskd::Affinity call{};
     const char* precisions[] = {"ieee", "tf32", "bf16", "fp16"};
     if (!dskd::choose_product(call, precisions[next()], kCapability)) return 1;
     call.temperature = temperature;
+    if (is_in_memory) {
+      double* at = static_cast<double*>(allocate(1, sizeof(double)));
+      *at = temperature;
+      call.temperature_at = at;
+      call.temperature = 0;  // nobody is to look at it
+    }
     dskd::Shape& shape = call.shape;
     shape.batch = next();
     shape.channels = next();
