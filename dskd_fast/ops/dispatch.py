@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dskd_fast.errors import UserError
 
-# Each is a module of `dskd_fast.backends`.
-BACKENDS = ("triton", "cuda", "cpu", "torch")
+_MODULES = {"triton": "triton_fused", "cuda": "cuda_native", "cpu": "cpu_native", "torch": "torch_tiled"}
+BACKENDS = tuple(_MODULES)
 # In the order of preference. Under Triton's interpreter "triton" takes CPU tensors, too, but only if asked: it is slow.
 AUTOMATIC = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
 AUTOMATIC_ELSEWHERE = ("torch",)
@@ -41,7 +41,7 @@ def load(name: str) -> ModuleType:
         ImportError: what it is built on is missing.
     """
     # Imported late: the kernels are defined when they are imported, and most processes need one backend only.
-    return importlib.import_module(f"dskd_fast.backends.{name}")
+    return importlib.import_module(f"dskd_fast.backends.{_MODULES[name]}")
 
 
 def refusal(name: str, student: Tensor, teacher: Tensor, precision: str | None) -> str | None:
@@ -114,19 +114,13 @@ def resolve_precision(precision: str | None, student: Tensor, teacher: Tensor) -
         return "ieee"
     device = student.device.type
     half = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    if _has_autocast(device) and torch.is_autocast_enabled(device):
+    # Which devices have autocast the compiler of torch 2.11 cannot trace; of those that compiled code runs on, all do.
+    has_autocast = device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
+    if has_autocast and torch.is_autocast_enabled(device):
         return half.get(torch.get_autocast_dtype(device), "ieee")
     if student.dtype == teacher.dtype and student.dtype in half:
         return half[student.dtype]
     return AMBIENT
-
-
-# The compiler of torch 2.11 cannot trace the question, and `torch.compiler.assume_constant_result` would import it.
-_WITH_AUTOCAST = frozenset(name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name))
-
-
-def _has_autocast(device: str) -> bool:
-    return device in _WITH_AUTOCAST if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
 
 
 def ambient_precision(device: str) -> str:
