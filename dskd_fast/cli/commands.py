@@ -47,8 +47,6 @@ from dskd_fast.evaluation.evaluate import evaluate as evaluate_detector
 from dskd_fast.evaluation.report import write_report
 from dskd_fast.files import printable
 from dskd_fast.metrics.maps import maps_without_image, read_maps, score_maps
-from dskd_fast.paper.reproduce import reproduce as reproduce_table
-from dskd_fast.paper.tables import to_text
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.folder import find_category
 from dskd_fast.runs.options import TrainingOptions
@@ -276,6 +274,10 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
+    # Imported late: no other command needs the paper's room.
+    from dskd_fast.paper.reproduce import reproduce as reproduce_table
+    from dskd_fast.paper.tables import to_text
+
     given = vars(arguments)
     recipe = TrainingOptions(**_options_in(given))
     try:
