@@ -181,7 +181,8 @@ def _parser() -> argparse.ArgumentParser:
         "\n\nAn image is normal, anomalous, or suspect: much darker, brighter or flatter than the training images.\n"
         "Writes DIR/predictions.csv, DIR/predictions.jsonl and DIR/overlays. Exits with 1 if an image file could "
         "not be\nread (the others are still done). All image files of a folder are scored, but for overlays and maps "
-        "of an earlier\nprediction and for ground_truth beside test, which are listed as skipped.",
+        "of an earlier\nprediction and for ground_truth beside test, which are listed as skipped, "
+        "as are those\nthat one has left in DIR.",
     )
     _add_run(predict)
     predict.add_argument("images", type=_path, nargs="+", metavar="IMAGE_OR_FOLDER", help="image files or folders")

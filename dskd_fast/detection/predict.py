@@ -60,7 +60,7 @@ def predict(
         detector: calibrated.
         inputs: image files, which are read whatever their suffix, and folders that are searched with their subfolders.
             Hidden files and folders are left out.
-        out: folder of the results; those of an earlier call are replaced.
+        out: folder of the results; those of an earlier call are replaced, but for its pictures of other images.
         threshold: of the decisions; None makes none.
         save_maps: also write maps/NAME.tiff, float32 at the image's size.
         batch_size: images per pass.
@@ -71,6 +71,7 @@ def predict(
         `error` set and does not stop the rest. After these come the image files whose suffix names a format that is
         not read, with an `error`, and the folders that hold no photographs to inspect, with `skipped`: overlays and
         maps of this or another prediction, known by the predictions.csv beside them, and ground_truth beside test.
+        Likewise the folders of `out` in which an earlier call has left pictures of other images.
 
     Raises:
         UserError: an input does not exist or holds no image files, or the results cannot be written.
@@ -85,6 +86,7 @@ def predict(
                 f"{folder} is there, and is not from an earlier prediction, of which there would be a {PREDICTIONS} "
                 "beside it: choose another --out"
             )
+    earlier = _pictures(out)
     predictions: list[Prediction] = []
     try:
         for start in range(0, len(named), batch_size):
@@ -93,6 +95,7 @@ def predict(
             progress(start + len(batch), len(named))
     finally:
         # Also when interrupted: what has been scored should not have to be scored again.
+        others += _left_over(earlier, out, predictions, others)
         _write_results(out, predictions + others)
     return predictions + others
 
@@ -156,6 +159,27 @@ def _write_pictures(
     except UserError as error:
         written["error"] = str(error)
     return written
+
+
+def _pictures(out: Path) -> dict[Path, list[Path]]:
+    """The overlays and maps of an earlier call, by their folders."""
+    folders = [folder for folder in (out / name for name in PICTURE_FOLDERS) if folder.is_dir()]
+    return {folder: [path for listing in walk(folder) for path in listing.all] for folder in folders}
+
+
+def _left_over(
+    earlier: dict[Path, list[Path]], out: Path, predictions: list[Prediction], others: list[Prediction]
+) -> list[Prediction]:
+    """Entries for folders with pictures that this call has not replaced, unless there are such entries already."""
+    written = {out / name for prediction in predictions for name in (prediction.overlay, prediction.map) if name}
+    listed = {Path(other.path).resolve() for other in others}
+    entries = []
+    for folder, paths in earlier.items():
+        n_files = len({*paths} - written)
+        if n_files and folder.resolve() not in listed:
+            what = f"{n_files} image file{'s' * (n_files > 1)} (of an earlier prediction, not drawn from these images)"
+            entries.append(Prediction(str(folder), skipped=what))
+    return entries
 
 
 def _with_names(inputs: Sequence[Path], out: Path) -> tuple[list[tuple[Path, str]], list[Prediction]]:

@@ -257,14 +257,20 @@ def test_formats_that_are_not_read_are_errors_unless_the_file_itself_is_named(pr
     assert heic.error.startswith(".heic files are not read")
     named = predicted(tmp_path / "images", tmp_path / "images" / "a.gif")
     assert {p.path: p.error is None for p in named} == {str(image): True, gif.path: True, heic.path: False}
-    assert [p.error is None for p in predicted(tmp_path / "images" / "deep")] == [False]
+    assert [p.error is None for p in predicted(tmp_path / "images" / "deep") if p.skipped is None] == [False]
 
 
 def test_a_second_call_replaces_the_results_of_the_first(predicted, out, write_images, tmp_path):
     first = write_images(tmp_path / "first", 3)
     predicted(*first)
-    (only,) = predicted(write_images(tmp_path / "second", 1, seed=3)[0])
-    assert only.path == str(tmp_path / "second" / "000.png")
+    (second,) = write_images(tmp_path / "second", 1, seed=3)
+    only, left = predicted(second)
+    assert only.path == str(second)
+    # Nothing is deleted, but nobody shall take the other two overlays for results of this call.
+    assert (left.path, left.skipped[:13]) == (str(out / "overlays"), "2 image files")
+    # An overlay with the name of an image that cannot be read now is an earlier one.
+    second.write_bytes(b"")
+    assert [p.skipped and p.skipped[:13] for p in predicted(second)] == [None, "3 image files"]
 
 
 # ------------------------------------------------------------------------------------------------ images of all kinds
@@ -287,7 +293,7 @@ def test_an_overlay_is_coloured_where_the_map_is_above_the_normal_mean_and_only_
     anomaly_map = tifffile.imread(out / prediction.map)
     assert 0.1 < (anomaly_map <= 0).mean() < 0.9
     threshold = float(np.quantile(anomaly_map, 0.99)) / 2
-    (prediction,) = predicted(path, threshold=threshold)
+    prediction, _ = predicted(path, threshold=threshold)  # beside the first call's map
     drawn = np.asarray(Image.open(out / prediction.overlay))[:96, -120:]
     np.testing.assert_array_equal(drawn[anomaly_map <= 0], image[anomaly_map <= 0])
     # The colour scale ends at twice the threshold.
