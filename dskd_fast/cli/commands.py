@@ -410,6 +410,8 @@ def _print_remarks(said: dict[str, Any]) -> None:
     """Print what `dskd_fast.evaluation.evaluate.remarks` gave."""
     for reason in said["absent"]:
         print_line(f"absent: {reason}", style="yellow")
+    for sentence in said["warnings"]:
+        print_line(f"warning: {sentence}", style="yellow")
     for sentence in unused_sentences(said["unused"]):
         print_line(sentence, style="yellow")
     for sentence in said["bad_masks"]:
