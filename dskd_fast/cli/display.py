@@ -240,6 +240,8 @@ def print_remarks(found: dict[str, Any]) -> None:
     """Print what `dskd_fast.evaluation.evaluate.remarks` gave."""
     for reason in found["absent"]:
         print_line(f"absent: {reason}", style="yellow")
+    for sentence in found["warnings"]:
+        print_line(f"warning: {sentence}", style="yellow")
     for sentence in unused_sentences(found["unused"]):
         print_line(sentence, style="yellow")
     for sentence in found["bad_masks"]:

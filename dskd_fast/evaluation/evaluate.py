@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dskd_fast.data.category import Category, GroundTruth
+from dskd_fast.data.contents import copies
 from dskd_fast.data.ground_truth import KINDS
 from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.calibration import decide
@@ -66,8 +67,8 @@ def evaluate(
         and again under "local" and "global" for each student alone (None for one that there is not); "n_images" per
         kind; "decisions" per kind: how many images were called anomalous at "threshold"; "suspects" per kind: how many
         were called suspect instead, whose scores count in the figures like all others; "absent": why a figure is None;
-        "bad_masks": a sentence for each mask that cannot be used, which leaves its kind without sPRO; "unused":
-        `Category.unused_summary`.
+        "warnings": what makes the figures doubtful; "bad_masks": a sentence for each mask that cannot be used, which
+        leaves its kind without sPRO; "unused": `Category.unused_summary`.
 
     Raises:
         UserError: no test images, images that cannot be read, files that cannot be written, or maps that would lie in
@@ -170,12 +171,25 @@ def absences(category: Category, truth: GroundTruth) -> list[str]:
 
 
 def remarks(category: Category, truth: GroundTruth) -> dict[str, Any]:
-    """What to say beside the figures: "absent", "bad_masks" and "unused", see `evaluate`."""
+    """What to say beside the figures: "absent", "warnings", "bad_masks" and "unused", see `evaluate`."""
     return {
         "absent": absences(category, truth),
+        "warnings": _warnings(category),
         "bad_masks": truth.bad_masks(),
         "unused": category.unused_summary,
     }
+
+
+def _warnings(category: Category) -> list[str]:
+    """What makes figures doubtful, a sentence each."""
+    found = copies((item.path for item in category.test), [*category.train, *category.validation])
+    if not found:
+        return []
+    first = found[0].relative_to(category.root).as_posix()
+    return [
+        f"copies of training or validation images among the {len(category.test)} test images: {len(found)}, such as "
+        f"{first}; they tell little of new images, so take them out"
+    ]
 
 
 def _all_maps(

@@ -220,7 +220,7 @@ def _describe_run(
         "n_images": count_kinds(source.category),
         "decisions": None if threshold is None else count_decisions(source.category, decisions, "anomalous"),
         "suspects": count_decisions(source.category, decisions, "suspect"),
-        "absent": [*said["absent"], *said["bad_masks"], *unused_sentences(said["unused"])],
+        "absent": [*said["absent"], *said["warnings"], *said["bad_masks"], *unused_sentences(said["unused"])],
         "variants": variants,
     }
 

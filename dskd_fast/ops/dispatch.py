@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dskd_fast.errors import UserError
 
-_MODULES = {"triton": "triton_fused", "cuda": "cuda_native", "cpu": "cpu_native", "torch": "torch_tiled"}
-BACKENDS = tuple(_MODULES)
+# Each is a module of `dskd_fast.backends`.
+BACKENDS = ("triton", "cuda", "cpu", "torch")
 # In the order of preference. Under Triton's interpreter "triton" takes CPU tensors, too, but only if asked: it is slow.
 AUTOMATIC = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
 AUTOMATIC_ELSEWHERE = ("torch",)
@@ -41,7 +41,7 @@ def load(name: str) -> ModuleType:
         ImportError: what it is built on is missing.
     """
     # Imported late: the kernels are defined when they are imported, and most processes need one backend only.
-    return importlib.import_module(f"dskd_fast.backends.{_MODULES[name]}")
+    return importlib.import_module(f"dskd_fast.backends.{name}")
 
 
 def refusal(name: str, student: Tensor, teacher: Tensor, precision: str | None) -> str | None:

@@ -23,7 +23,14 @@ from dskd_fast.models import DSKD
 from dskd_fast.runs.history import Epoch, Progress
 from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.checkpoints import Checkpoints, Position, owners, stopping_signal
-from dskd_fast.training.checks import check_batches, clear_errors, grown_loss, is_sound, notice_on_bits
+from dskd_fast.training.checks import (
+    check_batches,
+    clear_errors,
+    grown_loss,
+    is_sound,
+    notice_on_bits,
+    warning_on_copies,
+)
 from dskd_fast.training.distributed import ALONE, Group
 from dskd_fast.training.trainer import Trainer
 
@@ -94,6 +101,8 @@ def train(
         status(f"calibrating on the {source} images")
         batches = Batches(images, validation_indices or train_indices, options.batch_size)
         detector.calibrate(batches, source, images.exposures)
+        if (warning := warning_on_copies(category)) is not None:
+            detector.calibration.warnings.append(warning)
         for warning in detector.calibration.warnings:
             status(f"warning: {warning}")
     return detector, history

@@ -241,6 +241,14 @@ def test_bad_masks_leave_their_kind_without_spro_and_hide_nothing_else(tiny_dete
     assert expected["bad_masks"] == expected["unused"] == []
 
 
+def test_test_images_that_are_trained_on_are_warned_of(tiny_detector, own_data, evaluated):
+    assert evaluated[0]["warnings"] == []
+    shutil.copy(own_data / "train" / "good" / "003.png", own_data / "test" / "good" / "001.png")
+    shutil.copy(own_data / "validation" / "good" / "000.png", own_data / "test" / "logical_anomalies" / "000.png")
+    (warning,) = evaluate(tiny_detector, open_category(own_data, None), threshold=None)["warnings"]
+    assert "among the 10 test images: 2, such as test/good/001.png" in warning
+
+
 @pytest.mark.parametrize(
     ("removed", "absent"),
     [("good", {"structural", "logical", "mean"}), ("logical_anomalies", {"logical", "mean"})],

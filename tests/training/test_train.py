@@ -152,6 +152,15 @@ def test_without_validation_images_the_training_images_calibrate_but_set_no_thre
     assert detector.calibration.threshold is None
 
 
+def test_validation_images_that_are_trained_on_are_warned_of(category, tiny_options):
+    shutil.copy(category.train[2], category.validation[1])
+    told = []
+    detector, _ = train(category, tiny_options(), status=told.append)
+    (warning,) = detector.calibration.warnings
+    assert "copies of training images among the 3 validation images: 1, such as 001.png" in warning
+    assert f"warning: {warning}" in told
+
+
 def test_ten_images_are_enough_to_hold_some_out(few, tiny_options, asked_for):
     category = few(10)
     detector, _ = train(category, tiny_options())
