@@ -78,7 +78,7 @@ def choose(backend: str, student: Tensor, teacher: Tensor, precision: str | None
         if (reason := refusal(backend, student, teacher, precision)) is not None:
             raise BackendError(f"{asked} cannot serve this call: {reason}; {remedy}")
         return Choice(backend, {})
-    passed_over = {}
+    passed_over: dict[str, str] = {}
     for name in AUTOMATIC.get(student.device.type, AUTOMATIC_ELSEWHERE):
         if (reason := refusal(name, student, teacher, precision)) is None:
             return Choice(name, passed_over)
