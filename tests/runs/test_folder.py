@@ -246,6 +246,7 @@ def test_what_is_loaded_is_what_was_saved(data_root, tiny_options, tmp_path, bel
     assert loaded_options == options
     assert loaded.calibration == detector.calibration
     assert loaded.scoring == detector.scoring
+    assert not any(part.training for part in loaded.model.modules())
     state = detector.model.state_dict()
     assert loaded.model.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.model.state_dict().items())

@@ -12,9 +12,12 @@ import psutil
 import pytest
 import torch
 
+import dskd_fast.training.train as train_module
+from dskd_fast.data.layout import open_category
 from dskd_fast.files import load_tensors
 from dskd_fast.runs.folder import load_run
 from dskd_fast.training.distributed import ALONE, Group, launched_as
+from dskd_fast.training.trainer import Trainer
 
 SCRIPT = Path(sys.executable).with_name("dskd-fast")
 GRADIENTS = Path(__file__).parent / "distributed_gradients.py"
@@ -174,3 +177,22 @@ def test_without_torchrun_a_process_is_alone(monkeypatch):
     assert ALONE.is_first
     assert ALONE.of_first("mine") == "mine"
     assert ALONE.agree(lambda: 5) == 5
+
+
+def test_each_process_trains_on_its_share_of_a_batch_with_the_weight_of_it(data_root, tiny_options, monkeypatch):
+    """Three images of five count for three fifths of the mean over two processes."""
+
+    class Second(Group):
+        add = staticmethod(lambda values: values)
+        agree = staticmethod(lambda work: work())
+
+    steps = []
+    monkeypatch.setattr(train_module, "Trainer", lambda model, options, group: Trainer(model, options))
+    monkeypatch.setattr(Trainer, "step", lambda self, part, weight: steps.append((part, weight)) or torch.zeros(2))
+    category = open_category(data_root, "screw_bag")
+    for group in (ALONE, Second(0, 2), Second(1, 2)):
+        train_module.train(category, tiny_options(batch_size=5), group=group)
+    whole, first, second = steps[:3], steps[3:6], steps[6:]
+    for one, other, batch in zip(first, second, whole, strict=True):
+        assert torch.equal(torch.cat([one[0], other[0]]), batch[0])
+    assert [weight for _, weight in steps] == [1, 1, 1, 0.8, 0.8, 1, 1.2, 1.2, 1]
