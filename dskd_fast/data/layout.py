@@ -815,6 +815,9 @@ def _stray_masks(
 
 def _read_defects_config(path: Path) -> dict[int, DefectType] | None:
     if not path.is_file():
+        for other in sorted(path.parent.iterdir()):
+            if _plain(other.name) in ("defectsconfigjson", "defectconfigjson") and other.is_file():
+                raise UserError(f"{other} is not read under this name; rename it to {path.name}")
         return None
     try:
         entries = json.loads(path.read_bytes())

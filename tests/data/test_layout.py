@@ -255,6 +255,15 @@ def test_bad_defects_config(loco, content, reason):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["Defects_Config.json", "defect-config.JSON"])
+def test_a_defects_config_under_another_name_is_refused(loco, name):
+    path = (loco / "defects_config.json").rename(loco / name)
+    with pytest.raises(
+        UserError, match=re.escape(f"{path} is not read under this name; rename it to defects_config.json")
+    ):
+        open_category(loco, None)
+
+
 def mvtec_ad(root, name, **n_images):
     touch(root / name / "train/good", *numbered(20))
     touch(root / name / "test/good", *numbered(3))
