@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL import Image, ImageFile
 
 from dskd_fast.data import jpeg
 from dskd_fast.errors import UserError
@@ -309,6 +309,11 @@ def _decode(data: bytes) -> _Picture:
 
 
 def _decode_pillow(data: bytes, page: int = 0) -> _Picture:
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise _Unusable(
+            "this program has set PIL.ImageFile.LOAD_TRUNCATED_IMAGES, with which half a file passes for an image: set "
+            "it to False"
+        )
     with open_image(data) as image:
         if image.format == "PNG":
             # Pillow's load stops at the last pixel and skips checksums; verify reads every chunk up to the
