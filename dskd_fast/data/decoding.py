@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dskd_fast.choices import MAX_PIXELS
@@ -89,6 +89,11 @@ def check_pixels(width: int, height: int) -> None:
 
 
 def decode_pillow(data: bytes, page: int = 0) -> Picture:
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise Unusable(
+            "this program has set PIL.ImageFile.LOAD_TRUNCATED_IMAGES, with which half a file passes for an image: set "
+            "it to False"
+        )
     with open_image(data) as image:
         if image.format == "PNG":
             # Pillow's load stops at the last pixel and skips checksums; verify reads every chunk up to the

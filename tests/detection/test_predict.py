@@ -223,6 +223,15 @@ def test_masks_beside_test_images_are_skipped_and_elsewhere_inspected(predicted,
     }
 
 
+@pytest.mark.parametrize("name", ["results/overlays", "part/ground_truth"])
+def test_the_current_folder_is_known_by_its_name(tiny_detector, write_images, tmp_path, monkeypatch, name):
+    predict(tiny_detector, write_images(tmp_path / "part" / "test" / "bad", 1), tmp_path / "results", threshold=None)
+    write_images(tmp_path / "part" / "ground_truth", 1)
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(UserError, match=r"nothing to score: \. has 1 image file"):
+        predict(tiny_detector, [Path(".")], tmp_path / "others", threshold=None)
+
+
 def test_formats_that_are_not_read_are_errors_unless_the_file_itself_is_named(predicted, write_images, tmp_path):
     (image,) = write_images(tmp_path / "images", 1)
     for name in ("a.gif", "deep/b.HEIC", ".hidden.gif", "notes.txt"):
