@@ -1,4 +1,5 @@
 import io
+import itertools
 import os
 import pickle
 import struct
@@ -72,20 +73,43 @@ def write(path, data):
     return path
 
 
-def all_16_bit_values(rng, channels):
-    """Each of the 65,536 values once in each channel: (256, 256, channels)."""
-    return np.stack([rng.permutation(65536).astype(np.uint16) for _ in range(channels)], 1).reshape(256, 256, channels)
-
-
 def as_rgb(array):
     """(H, W) or (H, W, C) without alpha, C from 1 to 4 -> (H, W, 3)."""
     array = array.reshape(*array.shape[:2], -1)
     return np.broadcast_to(array[..., : 1 if array.shape[2] <= 2 else 3], (*array.shape[:2], 3))
 
 
-def rounded(values):
-    """16 to 8 bits in whole numbers: round(v / 257), where 257 = 65535 / 255 is odd and no tie can occur."""
-    return ((2 * values.astype(np.int64) + 257) // 514).astype(np.uint8)
+def encode_pages(*pages):
+    """Each page is (array, options of tifffile)."""
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        for array, options in pages:
+            writer.write(array, **{"photometric": "rgb"} | options)
+    return buffer.getvalue()
+
+
+def without_second_page(data):
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        return data[: tiff.pages[1].offset]
+
+
+# ImageJ's tables of 256 colours, from black to red, green and blue.
+RGB_TABLES = [np.outer(colour, np.arange(256)).astype(np.uint8) for colour in np.eye(3)]
+
+
+def encode_imagej(rgb, **metadata):
+    return encode_tiff(rgb.transpose(2, 0, 1), imagej=True, metadata={"axes": "CYX"} | metadata)
+
+
+def encode_planes(rgb, **options):
+    return encode_tiff(rgb.transpose(2, 0, 1), **options)
+
+
+SEPARATE = {"photometric": "rgb", "planarconfig": "separate"}
+GREY = {"photometric": "minisblack"}
+WHITE_IS_ZERO = {"photometric": "miniswhite"}
+MIXED_GREY = GREY | {"planarconfig": "contig"}
+REDUCED = {"subfiletype": 1}
 
 
 # ---------------------------------------------------------------------------------------------- formats and values
@@ -141,36 +165,28 @@ def test_palette(tmp_path, rng, transparency):
     )
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
-@pytest.mark.parametrize("interlaced", [False, True])
-def test_16_bit_png_is_rounded_for_every_value(tmp_path, rng, channels, interlaced):
-    array = all_16_bit_values(rng, channels)
-    image = read_image(write(tmp_path / "a.png", encode_png16(array, interlaced)))
-    np.testing.assert_array_equal(image, as_rgb(rounded(array)))
+DEEP = {
+    **{f"PNG of {n} channels": (n, encode_png16) for n in (1, 2, 3, 4)},
+    **{f"interlaced PNG of {n} channels": (n, lambda array: encode_png16(array, True)) for n in (1, 2, 3, 4)},
+    "LZW TIFF": (1, lambda array: encode(array[..., 0], "TIFF", compression="tiff_lzw")),
+}
+for order, zipped in itertools.product("<>", (None, "zlib")):
+    options = {"byteorder": order, "compression": zipped}
+    DEEP |= {
+        f"black TIFF {order} {zipped}": (1, lambda array, o=options: encode_tiff(array[..., 0], **GREY, **o)),
+        f"white TIFF {order} {zipped}": (1, lambda a, o=options: encode_tiff(65535 - a[..., 0], **WHITE_IS_ZERO, **o)),
+        f"RGB TIFF {order} {zipped}": (3, lambda array, o=options: encode_tiff(array, photometric="rgb", **o)),
+        f"planar TIFF {order} {zipped}": (3, lambda array, o=options: encode_planes(array, **SEPARATE, **o)),
+    }
 
 
-@pytest.mark.parametrize("byteorder", ["<", ">"])
-@pytest.mark.parametrize(
-    ("photometric", "options"),
-    [
-        ("rgb", {"planarconfig": "contig"}),
-        ("rgb", {"planarconfig": "contig", "compression": "zlib"}),
-        ("rgb", {"planarconfig": "separate"}),
-        ("rgb", {"planarconfig": "separate", "compression": "zlib"}),
-        ("minisblack", {}),
-        ("miniswhite", {}),
-        ("lzw", {}),
-    ],
-)
-def test_16_bit_tiff_is_rounded_for_every_value(tmp_path, rng, byteorder, photometric, options):
-    array = all_16_bit_values(rng, 3 if photometric == "rgb" else 1)
-    stored = array.transpose(2, 0, 1) if options.get("planarconfig") == "separate" else array.squeeze()
-    if photometric == "lzw":
-        data = encode(stored, "TIFF", compression="tiff_lzw")
-    else:
-        data = encode_tiff(stored, byteorder=byteorder, photometric=photometric, **options)
-    shown = 65535 - array if photometric == "miniswhite" else array
-    np.testing.assert_array_equal(read_image(write(tmp_path / "a.tif", data)), as_rgb(rounded(shown)))
+@pytest.mark.parametrize("kind", DEEP)
+def test_16_bits_are_rounded_for_every_value(tmp_path, rng, kind):
+    channels, make = DEEP[kind]
+    array = np.stack([rng.permutation(65536).astype(np.uint16) for _ in range(channels)], 1).reshape(256, 256, channels)
+    # In whole numbers: round(v / 257), where 257 = 65535 / 255 is odd and no tie can occur.
+    expected = as_rgb((2 * array.astype(np.int64) + 257) // 514)
+    np.testing.assert_array_equal(read_image(write(tmp_path / "a", make(array))), expected)
 
 
 def test_16_bit_lzw_rgb_tiff_is_not_quietly_cut_to_its_high_bytes(tmp_path, rgb, monkeypatch):
@@ -198,37 +214,6 @@ def test_float_tiff_from_0_to_1(tmp_path, rng, dtype, shape):
 # ------------------------------------------------------------------------------------------ one file, one picture
 
 
-def encode_pages(*pages):
-    """Each page is (array, options of tifffile)."""
-    buffer = io.BytesIO()
-    with tifffile.TiffWriter(buffer) as writer:
-        for array, options in pages:
-            writer.write(array, **{"photometric": "rgb"} | options)
-    return buffer.getvalue()
-
-
-def without_second_page(data):
-    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        return data[: tiff.pages[1].offset]
-
-
-# ImageJ's tables of 256 colours, from black to red, green and blue.
-RGB_TABLES = [np.outer(colour, np.arange(256)).astype(np.uint8) for colour in np.eye(3)]
-
-
-def encode_imagej(rgb, **metadata):
-    return encode_tiff(rgb.transpose(2, 0, 1), imagej=True, metadata={"axes": "CYX"} | metadata)
-
-
-def encode_planes(rgb, **options):
-    return encode_tiff(rgb.transpose(2, 0, 1), **options)
-
-
-SEPARATE = {"photometric": "rgb", "planarconfig": "separate"}
-GREY = {"photometric": "minisblack"}
-MIXED_GREY = GREY | {"planarconfig": "contig"}
-REDUCED = {"subfiletype": 1}
-
 # Files of which one picture can be read, from an array (40, 48, 3).
 ONE_PICTURE = {
     "planes": lambda rgb: encode_planes(rgb, **SEPARATE),
@@ -241,6 +226,9 @@ ONE_PICTURE = {
     "thumbnail before": lambda rgb: encode_pages((rgb[::2, ::2], REDUCED), (rgb, {})),
     "pyramid": lambda rgb: encode_pages((rgb, {"subifds": 1}), (rgb[::2, ::2], REDUCED)),
     "transparency mask": lambda rgb: encode_pages((rgb, {}), (rgb[..., 0] > 9, GREY | {"subfiletype": 4})),
+    "thumbnail before a page that says how it is turned": lambda rgb: encode_pages(
+        (rgb[::2, ::2], REDUCED), (np.rot90(rgb), {"extratags": [(274, 3, 1, 6, True)]})
+    ),
     "a thumbnail alone": lambda rgb: encode_pages((rgb, REDUCED)),
 }
 
@@ -253,10 +241,9 @@ def test_one_picture_in_a_tiff_is_read_however_it_lies_there(tmp_path, rgb, kind
     np.testing.assert_array_equal(read_mask(path), rgb.max(axis=2).astype(int) * (257 if deep else 1))
 
 
-def test_a_page_behind_a_thumbnail_is_turned_as_it_says(tmp_path, rgb):
-    tag = (274, 3, 1, 6, True)
-    data = encode_pages((rgb[::2, ::2], REDUCED), (rgb, {"extratags": [tag]}))
-    np.testing.assert_array_equal(read_image(write(tmp_path / "a.tif", data)), np.rot90(rgb, -1))
+def flipped(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
 def frames(rgb):
@@ -300,6 +287,7 @@ NOT_ONE_PICTURE = {
     "HEIF": (lambda rgb: b"\0\0\0\x18ftypheic" + bytes(99), "it is a HEIF, AVIF or other"),
     "text": (lambda rgb: b"hello, I am a text", "no PNG"),
     "TIFF's first bytes": (lambda rgb: b"II*\0" + b"\xff" * 50, "damaged"),
+    "flipped bit": (lambda rgb: flipped(encode(rgb, "PNG")), "damaged"),
     "nothing": (lambda rgb: b"", "empty"),
     "narrow": (lambda rgb: encode(np.zeros((500, 31), np.uint8), "PNG"), "31 x 500"),
     **{
@@ -326,11 +314,6 @@ def test_what_is_not_one_picture_is_refused_by_name(tmp_path, rgb, kind):
         with pytest.raises(ImageError, match=rf"^1 image .*{path}: [^\n]*{reason}[^\n]*$") as caught:
             function(path)
         assert caught.value.failures[0][0] == path
-
-
-def test_32_pixels_are_enough(tmp_path):
-    path = write(tmp_path / "a.png", encode(Image.new("L", (32, 32)), "PNG"))
-    assert read_image(path).shape == (*image_size(path), 3) == (32, 32, 3)
 
 
 # What each orientation means, by the side that row 0 and column 0 of the stored image show (EXIF 2.32, table 6).
@@ -360,9 +343,9 @@ def stored_for(upright, orientation):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PNG16", "TIFF16", "JPEG"])
 def test_exif_orientation(tmp_path, orientation, kind):
-    # Four flat quadrants, so that JPEG keeps them; 40 x 64 tells rows from columns.
-    upright = np.zeros((40, 64, 3), np.uint8)
-    upright[:20, :32], upright[:20, 32:], upright[20:, :32], upright[20:, 32:] = 40, 100, 160, 220
+    # Four flat quadrants, so that JPEG keeps them; 32 x 64, the least that is read, tells rows from columns.
+    upright = np.zeros((32, 64, 3), np.uint8)
+    upright[:16, :32], upright[:16, 32:], upright[16:, :32], upright[16:, 32:] = 40, 100, 160, 220
     stored = stored_for(upright, orientation)
     deep = stored.astype(np.uint16) * 257
     exif = Image.Exif()
@@ -447,13 +430,6 @@ def test_random_damage_never_escapes_as_another_exception_and_the_size_meets_the
         damaged[rng.integers(0, len(data) if rng.random() < 0.5 else 200, 5)] = rng.integers(0, 256, 5)
         path = write(tmp_path / "a", damaged.tobytes())
         assert outcome(image_size) == outcome(lambda path: read_image(path).shape[:2])
-
-
-def test_a_flipped_bit_in_a_png_is_found(tmp_path, rgb):
-    data = bytearray(encode(rgb, "PNG"))
-    data[len(data) // 2] ^= 1
-    with pytest.raises(ImageError):
-        read_image(write(tmp_path / "a.png", data))
 
 
 @pytest.fixture
@@ -582,18 +558,12 @@ def test_masks_keep_their_values(tmp_path, rng):
         np.testing.assert_array_equal(read_mask(write(tmp_path / "m.png", data)), expected)
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda rgb: encode(rgb, "JPEG"), "save masks as PNG"),
-        (lambda rgb: encode(rgb, "WEBP"), "save masks as PNG"),
-        (lambda rgb: encode(rgb, "TIFF", compression="jpeg"), "save masks as PNG"),
-        (lambda rgb: encode_tiff(rgb[..., 0] / np.float32(255)), "integers"),
-    ],
-)
-def test_a_mask_without_exact_values_is_refused(tmp_path, rgb, make, reason):
-    with pytest.raises(ImageError, match=reason):
-        read_mask(write(tmp_path / "m.png", make(rgb)))
+def test_a_mask_without_exact_values_is_refused(tmp_path, rgb):
+    smeared = (encode(rgb, "JPEG"), encode(rgb, "WEBP"), encode(rgb, "TIFF", compression="jpeg"))
+    floats = encode_tiff(rgb[..., 0] / np.float32(255))
+    for data, reason in (*((data, "save masks as PNG") for data in smeared), (floats, "integers")):
+        with pytest.raises(ImageError, match=reason):
+            read_mask(write(tmp_path / "m.png", data))
 
 
 # -------------------------------------------------------------------------------------- fewer bits than the file has
@@ -626,20 +596,14 @@ def test_values_of_fewer_bits_than_the_file_has(tmp_path, rng, bits, channels, m
             read_image(write(path, make(array)), bits=bits)
 
 
-def test_fewer_bits_where_white_is_zero(tmp_path):
-    path = write(tmp_path / "a.tif", encode_tiff(np.full((40, 48), 95, np.uint16), photometric="miniswhite"))
+def test_fewer_bits_count_from_white_where_it_is_zero_and_not_at_all_for_8_bits_and_floats(tmp_path, rgb):
+    path = write(tmp_path / "a", encode_tiff(np.full((40, 48), 95, np.uint16), **WHITE_IS_ZERO))
     image, peak = read_image_and_peak(path, bits=12)
     assert (image == 249).all()  # 4000 of 4095
     assert peak == 95
-
-
-def test_fewer_bits_change_nothing_where_values_have_8_or_are_floating(tmp_path, rgb):
-    for data in (
-        *(encode(rgb, format) for format in ("PNG", "JPEG", "BMP", "TIFF", "WEBP")),
-        encode_tiff(rgb.astype(np.float32) / 255, photometric="rgb"),
-    ):
-        path = write(tmp_path / "a", data)
-        image, peak = read_image_and_peak(path, bits=9)
+    floats = encode_tiff(rgb.astype(np.float32) / 255, photometric="rgb")
+    for data in (floats, *(encode(rgb, format) for format in ("PNG", "JPEG", "BMP", "TIFF", "WEBP"))):
+        image, peak = read_image_and_peak(write(path, data), bits=9)
         np.testing.assert_array_equal(image, read_image(path))
         assert peak is None
 
