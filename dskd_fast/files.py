@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor
 
 _METADATA, _STATE, _CHECKSUM = "dskd_fast", "state", "sha256"
-_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -62,12 +62,12 @@ def is_half_written(path: Path) -> bool:
 
 
 def printable(text: object) -> str:
-    """Text as one line for a terminal: what would steer the terminal or turn the direction of writing is escaped.
+    """Text as one line for a terminal, with escapes for what would control it or change the direction of writing.
 
     These are the control characters (C0, DEL and C1, line breaks included), the line separators and the bidirectional
     controls of Unicode; the escapes are those of JSON. A file's name may hold them.
     """
-    return _STEERING.sub(lambda found: json.dumps(found[0])[1:-1], str(text))
+    return _CONTROLS.sub(lambda found: json.dumps(found[0])[1:-1], str(text))
 
 
 def in_shell(path: Path) -> str:
@@ -77,7 +77,7 @@ def in_shell(path: Path) -> str:
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """The sentence for a place that cannot be written."""
+    """The error for a place that cannot be written."""
     return UserError(f"cannot write {path} ({error.strerror or error}): choose a writable place with enough room")
 
 
@@ -100,7 +100,7 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], state: Any = None)
         try:
             safetensors.torch.save_file(content, temporary, metadata)
         except safetensors.SafetensorError as error:
-            # Its way to pass on what the system said.
+            # The library passes on the system's error number in its message alone.
             code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else errno.EIO
             raise OSError(number, os.strerror(number)) from error

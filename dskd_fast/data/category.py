@@ -54,21 +54,21 @@ class Category:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the names and contents of the images that a training sees, to notice when they are others.
+        """A hash of the names and contents of the training and validation images, to notice when they have changed.
 
         "sha256:" and 64 digits. Each file is read at the first call, and again only when it has changed on the disk.
         """
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
             for path, content in zip(split, content_digests(split), strict=True):
-                # What cannot be read, as a dead link, is named with all else that cannot be when images are decoded.
+                # A file that cannot be read is reported when images are decoded, with all others.
                 digest.update(os.fsencode(path.name) + b"\0" + (content or bytes(32)))
             digest.update(b"\0")
         return f"sha256:{digest.hexdigest()}"
 
     @property
     def names_and_sizes(self) -> str:
-        """What versions before `fingerprint` knew images by: 64 digits, a hash of names and numbers of bytes alone."""
+        """A hash of file names and sizes, 64 digits, which versions without `fingerprint` stored in its place."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
             for path in split:
@@ -174,7 +174,7 @@ class GroundTruth:
         return None if self._bad_masks[item.kind] else found
 
     def bad_masks(self, kind: str | None = None) -> list[str]:
-        """A sentence for each mask that cannot be used, of one kind of anomaly or of all, as far as they were read."""
+        """A sentence for each mask that cannot be used, of one kind of anomaly or of all, among those read so far."""
         kinds = KINDS if kind is None else (kind,)
         return list(dict.fromkeys(sentence for kind in kinds for sentence in self._bad_masks[kind]))
 

@@ -1,4 +1,4 @@
-"""Knowing files again by what is in them."""
+"""Hashes of files' contents, to recognise the files later."""
 
 import functools
 import hashlib
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# hashlib releases the interpreter lock; a disk wants several requests at once.
+# hashlib releases the interpreter lock, and a disk is faster with several requests at once.
 _N_THREADS = 4
 
 
 def content_digests(paths: Iterable[Path]) -> list[bytes]:
-    """The SHA-256 of each file's bytes, 32 bytes each, in order; empty for what is not there or cannot be read.
+    """The SHA-256 of each file's bytes, 32 bytes each, in order; empty for a file that is missing or cannot be read.
 
     A file is read again only if its size, its times or its place on the disk have changed since the last call.
     """
@@ -40,7 +40,7 @@ def _size(path: Path) -> int:
 def _digest(path: Path) -> bytes:
     try:
         state = path.stat()
-        # A named pipe would be waited for without end.
+        # Opening a named pipe would wait forever.
         if not stat.S_ISREG(state.st_mode):
             return b""
         return _digest_of(path.absolute(), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)

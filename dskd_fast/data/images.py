@@ -1,4 +1,4 @@
-"""Reading image files as 8-bit RGB, whatever the file holds."""
+"""Reading image files of all usual formats as 8-bit RGB."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ __all__ = [
 
 MIN_SIDE = 32
 _BLOCK = 256  # rows
-# How the content of formats that are not read begins, which people have under other suffixes, too.
+# First bytes of formats that are not read, but that are found under suffixes of those that are.
 _OTHER_FORMATS = {
     b"GIF8": "a GIF",
     b"\0\0\0\x0cjP  ": "a JPEG 2000",
@@ -69,8 +69,8 @@ def read_image(path: Path, *, bits: int | None = None) -> np.ndarray:
     Raises:
         ImageError: the file is missing, empty, truncated or damaged, is of another kind, has several pages or frames,
             is smaller than 32 pixels on a side, holds a value above those of ``bits``, or has more pixels than the
-            limit (`MAX_PIXELS`, `pixel_limit`). (Damage inside a file is found by the checksums of a PNG and as far as
-            `dskd_fast.data.jpeg.is_damaged` does; other formats have nothing to tell it by.)
+            limit (`MAX_PIXELS`, `pixel_limit`). (Damage inside a file is found in a PNG by its checksums, and in a JPEG
+            within the limits of `dskd_fast.data.jpeg.is_damaged`; other formats have no checksums.)
     """
     return read_image_and_peak(path, bits=bits)[0]
 
@@ -190,8 +190,7 @@ def _decode(data: bytes) -> Picture:
     except Unusable:
         raise
     except Exception as error:
-        # The decoders raise whatever a damaged file makes them stumble over: KeyError, struct.error,
-        # EOFError, ...
+        # On damaged files decoders raise many kinds of errors: KeyError, struct.error, EOFError, ...
         raise Unusable(_reason(error, data)) from error
     height, width = picture.pixels.shape[:2]
     if min(height, width) < MIN_SIDE:

@@ -9,7 +9,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 _MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 _START, _END, _SCAN, _RESTART_INTERVAL = 0xD8, 0xD9, 0xDA, 0xDD
 _RESTARTS = range(0xD0, 0xD8)
-# Frames of Huffman codes. An arithmetic coder, of which others are, may leave out zeros at the end of its data.
+# Frames with Huffman codes. Data of arithmetic coders, in the other frames, may lack zeros at their end.
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 # As good as random, without a byte that could begin a marker.
@@ -42,7 +42,7 @@ def is_damaged(data: bytes) -> bool:
         data: a file that Pillow can decode. What lies behind the end of its (first) picture does not matter.
 
     Raises:
-        Exception: whatever Pillow raises for a file that it cannot decode.
+        Exception: any error that Pillow raises for a file that it cannot decode.
     """
     coded = _coded_data(data)
     if not coded.is_complete:

@@ -9,10 +9,10 @@ Three layouts are understood:
 - ``folder``: good images, in a folder of their own or under ``train`` or ``train/good``; everything else is
   optional.
 
-No image file vanishes without a message. In the folders that are read, one that lies where it would not be used is
-refused, and so is a folder whose name is nearly one of those above (``val``, ``Train``, ``test/ok``); the error says
-where it belongs. All other image files of the category that nothing reads are listed in `Category.unused`. Hidden
-files, and files that are no images by their suffix, are left alone.
+No image file is skipped without a message. In the folders that are read, an image file that would not be used is an
+error, and so is a folder with nearly one of the names above (``val``, ``Train``, ``test/ok``); the error says where the
+files belong. All other unused image files of the category are listed in `Category.unused`. Hidden files, and
+files without the suffix of an image format, are ignored.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ MIN_IMAGES_TO_HOLD_OUT = 10
 
 
 class DataNotFound(UserError):
-    """There is no data set where it was looked for."""
+    """There is no data set at the given place."""
 
 
 def default_data_root() -> Path:
@@ -242,7 +242,7 @@ def _training_images(root: Path, unused: dict[str, list[Path]]) -> list[Path]:
     # A test set alone can be scored, if not trained on.
     is_flat = not has_train and bool(loose.images or (loose.others and not has_test))
     for folder in list_subfolders(root):
-        # One that is meant but spelled otherwise is empty, or the same folder, or has been refused.
+        # The usual folders are read elsewhere; under another spelling they are empty, links, or already refused.
         if meant_folder(folder.name, FOLDERS) is not None:
             continue
         try:
@@ -251,7 +251,7 @@ def _training_images(root: Path, unused: dict[str, list[Path]]) -> list[Path]:
         except UserError:
             if is_flat:
                 raise
-            continue  # not ours to read, as lost+found
+            continue  # such as lost+found, which only root may read
         if is_flat:
             refuse_images(listings, f"move good ones to {root}, others elsewhere")
         unused["in folders that have no meaning here"] += all_images(listings)

@@ -1,4 +1,4 @@
-"""What people call the folders of a data set, and what is refused because it would not be used as they mean it."""
+"""Names that people give the folders of a data set, and errors for images that would be ignored under them."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 from dskd_fast.data.listing import Listing, has_images, list_subfolders
 from dskd_fast.errors import UserError
 
-# What people call these folders, as `plain` writes it: the name itself comes first.
+# Names that people give these folders, as `plain` writes them: the name that is read comes first.
 FOLDERS = {
     "train": ("train", "training", "trainset", "trainingset", "traindata", "trainingdata", "trainimages"),
     "validation": ("validation", "val", "valid", "validate", "valset", "validset", "validationset", "validationdata"),
@@ -28,7 +28,7 @@ def plain(name: str) -> str:
 
 
 def meant_folder(name: str, names: Mapping[str, Iterable[str]]) -> str | None:
-    """Which folder somebody means by this name; None where it is none of them."""
+    """Which of the folders this name stands for; None for none of them."""
     return next((folder for folder, variants in names.items() if plain(name) in variants), None)
 
 

@@ -1,4 +1,4 @@
-"""Images decoded and resized once, and handed out in batches."""
+"""Images that are decoded and resized once and served in batches."""
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ _N_THREADS = 4
 class ImageStore:
     """The images of ``paths``, resized to ``size`` x ``size``, as uint8 tensors.
 
-    Every image is decoded at construction, so that a bad file is known of before any training. The resized
+    Every image is decoded at construction, so that a bad file is found before any training. The resized
     images stay in memory while they take at most ``memory_limit`` bytes (3 * size * size per image; the
     default of 2 GiB holds 10,922 images at 256 x 256). Beyond that none of them does, and each access decodes
     its images again.
@@ -74,7 +74,7 @@ class ImageStore:
 
         Raises:
             IndexError: an index is negative or too large.
-            ImageError: a file that is not kept in memory has gone bad since construction.
+            ImageError: a file that is not kept in memory was damaged after construction.
         """
         chosen = [operator.index(i) for i in indices]
         for i in chosen:

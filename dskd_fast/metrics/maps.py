@@ -24,15 +24,15 @@ SUFFIXES = (".tiff", ".tif")
 
 
 class ScoredMap(NamedTuple):
-    """What a detector says of one test image, beside what is true of it.
+    """A detector's result for one test image, with the ground truth.
 
     Attributes:
         key: "test/TYPE/NNN", names the image in messages.
         kind: "good", "structural" or "logical".
         anomaly_map: real numbers, shape (H, W) at the image's own resolution, higher meaning more anomalous.
         score: the image score, higher meaning more anomalous.
-        defects: the image's defects, masks of shape (H, W); empty for a good image, None where nobody marked
-            them.
+        defects: the image's defects, masks of shape (H, W); empty for a good image, None where they
+            are not marked.
     """
 
     key: str
@@ -45,7 +45,7 @@ class ScoredMap(NamedTuple):
 def save_map(path: str | os.PathLike, anomaly_map: np.ndarray) -> None:
     """Write an anomaly map as an uncompressed single-channel float32 TIFF, making its folders.
 
-    The file appears under its name only once it is whole; an older one is replaced.
+    The file appears under its name only when it is complete; an older one is replaced.
 
     Args:
         path: ends in .tiff or .tif.

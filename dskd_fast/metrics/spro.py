@@ -57,7 +57,7 @@ class SPRO:
             anomaly_map: scores, shape (H, W), real numbers, higher meaning more anomalous.
             defects: the image's defects; masks of shape (H, W), which may overlap (a shared pixel then counts
                 for each of them). Must be empty or None for a good image. Empty or None for an anomalous
-                image means that nobody marked where its defects are: the figures of that kind then cannot be
+                image means that its defects are not marked: the figures of that kind then cannot be
                 computed.
             kind: "good", "structural" or "logical".
             name: what error messages call this map.
