@@ -92,9 +92,9 @@ class LabelledImage:
 
 def read_defects_config(path: Path) -> dict[int, DefectType] | None:
     if not path.is_file():
-        for other in sorted(path.parent.iterdir()):
-            if plain(other.name) in ("defectsconfigjson", "defectconfigjson") and other.is_file():
-                raise UserError(f"{other} is not read under this name; rename it to {path.name}")
+        for misnamed in sorted(path.parent.iterdir()):
+            if plain(misnamed.name) in ("defectsconfigjson", "defectconfigjson") and misnamed.is_file():
+                raise UserError(f"{misnamed} is not read under this name; rename it to {path.name}")
         return None
     try:
         entries = json.loads(path.read_bytes())
