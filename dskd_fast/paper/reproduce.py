@@ -15,17 +15,16 @@ that several rows of a table have is trained once.
 import contextlib
 import csv
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
 from PIL import Image
 
 from dskd_fast.data.augment import for_category
@@ -322,13 +321,12 @@ def _fingerprint(category: Category, folders: Sequence[Path]) -> str:
 
 def _examples(detector: Detector, part: Part, scores_file: Path) -> Image.Image:
     assert part.category is not None  # it has been scored
-    rows: list[tuple[str, list[NDArray]]] = []
+    rows = []
     for index, score in _medians(part.category, scores_file):
         item = part.category.test[index]
         image = read_image(item.path, bits=detector.bits)
         [found] = detector.predict(image)
-        # The whole method has both.
-        assert found.local_map is not None
+        assert found.local_map is not None  # the whole method has both
         assert found.global_map is not None
         caption = f"{item.kind}: {item.path.relative_to(part.category.root)}, score {score:.2f}"
         rows.append((caption, [image, found.local_map, found.global_map, found.map]))
@@ -360,10 +358,6 @@ def _plot(path: Path, results: Results) -> list[Path]:
     return plot_temperatures(path, TEMPERATURES, figures, ", ".join(part.label for part in results.plan.parts))
 
 
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
 def _write(
     base: Path, results: Results, tables: Sequence[Table], notes: Sequence[str], failures: Sequence[str]
 ) -> list[Path]:
@@ -374,7 +368,8 @@ def _write(
         ".csv": to_csv(tables),
     }
     for suffix, text in texts.items():
-        write_file(base.with_suffix(suffix), functools.partial(_write_text, text))
+        write = partial(Path.write_text, data=text, encoding="utf-8", errors="backslashreplace")
+        write_file(base.with_suffix(suffix), write)
     content = {
         "experiment": plan.experiment,
         "data_root": str(plan.data_root.absolute()),
