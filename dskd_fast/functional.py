@@ -53,6 +53,13 @@ def contextual_affinity(
         ValueError: shapes, devices, temperature, precision or backend outside of the above, or the teacher or the
             temperature requires grad.
         RuntimeError: the forced backend cannot serve the call, or a second derivative is asked for.
+
+    Example:
+        >>> student = torch.randn(2, 256, 16, 16, requires_grad=True)
+        >>> kl = contextual_affinity(student, torch.randn(2, 256, 16, 16), temperature=0.5)
+        >>> kl.shape
+        torch.Size([2, 16, 16])
+        >>> kl.mean().backward()
     """
     s, t, shape = _as_maps(student, teacher)
     temperature = _as_tensor(temperature, student.device)
@@ -85,6 +92,11 @@ def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") 
         NotImplementedError: forward-mode autograd is asked for.
         ValueError: shapes, devices or backend outside of the above, or the teacher requires grad.
         RuntimeError: the forced backend cannot serve the call, or a second derivative is asked for.
+
+    Example:
+        >>> x = torch.randn(2, 49, 64)
+        >>> cosine_distance(x, -x).mean()
+        tensor(2.)
     """
     s, t, shape = _as_maps(student, teacher)
     check_backend(backend)

@@ -170,7 +170,7 @@ def edit():
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_images():
     """Writes `n` different images of a bright disc on a grey ground into a folder, and returns their paths."""
 

@@ -12,47 +12,39 @@ from dskd_fast.errors import UserError
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("usable", "expected"), [(False, "cpu"), (True, "cuda")])
-def test_auto_takes_the_gpu_if_there_is_one(monkeypatch, usable, expected):
+@pytest.mark.parametrize(
+    ("usable", "name", "expected"), [(False, "auto", "cpu"), (True, "auto", "cuda"), (True, "cpu", "cpu")]
+)
+def test_auto_takes_the_gpu_if_there_is_one(monkeypatch, usable, name, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
-    assert resolve_device("auto") == torch.device(expected)
-
-
-@pytest.mark.parametrize("usable", [False, True])
-def test_the_cpu_can_always_be_had(monkeypatch, usable):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
-    assert resolve_device("cpu") == CPU
-
-
-def test_cuda_without_a_gpu_says_what_to_use_instead(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--device cpu or auto"):
-        resolve_device("cuda")
+    assert resolve_device(name) == torch.device(expected)
+    if not usable:
+        with pytest.raises(UserError, match="--device cpu or auto"):
+            resolve_device("cuda")
 
 
 @pytest.mark.parametrize(
     ("precision", "matmul", "autocast"),
     [("fp32", "highest", False), ("tf32", "high", False), ("bf16", "highest", True)],
 )
-def test_each_precision_sets_matrix_products_and_autocast(precision, matmul, autocast):
-    with numerics(precision, CPU):
-        assert torch.get_float32_matmul_precision() == matmul
-        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
-        assert torch.is_autocast_enabled("cpu") == autocast
-        product = torch.ones(2, 2) @ torch.ones(2, 2)
-        assert product.dtype == (torch.bfloat16 if autocast else torch.float32)
-
-
-@pytest.mark.parametrize("before", ["highest", "high", "medium"])
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_what_was_set_before_is_restored_even_after_an_error(before, precision):
+def test_each_precision_sets_matrix_products_and_autocast_and_restores_them_after_an_error(precision, matmul, autocast):
     original = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision(before)
-    try:
-        with pytest.raises(ZeroDivisionError), numerics(precision, CPU):
+    torch.set_float32_matmul_precision("medium")
+
+    def work():
+        with numerics(precision, CPU):
+            assert torch.get_float32_matmul_precision() == matmul
+            assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+            assert torch.is_autocast_enabled("cpu") == autocast
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+            assert product.dtype == (torch.bfloat16 if autocast else torch.float32)
             raise ZeroDivisionError
-        assert torch.get_float32_matmul_precision() == before
+
+    try:
+        with pytest.raises(ZeroDivisionError):
+            work()
+        assert torch.get_float32_matmul_precision() == "medium"
         assert torch.backends.cudnn.allow_tf32 is convolutions
         assert not torch.is_autocast_enabled("cpu")
     finally:
@@ -79,6 +71,7 @@ def test_a_gpu_that_emulates_bf16_does_not_have_it(monkeypatch, supported):
     assert has_fast_bf16(torch.device("cuda")) is supported
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux")
 def test_freed_memory_is_kept():
     """What a step allocates again costs no page faults; in a process of its own, since it lasts."""

@@ -38,7 +38,7 @@ _CXX_FLAGS = (
 )  # fmt: skip
 # Each capability's kernels come from the same sources, and which are used is decided when they run: a cache or a wheel
 # may be shared by machines with different processors.
-_CAPABILITIES = {"DEFAULT": ()}
+_CAPABILITIES: dict[str, tuple[str, ...]] = {"DEFAULT": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     _CAPABILITIES["AVX2"] = ("-mavx2", "-mfma", "-mf16c")
     _CAPABILITIES["AVX512"] = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mfma", "-mf16c")

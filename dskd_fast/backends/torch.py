@@ -117,7 +117,7 @@ def _contextual_affinity(
                     x.sub_(own[:, row, None]).diagonal(offset=r, dim1=1, dim2=2).zero_()
                 row_kl, weight = _rows(a, d, with_gradient)
                 kl[part, row] = row_kl.mul_(temperature**2)
-                if gradient is not None:
+                if gradient is not None and weight is not None:
                     g = product(product.operand(weight, (2,)), right).mul_(temperature)
                     unit = s[:, row]
                     g -= (g * unit).sum(-1, keepdim=True) * unit
@@ -236,7 +236,8 @@ class _Product:
             if self.device.type == "cuda":
                 setting, wanted = torch.backends.cuda.matmul, "tf32" if self.precision == "tf32" else "ieee"
             elif self.device.type == "cpu":
-                setting, wanted = torch.backends.mkldnn.matmul, "ieee"
+                # torch's own types leave it out.
+                setting, wanted = torch.backends.mkldnn.matmul, "ieee"  # type: ignore[attr-defined]
             else:
                 yield
                 return
@@ -278,7 +279,7 @@ class _Product:
         (x, x_scale), (y, y_scale) = left, right
         y = y.mT if transpose else y
         out = torch.bmm(x, y) if x.dtype == self.dtype else torch.bmm(x, y, out_dtype=self.dtype)
-        if x_scale is not None:
+        if x_scale is not None and y_scale is not None:
             out.mul_(x_scale * y_scale)
         return out
 

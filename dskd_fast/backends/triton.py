@@ -74,7 +74,9 @@ def contextual_affinity(
     scalars = torch.empty(prepare.SCALARS, dtype=torch.float32, device=device)
     near, other, far = ({"NEAR": kind == "near", "WITH_FAR": kind == "far"} for kind in ("near", "other", "far"))
     in_memory = isinstance(temperature, Tensor)
-    if in_memory:  # in the device's memory: kernels of all kinds look there what they have to do
+    of_temperature: tuple[Tensor | float, ...]
+    kinds: tuple[dict[str, bool], ...]
+    if isinstance(temperature, Tensor):  # in the device's memory: kernels of all kinds look there what they have to do
         of_temperature, own_shift, kinds = (temperature.double(), 0.0, 0.0, 0.0), False, (near, other, far)
     else:
         is_far = temperature * prepare.FAR_BELOW.value < 1
@@ -175,7 +177,8 @@ def _device_refusal(device: torch.device) -> str | None:
             return None  # a first compilation would end the capture; what can be found out waits for the next call
         try:
             architecture(device)
-            cosine_distance(*torch.ones((2, 1, 1, 1, 1), device=device), True)
+            student, teacher = torch.ones((2, 1, 1, 1, 1), device=device)
+            cosine_distance(student, teacher, True)
             _REFUSALS[device] = None
         except torch.OutOfMemoryError:
             raise

@@ -94,7 +94,7 @@ def _options_in(given: dict[str, Any]) -> dict[str, Any]:
 
 def _resume(given: dict[str, Any], options: dict[str, Any]) -> int:
     folder = given["resume"]
-    others = [name for name in ("category", "all_categories", "holdout", "augment") if name in given]
+    others: list[str] = [name for name in ("category", "all_categories", "holdout", "augment") if name in given]
     others += [name for name in options if name not in CHANGEABLE]
     if others:
         raise UserError(
@@ -156,7 +156,7 @@ def evaluate_maps(arguments: argparse.Namespace) -> int:
     with counter("scoring maps") as progress:
         maps = read_maps(arguments.maps, truth, image_size)
         figures = score_maps(_counted(maps, len(category.test), progress))
-    result = {"category": category.name, **figures, "image_score": "maximum of the map"}
+    result: dict[str, Any] = {"category": category.name, **figures, "image_score": "maximum of the map"}
     result |= {"n_images": count_kinds(category), **remarks(category, truth)}
     left = [path.relative_to(arguments.maps).as_posix() for path in maps_without_image(arguments.maps, category)]
     if left:

@@ -1,6 +1,7 @@
 """The demo: synthetic data and a recipe that fit into a few minutes on two cores."""
 
 from pathlib import Path
+from typing import TypedDict
 
 from dskd_fast.data.category import Category
 from dskd_fast.data.layout import open_category
@@ -9,7 +10,16 @@ from dskd_fast.device import has_fast_bf16, resolve_device
 from dskd_fast.models.teacher import LITE
 from dskd_fast.runs.options import TrainingOptions
 
-_COUNTS = {"n_train": 96, "n_validation": 16, "n_test_good": 24, "n_structural": 24, "n_logical": 33}
+
+class _Counts(TypedDict):
+    n_train: int
+    n_validation: int
+    n_test_good: int
+    n_structural: int
+    n_logical: int
+
+
+_COUNTS: _Counts = {"n_train": 96, "n_validation": 16, "n_test_good": 24, "n_structural": 24, "n_logical": 33}
 
 
 def make_data(folder: Path, seed: int) -> Category:

@@ -11,7 +11,7 @@ from dskd_fast.cli.doctor import Service
 from dskd_fast.data.category import Category, unused_sentences
 from dskd_fast.data.layout import MIN_IMAGES_TO_HOLD_OUT
 from dskd_fast.data.listing import PREDICTIONS
-from dskd_fast.detection.detector import Detector
+from dskd_fast.detection.detector import Detector, calibration_of
 from dskd_fast.detection.predict import Prediction
 from dskd_fast.files import in_shell, printable
 from dskd_fast.metrics.spro import FPR_LIMITS
@@ -168,7 +168,7 @@ def results_table(title: str, columns: dict[str, dict[str, Any]]) -> "Table":
 
 
 def print_trained(folder: Path, detector: Detector, n_images: int) -> None:
-    threshold = detector.calibration.threshold
+    threshold = calibration_of(detector).threshold
     print_line(f"trained on {n_images} images, run in {folder}")
     if threshold is None:
         print_line(
@@ -240,6 +240,8 @@ def print_remarks(found: dict[str, Any]) -> None:
     """Print what `dskd_fast.evaluation.evaluate.remarks` gave."""
     for reason in found["absent"]:
         print_line(f"absent: {reason}", style="yellow")
+    for sentence in found["warnings"]:
+        print_line(f"warning: {sentence}", style="yellow")
     for sentence in unused_sentences(found["unused"]):
         print_line(sentence, style="yellow")
     for sentence in found["bad_masks"]:

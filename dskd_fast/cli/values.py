@@ -1,10 +1,14 @@
 """Values of options: text to a number or a path, or a sentence that says what is accepted."""
 
 import argparse
+import contextlib
 import math
 from pathlib import Path
+from typing import TypeVar
 
 from dskd_fast.choices import BITS_RANGE, TEMPERATURE_RANGE
+
+Number = TypeVar("Number", int, float)
 
 
 def path(text: str) -> Path:
@@ -43,11 +47,10 @@ def finite(text: str) -> float:
     return _number(text, float, "a number")
 
 
-def _number(text: str, kind: type, accepted: str, *, low: float = -math.inf, high: float = math.inf) -> float:
-    try:
+def _number(text: str, kind: type[Number], accepted: str, *, low: float = -math.inf, high: float = math.inf) -> Number:
+    value = None
+    with contextlib.suppress(ValueError):
         value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value <= high or math.isinf(value):
+    if value is None or not low <= value <= high or math.isinf(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {accepted}")
     return value

@@ -8,6 +8,7 @@ model to accept it. The settings here are this project's own and conservative.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,11 +102,12 @@ class Augmentation:
         """
         if text.strip().lower() == "none":
             return cls()
-        settings: dict[str, bool | float] = {}
+        settings: dict[str, Any] = {}  # by field: a flip's is a bool, an amount's a float
         for token in text.split(","):
             name, equals, value = (part.strip().lower() for part in token.partition("="))
             if name in _FLIPS and not equals:
-                field, setting = _FLIPS[name], True
+                field = _FLIPS[name]
+                setting: bool | float = True
             elif name in _AMOUNTS and equals:
                 field, largest = _AMOUNTS[name]
                 try:

@@ -20,6 +20,23 @@ def content_digests(paths: Iterable[Path]) -> list[bytes]:
         return list(pool.map(_digest, paths))
 
 
+def copies(paths: Iterable[Path], originals: Iterable[Path]) -> list[Path]:
+    """Those of `paths` whose contents are, byte for byte, those of one of `originals`; what cannot be read is none."""
+    paths, originals = list(paths), list(originals)
+    # Files of other sizes need not be read.
+    sizes = {_size(path) for path in originals} & {_size(path) for path in paths}
+    known = {*content_digests(path for path in originals if _size(path) in sizes)} - {b""}
+    candidates = [path for path in paths if _size(path) in sizes]
+    return [path for path, found in zip(candidates, content_digests(candidates), strict=True) if found in known]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
 def _digest(path: Path) -> bytes:
     try:
         state = path.stat()

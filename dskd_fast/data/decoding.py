@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL import Image, ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from dskd_fast.choices import MAX_PIXELS
 from dskd_fast.data import jpeg
@@ -66,7 +67,7 @@ def _without_pillows_limit() -> Iterator[None]:
 def open_image(data: bytes, formats: Sequence[str] = _FORMATS) -> Image.Image:
     """`Image.open` with `pixel_limit` in place of Pillow's own limit, raising what it raises; for `load_image`."""
     with _without_pillows_limit():
-        image = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(io.BytesIO(data), formats=tuple(formats))
     check_pixels(*image.size)
     return image
 
@@ -88,6 +89,11 @@ def check_pixels(width: int, height: int) -> None:
 
 
 def decode_pillow(data: bytes, page: int = 0) -> Picture:
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise Unusable(
+            "this program has set PIL.ImageFile.LOAD_TRUNCATED_IMAGES, with which half a file passes for an image: set "
+            "it to False"
+        )
     with open_image(data) as image:
         if image.format == "PNG":
             # Pillow's load stops at the last pixel and skips checksums; verify reads every chunk up to the
@@ -96,8 +102,8 @@ def decode_pillow(data: bytes, page: int = 0) -> Picture:
                 copy.verify()
             if _PNG_END not in data:
                 raise Unusable("it is damaged or truncated (the end mark is missing)")
-        if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
-            raise Unusable(f"it is an animation of {image.n_frames} frames: save the one that counts as PNG")
+        if image.format in ("PNG", "WEBP") and (n_frames := getattr(image, "n_frames", 1)) > 1:
+            raise Unusable(f"it is an animation of {n_frames} frames: save the one that counts as PNG")
         image.seek(page)
         load_image(image)
         is_jpeg = image.format in ("JPEG", "MPO")
@@ -112,7 +118,9 @@ def decode_pillow(data: bytes, page: int = 0) -> Picture:
         elif image.mode.startswith("I;16"):
             pixels = np.asarray(image).astype(np.uint16)
             # Of 8-bit values Pillow has made differences from white itself.
-            is_white_zero = image.format == "TIFF" and image.tag_v2.get(262) == tifffile.PHOTOMETRIC.MINISWHITE
+            is_white_zero = (
+                isinstance(image, TiffImageFile) and image.tag_v2.get(262) == tifffile.PHOTOMETRIC.MINISWHITE
+            )
         elif image.mode in ("1", "P", "PA", "CMYK", "YCbCr"):
             # Pillow warns about, and otherwise has no use here for, transparency given per palette entry.
             image.info.pop("transparency", None)

@@ -9,6 +9,7 @@ _LUMA = (299, 587, 114)
 
 def measure_exposure(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the luminance, from 0 to 255, of uint8 RGB images (B, 3, H, W): (B,), float64."""
-    luminance = (sum(weight * images[:, i].double() for i, weight in enumerate(_LUMA)) / 1000).flatten(1)
+    red, green, blue = (weight * images[:, i].double() for i, weight in enumerate(_LUMA))
+    luminance = ((red + green + blue) / 1000).flatten(1)
     mean = luminance.mean(1)
     return mean, (luminance - mean[:, None]).square().mean(1).sqrt()

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from dskd_fast.data.images import read_mask
+from dskd_fast.data.naming import plain
 from dskd_fast.errors import UserError
 
 Kind = Literal["good", "structural", "logical"]
@@ -91,6 +92,9 @@ class LabelledImage:
 
 def read_defects_config(path: Path) -> dict[int, DefectType] | None:
     if not path.is_file():
+        for other in sorted(path.parent.iterdir()):
+            if plain(other.name) in ("defectsconfigjson", "defectconfigjson") and other.is_file():
+                raise UserError(f"{other} is not read under this name; rename it to {path.name}")
         return None
     try:
         entries = json.loads(path.read_bytes())

@@ -106,7 +106,8 @@ class ImageStore:
                 self._images[index] = image
             return native_size, peak
 
-        decoded, failures = [], []
+        decoded: list[tuple[tuple[int, int], int | None]] = []
+        failures: list[tuple[Path, str]] = []
         with ThreadPoolExecutor(_N_THREADS) as pool:
             for done, result in enumerate(pool.map(decode, range(len(self.paths))), start=1):
                 if isinstance(result, ImageError):

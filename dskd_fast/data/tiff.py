@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+from typing import cast
 
 import numpy as np
 import tifffile
@@ -13,7 +14,7 @@ from dskd_fast.data.decoding import Picture, Unusable, check_pixels, decode_pill
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 _GREY = (tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.MINISBLACK)
-_TIFF_COLOURS = {
+_TIFF_COLOURS: dict[int, int] = {
     tifffile.PHOTOMETRIC.RGB: 3,
     tifffile.PHOTOMETRIC.YCBCR: 3,
     tifffile.PHOTOMETRIC.CIELAB: 3,
@@ -37,7 +38,8 @@ def decode_tiff(data: bytes) -> Picture:
 
 def _pages_of_picture(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
     """The page that is the picture, or the three that are its red, green and blue."""
-    all_pages = [tiff.pages.get(i) for i in range(len(tiff.pages))]
+    # Frames, the other type that `get` states, have to be asked for.
+    all_pages = [cast(tifffile.TiffPage, tiff.pages.get(i)) for i in range(len(tiff.pages))]
     last_link = tiff.pages.next_page_offset
     if last_link is not None:
         tiff.filehandle.seek(last_link)
@@ -67,7 +69,7 @@ def _is_imagej_rgb(tiff: tifffile.TiffFile, pages: list[tifffile.TiffPage]) -> b
     """Whether pages are ImageJ's channels red, green and blue, which they are if no other colours are set."""
     if not tiff.is_imagej or len(pages) != 3 or tiff.series[0].axes != "CYX" or tiff.series[0].shape[0] != 3:
         return False
-    colours = [np.asarray(table).reshape(3, -1).any(axis=1) for table in tiff.imagej_metadata.get("LUTs", ())]
+    colours = [np.asarray(table).reshape(3, -1).any(axis=1) for table in (tiff.imagej_metadata or {}).get("LUTs", ())]
     return (not colours or np.array_equal(colours, np.eye(3, dtype=bool))) and all(
         page.dtype in (np.uint8, np.uint16) and page.samplesperpixel == 1 for page in pages
     )
@@ -116,7 +118,9 @@ def _decode_page(data: bytes, page: tifffile.TiffPage) -> Picture:
         if "imagecodecs" in str(error):
             if bits == 16 and n_channels == 1:
                 return decode_pillow(data, page.index)
-            raise Unusable(f"its compression ({page.compression.name} with {bits} bits) needs imagecodecs") from error
+            raise Unusable(
+                f"its compression ({tifffile.COMPRESSION(page.compression).name} with {bits} bits) needs imagecodecs"
+            ) from error
         raise
     if page.axes == "SYX":
         pixels = pixels.transpose(1, 2, 0)

@@ -48,6 +48,11 @@ class Maps(NamedTuple):
     local: NDArray[np.float32] | None
     global_: NDArray[np.float32] | None
 
+    @property
+    def existing(self) -> dict[Variant, NDArray[np.float32]]:
+        """Those that are not None."""
+        return {variant: found for variant in VARIANTS if (found := self.of(variant)) is not None}
+
     def of(self, variant: Variant) -> NDArray[np.float32] | None:
         return self.global_ if variant == "global" else getattr(self, variant)
 
@@ -137,21 +142,20 @@ class Detector:
             detections += self._predict_batch(*zip(*batch, strict=True))
         return detections
 
-    def _predict_batch(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detection]:
+    def _predict_batch(self, images: tuple[Tensor, ...], sizes: Sequence[tuple[int, int]]) -> list[Detection]:
         batch = torch.stack(images)
         maps = self.maps(batch)
         scores = self.image_scores(maps.combined).tolist()
-        threshold = self.calibration.threshold
+        threshold = calibration_of(self).threshold
         detections = []
         suspicions = self.suspicions(*measure_exposure(batch))
         for i, (size, score, suspect) in enumerate(zip(sizes, scores, suspicions, strict=True)):
-            located = (
-                None if maps.of(variant) is None else self.localisation_map(maps.of(variant)[i], size)
-                for variant in VARIANTS
-            )
+            located = {variant: self.localisation_map(found[i], size) for variant, found in maps.existing.items()}
             decision = decide(score, None if threshold is None else threshold.value, suspect)
             anomalous = None if decision is None else decision != "normal"
-            detections.append(Detection(score, anomalous, *located, suspect))
+            detections.append(
+                Detection(score, anomalous, located["combined"], located.get("local"), located.get("global"), suspect)
+            )
         return detections
 
     def suspicions(self, brightness: Tensor, contrast: Tensor) -> list[str | None]:
@@ -160,7 +164,7 @@ class Detector:
         Args:
             brightness, contrast: of the images, (B,) each, as `measure_exposure` gives them for (B, 3, S, S).
         """
-        exposure = self.calibration.exposure
+        exposure = calibration_of(self).exposure
         return [None] * len(brightness) if exposure is None else exposure.reasons(brightness, contrast)
 
     def resized(self, image: NDArray[np.uint8]) -> Tensor:
@@ -176,14 +180,14 @@ class Detector:
         batch = to_float(images, self.device)
         # Always float32, however the students were trained: a score should not depend on what the machine can round.
         with torch.inference_mode(), numerics("fp32", self.device):
-            maps = self.model.anomaly_maps(
+            of_branches = self.model.anomaly_maps(
                 batch,
                 self.scoring.temperature,
                 local_map=self.scoring.local_map,
                 global_map=self.scoring.global_map,
                 align_corners=self.scoring.align_corners,
             )
-            maps = tuple(m for m in maps if m is not None)
+            maps = tuple(m for m in of_branches if m is not None)
             if not torch.isfinite(torch.stack(maps)).all():
                 raise UserError(
                     "the networks give anomaly maps with NaN or infinite values: the weights are damaged, or the "
@@ -193,14 +197,14 @@ class Detector:
 
     def maps(self, images: Tensor) -> Maps:
         """Normalised maps for uint8 RGB images (B, 3, S, S): each branch's, and their sum (paper eq. 8)."""
-        if self.calibration is None:
-            raise ValueError("the detector has no calibration yet: call calibrate first")
+        statistics = calibration_of(self).statistics
         normalised = {
-            name: (raw.double() - self.calibration.statistics[name].mean) / self.calibration.statistics[name].std
+            name: (raw.double() - statistics[name].mean) / statistics[name].std
             for name, raw in zip(self.model.students, self.raw_maps(images), strict=True)
         }
-        maps = {"combined": sum(normalised.values())} | normalised
-        return Maps(*(maps[name].float().cpu().numpy() if name in maps else None for name in VARIANTS))
+        combined = sum(normalised.values(), torch.zeros((), dtype=torch.float64))
+        found = {name: x.float().cpu().numpy() for name, x in normalised.items()}
+        return Maps(combined.float().cpu().numpy(), found.get("local"), found.get("global"))
 
     def image_scores(self, maps: NDArray[np.float32]) -> NDArray[np.float64]:
         """Image scores (B,) of maps (B, S, S): the maximum after a Gaussian filter."""
@@ -257,7 +261,7 @@ class Detector:
         mean += origin[:, 0].cpu().numpy()
         # Values that differ by no more than float32 rounding are constant: their noise must not be blown up.
         constant = std <= np.finfo(np.float32).eps * np.abs(mean)
-        statistics = {
+        statistics: dict[str, Statistics] = {
             name: Statistics(float(mean[i]), 1.0 if constant[i] else float(std[i])) for i, name in enumerate(students)
         }
         rounding = {name: _MAP_ROUNDING * abs(x.mean) / x.std for name, x in statistics.items()}
@@ -290,6 +294,17 @@ class Detector:
 
     def _filtered(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         return ndimage.gaussian_filter(maps, sigma=(0, self.scoring.sigma, self.scoring.sigma))
+
+
+def calibration_of(detector: Detector) -> Calibration:
+    """The calibration of a detector that must have one.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if detector.calibration is None:
+        raise ValueError("the detector has no calibration yet: call calibrate first")
+    return detector.calibration
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ import dskd_fast
 from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import MIN_SIDE
 from dskd_fast.detection.calibration import TOLERANCE, is_above
-from dskd_fast.detection.detector import Detector, to_float
+from dskd_fast.detection.detector import Detector, calibration_of, to_float
 from dskd_fast.device import numerics
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
@@ -106,6 +106,8 @@ def export(detector: Detector, path: Path, file_format: Format, *, category: str
 class Inspection(nn.Module):
     """From images to scores, maps and decisions, in operations that depend neither on data nor on sizes."""
 
+    blur: Tensor
+
     def __init__(self, detector: Detector, threshold: float | None) -> None:
         super().__init__()
         # Both formats hold weights in the usual order; the run's lie channels last.
@@ -113,9 +115,10 @@ class Inspection(nn.Module):
         # Outputs would otherwise require grad, too, wherever the file is run without no_grad.
         self.model = model.eval().requires_grad_(False)
         self.scoring = detector.scoring
-        self.statistics = detector.calibration.statistics
+        calibration = calibration_of(detector)
+        self.statistics = calibration.statistics
         self.threshold = threshold
-        self.exposure = detector.calibration.exposure
+        self.exposure = calibration.exposure
         # The filter is linear: its matrix is what it makes of the unit vectors.
         blur = ndimage.gaussian_filter1d(np.eye(self.model.image_size), self.scoring.sigma, axis=0)
         self.register_buffer("blur", torch.from_numpy(blur).to(detector.device))
@@ -143,7 +146,8 @@ class Inspection(nn.Module):
         # Too small an image has no such pixel, so that reading it is an error, which ONNX has no other way to raise.
         pixel = images.select(2, MIN_SIDE - 1).select(2, MIN_SIDE - 1)[:, 0]
         score = blurred.amax((1, 2)) + 0 * pixel
-        located = enlarge(blurred if self.scoring.filter_maps else combined, images.shape[-2:], align_corners)
+        height, width = images.shape[-2:]
+        located = enlarge(blurred if self.scoring.filter_maps else combined, (height, width), align_corners)
         outputs = {"score": score, "map": located}
         if self.threshold is not None:
             outputs["anomalous"] = is_above(score, self.threshold)
@@ -170,7 +174,7 @@ def resize_square(images: Tensor, size: int) -> Tensor:
 
 def enlarge(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """Maps (B, S, S) at (height, width), as `Detector.localisation_map`, smaller ones included."""
-    offset = 0.5
+    offset: float | Tensor = 0.5
     if align_corners:
         # Antialiased interpolation in PyTorch keeps the scale of aligned corners, but does not align them.
         smaller = torch.stack([_number(side, maps.device) for side in size]).amin(0) < maps.shape[-1]
@@ -216,7 +220,7 @@ def _metadata(detector: Detector, file_format: Format, category: str, threshold:
     }
     if threshold is not None:
         outputs["anomalous"] = "bool (batch,), score above the threshold, or suspect"
-    exposure = detector.calibration.exposure
+    exposure = calibration_of(detector).exposure
     if exposure is not None:
         limits = {"brightness": [*exposure.brightness], "contrast": [*exposure.contrast]}
         outputs["suspect"] = "bool (batch,), brightness or contrast beyond what normal images allow"
@@ -287,12 +291,17 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dic
             f"the teacher {metadata['teacher']} holds what ONNX or PyTorch's exporter cannot express "
             f"({str(reason).splitlines()[0][:200]}): use --format torch"
         ) from error
+    assert onnx_program is not None  # only exporters of another kind return none
     # The exporter's names for what is left open are symbols such as s34.
     graph = onnx_program.model.graph
-    symbols = [str(graph.inputs[0].shape[i]) for i in (0, 2, 3)]
+    shape = graph.inputs[0].shape
+    assert shape is not None  # the program states it
+    symbols = [str(shape[i]) for i in (0, 2, 3)]
     names = dict(zip(symbols, ("batch", "height", "width"), strict=True))
     for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-        for i, symbol in enumerate(value.shape or ()):
+        if value.shape is None:
+            continue
+        for i, symbol in enumerate(value.shape):
             if str(symbol) in names:
                 value.shape[i] = names[str(symbol)]
     # Runtimes name the node that fails.

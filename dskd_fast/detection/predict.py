@@ -226,9 +226,10 @@ def _image_files_below(folder: Path, out: Path) -> tuple[list[Path], dict[Path, 
     pictures = {(out / name).resolve() for name in PICTURE_FOLDERS}
 
     def is_left_out(path: Path) -> bool:
-        if is_prediction_output(path) or path.resolve() in pictures:
+        named = path.absolute()  # "." has no name
+        if is_prediction_output(named) or path.resolve() in pictures:
             what = "drawn by an earlier prediction"
-        elif path.name == "ground_truth" and (path.parent / "test").is_dir():
+        elif named.name == "ground_truth" and (named.parent / "test").is_dir():
             what = "masks of the test images beside them"
         else:
             return False

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dskd_fast.data.category import Category, GroundTruth
+from dskd_fast.data.contents import copies
 from dskd_fast.data.ground_truth import KINDS
 from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.calibration import decide
-from dskd_fast.detection.detector import VARIANTS, Detector, Maps, Variant
+from dskd_fast.detection.detector import VARIANTS, Detector, Maps, Variant, calibration_of
 from dskd_fast.detection.inputs import check_batch_size
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
@@ -66,8 +67,8 @@ def evaluate(
         and again under "local" and "global" for each student alone (None for one that there is not); "n_images" per
         kind; "decisions" per kind: how many images were called anomalous at "threshold"; "suspects" per kind: how many
         were called suspect instead, whose scores count in the figures like all others; "absent": why a figure is None;
-        "bad_masks": a sentence for each mask that cannot be used, which leaves its kind without sPRO; "unused":
-        `Category.unused_summary`.
+        "warnings": what makes the figures doubtful; "bad_masks": a sentence for each mask that cannot be used, which
+        leaves its kind without sPRO; "unused": `Category.unused_summary`.
 
     Raises:
         UserError: no test images, images that cannot be read, files that cannot be written, or maps that would lie in
@@ -124,7 +125,7 @@ def score_images(
         progress=lambda done, total: progress("reading images", done, total),
     )
     maps = _all_maps(detector, images, batch_size, progress)
-    scores = {variant: detector.image_scores(maps.of(variant)) for variant in detector.variants}
+    scores = {variant: detector.image_scores(found) for variant, found in maps.existing.items()}
     return ScoredImages(images, maps, scores, detector.suspicions(*images.exposures))
 
 
@@ -136,9 +137,10 @@ def scored_maps(
     progress: Callable[[str, int, int], None],
 ) -> Iterator[ScoredMap]:
     """The maps of one variant at native size, one at a time, as `score_maps` takes them."""
+    maps = test.maps.existing[variant]
     for i, item in enumerate(truth.test):
         size = test.images.native_sizes[i]
-        anomaly_map = detector.localisation_map(test.maps.of(variant)[i], size)
+        anomaly_map = detector.localisation_map(maps[i], size)
         defects = truth.defects(item, size)
         yield ScoredMap(item.key, item.kind, anomaly_map, float(test.scores[variant][i]), defects)
         progress(f"scoring {variant} maps", i + 1, len(truth.test))
@@ -170,26 +172,42 @@ def absences(category: Category, truth: GroundTruth) -> list[str]:
 
 
 def remarks(category: Category, truth: GroundTruth) -> dict[str, Any]:
-    """What to say beside the figures: "absent", "bad_masks" and "unused", see `evaluate`."""
+    """What to say beside the figures: "absent", "warnings", "bad_masks" and "unused", see `evaluate`."""
     return {
         "absent": absences(category, truth),
+        "warnings": _warnings(category),
         "bad_masks": truth.bad_masks(),
         "unused": category.unused_summary,
     }
 
 
+def _warnings(category: Category) -> list[str]:
+    """What makes figures doubtful, a sentence each."""
+    found = copies((item.path for item in category.test), [*category.train, *category.validation])
+    if not found:
+        return []
+    first = found[0].relative_to(category.root).as_posix()
+    return [
+        f"copies of training or validation images among the {len(category.test)} test images: {len(found)}, such as "
+        f"{first}; they tell little of new images, so take them out"
+    ]
+
+
 def _all_maps(
     detector: Detector, images: ImageStore, batch_size: int, progress: Callable[[str, int, int], None]
 ) -> Maps:
-    size = detector.model.image_size
+    shape = len(images), detector.model.image_size, detector.model.image_size
+    students = detector.model.students
     maps = Maps(
-        *(np.empty((len(images), size, size), np.float32) if v in detector.variants else None for v in VARIANTS)
+        np.empty(shape, np.float32),
+        np.empty(shape, np.float32) if "local" in students else None,
+        np.empty(shape, np.float32) if "global" in students else None,
     )
     for start in range(0, len(images), batch_size):
         stop = min(start + batch_size, len(images))
-        parts = detector.maps(images.batch(range(start, stop)))
-        for variant in detector.variants:
-            maps.of(variant)[start:stop] = parts.of(variant)
+        parts = detector.maps(images.batch(range(start, stop))).existing
+        for variant, found in maps.existing.items():
+            found[start:stop] = parts[variant]
         progress("computing maps", stop, len(images))
     return maps
 
@@ -221,4 +239,5 @@ def threshold_of(detector: Detector, given: float | None) -> float | None:
     """The threshold to decide with: the one that was given, else the run's, which it may not have."""
     if given is not None:
         return given
-    return None if detector.calibration.threshold is None else detector.calibration.threshold.value
+    threshold = calibration_of(detector).threshold
+    return None if threshold is None else threshold.value

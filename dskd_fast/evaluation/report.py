@@ -220,7 +220,7 @@ def _describe_run(
         "n_images": count_kinds(source.category),
         "decisions": None if threshold is None else count_decisions(source.category, decisions, "anomalous"),
         "suspects": count_decisions(source.category, decisions, "suspect"),
-        "absent": [*said["absent"], *said["bad_masks"], *unused_sentences(said["unused"])],
+        "absent": [*said["absent"], *said["warnings"], *said["bad_masks"], *unused_sentences(said["unused"])],
         "variants": variants,
     }
 
@@ -236,7 +236,7 @@ def _describe_variant(
 ) -> dict[str, Any]:
     spro = SPRO()
     figures = score_maps(scored_maps(detector, truth, test, variant, progress), spro)
-    scores = {kind: test.scores[variant][kinds == kind] for kind in KINDS}
+    scores: dict[str, NDArray[np.float64]] = {kind: test.scores[variant][kinds == kind] for kind in KINDS}
     return {
         "auroc": figures["auroc"],
         "spro": figures["spro"],
@@ -254,7 +254,7 @@ def _describe_result(detector: Detector, test: ScoredImages, index: int, thresho
         "decision": decide(test.scores["combined"][index], threshold, test.suspicions[index]),
         "reason": test.suspicions[index],
         "scores": {variant: float(test.scores[variant][index]) for variant in test.scores},
-        "maps": {variant: _map_png(detector, test.maps.of(variant)[index], high) for variant in test.scores},
+        "maps": {variant: _map_png(detector, maps[index], high) for variant, maps in test.maps.existing.items()},
     }
 
 

@@ -34,6 +34,14 @@ class ContextualAffinityLoss(nn.Module):
     Raises:
         ValueError, TypeError: when called, as `dskd_fast.functional.contextual_affinity` does; in particular for a
             teacher that requires grad.
+
+    Example:
+        >>> loss_fn = ContextualAffinityLoss(temperature=0.5)
+        >>> student = [torch.randn(2, 64, 16, 16, requires_grad=True), torch.randn(2, 128, 8, 8, requires_grad=True)]
+        >>> loss = loss_fn(student, [torch.randn(2, 64, 16, 16), torch.randn(2, 128, 8, 8)])
+        >>> loss.backward()
+        >>> loss.shape, student[0].grad.shape
+        (torch.Size([]), torch.Size([2, 64, 16, 16]))
     """
 
     def __init__(
@@ -78,6 +86,11 @@ class CosineDistanceLoss(nn.Module):
         flatten: False, the paper's form: one cosine per position. True, the form of RD4AD's code: one cosine per image,
             over the flattened feature map (the map then has one entry per image).
         backend: as in `dskd_fast.functional.contextual_affinity`.
+
+    Example:
+        >>> features = torch.randn(2, 64, 16, 16)
+        >>> CosineDistanceLoss(flatten=True)(features, -features)
+        tensor(2.)
     """
 
     def __init__(self, reduction: str = "mean", flatten: bool = False, backend: str = "auto") -> None:

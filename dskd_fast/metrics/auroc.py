@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dskd_fast.errors import UserError
 
+Scores = Sequence[float] | NDArray[np.floating]
 
-def auroc(good_scores: Sequence[float], anomalous_scores: Sequence[float]) -> float | None:
+
+def auroc(good_scores: Scores, anomalous_scores: Scores) -> float | None:
     """Area under the ROC curve of image scores, anomalous images being the positive class.
 
     It equals the probability that an anomalous image scores higher than a good one, a tie counting one half
@@ -34,7 +37,7 @@ def auroc(good_scores: Sequence[float], anomalous_scores: Sequence[float]) -> fl
     return float(metrics.roc_auc_score(*_labelled(good, anomalous)))
 
 
-def roc_curve(good_scores: Sequence[float], anomalous_scores: Sequence[float]) -> tuple[np.ndarray, np.ndarray] | None:
+def roc_curve(good_scores: Scores, anomalous_scores: Scores) -> tuple[np.ndarray, np.ndarray] | None:
     """The ROC curve of image scores, anomalous images being the positive class.
 
     Args:
@@ -63,7 +66,7 @@ def _labelled(good: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.n
     return np.repeat([0, 1], [good.size, anomalous.size]), np.concatenate([good, anomalous])
 
 
-def _as_scores(name: str, values: Sequence[float]) -> np.ndarray:
+def _as_scores(name: str, values: Scores) -> np.ndarray:
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1:
         raise ValueError(f"{name} must have one dimension, one score per image, but has shape {scores.shape}")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import tifffile
 
-from dskd_fast.data.category import Category
+from dskd_fast.data.category import Category, GroundTruth
 from dskd_fast.data.decoding import load_image, open_image
 from dskd_fast.data.ground_truth import ANOMALY_KINDS, KINDS, Defect, LabelledImage
 from dskd_fast.errors import UserError
@@ -98,7 +98,9 @@ def read_map(path: str | os.PathLike) -> np.ndarray:
 
 
 def read_maps(
-    maps_folder: str | os.PathLike, category: Category, image_size: Callable[[Path], tuple[int, int]]
+    maps_folder: str | os.PathLike,
+    category: Category | GroundTruth,
+    image_size: Callable[[Path], tuple[int, int]],
 ) -> Iterator[ScoredMap]:
     """Read the maps of a category's test set one after the other, the image score being the map's maximum.
 
@@ -150,7 +152,10 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _read_scored(
-    path: Path, image: LabelledImage, category: Category, image_size: Callable[[Path], tuple[int, int]]
+    path: Path,
+    image: LabelledImage,
+    category: Category | GroundTruth,
+    image_size: Callable[[Path], tuple[int, int]],
 ) -> ScoredMap:
     anomaly_map = read_map(path)
     height, width = size = image_size(image.path)
@@ -183,7 +188,7 @@ def score_maps(scored_maps: Iterable[ScoredMap], spro: SPRO | None = None) -> di
         spro.add(scored.anomaly_map, scored.defects, scored.kind, name=f"the map of {scored.key}")
         scores[scored.kind].append(scored.score)
 
-    areas = {kind: auroc(scores["good"], scores[kind]) for kind in ANOMALY_KINDS}
+    areas: dict[str, float | None] = {kind: auroc(scores["good"], scores[kind]) for kind in ANOMALY_KINDS}
     areas["mean"] = mean_of_kinds(**areas)
     curves = spro.compute(FPR_LIMITS)
     spro_at = {str(limit): {kind: curves[kind][limit] for kind in curves} for limit in FPR_LIMITS}

@@ -112,7 +112,7 @@ class SPRO:
                 raise ValueError(f"limits must be > 0 and <= 1, but one is {limit!r}")
 
         self._sort_negatives()
-        areas = {kind: self._areas(kind, limits) for kind in ANOMALY_KINDS}
+        areas: dict[str, dict[float, float | None]] = {kind: self._areas(kind, limits) for kind in ANOMALY_KINDS}
         areas["mean"] = {limit: mean_of_kinds(areas["structural"][limit], areas["logical"][limit]) for limit in limits}
         return areas
 
@@ -175,8 +175,9 @@ class SPRO:
         scores, gains = scores[order], gains[order]
 
         # False positives just before and just after each pixel becomes positive.
-        before = sum(pool.size - np.searchsorted(pool, scores, side="right") for pool in pools)
-        after = sum(pool.size - np.searchsorted(pool, scores, side="left") for pool in pools)
+        none = np.zeros(scores.size, np.intp)
+        before = sum((pool.size - np.searchsorted(pool, scores, side="right") for pool in pools), none)
+        after = sum((pool.size - np.searchsorted(pool, scores, side="left") for pool in pools), none)
         return _Ramps(before, after, gains, negatives, len(defects))
 
     def _areas(self, kind: str, limits: tuple[float, ...]) -> dict[float, float | None]:
@@ -185,7 +186,7 @@ class SPRO:
             return dict.fromkeys(limits)
         before, after, gains, negatives, n_defects = ramps
         double_width = 2 * np.maximum(after - before, 1)
-        areas = {}
+        areas: dict[float, float | None] = {}
         for limit in limits:
             last = float(limit) * negatives
             # A ramp from 0 to 1, then level up to the limit.

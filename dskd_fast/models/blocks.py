@@ -58,12 +58,12 @@ def stage(
     )
 
 
-def conv_bn_relu(conv: nn.Module) -> nn.Sequential:
+def conv_bn_relu(conv: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
     """A convolution without bias, batch norm, ReLU."""
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True))
 
 
-def _resampling(in_channels: int, out_channels: int, kernel: int, resample: str) -> nn.Module:
+def _resampling(in_channels: int, out_channels: int, kernel: int, resample: str) -> nn.Conv2d | nn.ConvTranspose2d:
     if resample == "up":
         return nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2, bias=False)
     stride = 2 if resample == "down" else 1

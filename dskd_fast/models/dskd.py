@@ -2,7 +2,7 @@
 
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,16 @@ from dskd_fast.models.initialisation import initialise
 from dskd_fast.models.student import Student
 from dskd_fast.models.teacher import Teacher
 
+Branch = Literal["local", "global"]
+BRANCHES: tuple[Branch, ...] = ("local", "global")
+
 # Training takes 16 bytes for each: beyond this a machine would rather kill the process than say why.
 _MAX_CONDENSING_PARAMETERS = 1e9
 
 
-def branches_of(students: str) -> tuple[str, ...]:
+def branches_of(students: str) -> tuple[Branch, ...]:
     """The branches that one of `STUDENTS` names."""
-    return ("local", "global") if students == "both" else (students,)
+    return tuple(branch for branch in BRANCHES if students in ("both", branch))
 
 
 class Features(NamedTuple):

@@ -5,10 +5,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import safetensors.torch
 import timm
 import torch
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from dskd_fast.choices import DEFAULT_TEACHER, LITE
@@ -49,12 +51,19 @@ class Teacher(nn.Module):
         UserError: there is no such model, or it lacks three levels with strides s, 2s, 4s.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str = DEFAULT_TEACHER) -> None:
         super().__init__()
         self.name = name
+        self.net: nn.Module
+        self.fixed_size: int | None
+        mean: tuple[float, ...]
+        std: tuple[float, ...]
         if name == LITE:
-            self.net = _LiteFeatures()
-            self.levels = [Level(c, c // 4, s) for c, s in zip(self.net.channels, _PREFERRED_STRIDES, strict=True)]
+            self.net = lite = _LiteFeatures()
+            self.levels = [Level(c, c // 4, s) for c, s in zip(lite.channels, _PREFERRED_STRIDES, strict=True)]
             self.rectified = True
             self.is_bottleneck_resnet = False
             mean, std = (127 / 255,) * 3, (128 / 255,) * 3
@@ -62,7 +71,7 @@ class Teacher(nn.Module):
             self._channels_last_output = False
         else:
             self.net, self.levels = _timm_features(name)
-            stages = [getattr(self.net, f"layer{i}", None) for i in (1, 2, 3)]
+            stages: list[Any] = [getattr(self.net, f"layer{i}", None) for i in (1, 2, 3)]
             self.is_bottleneck_resnet = all(
                 stage is not None and isinstance(stage[0], timm.models.resnet.Bottleneck) for stage in stages
             )
@@ -73,6 +82,7 @@ class Teacher(nn.Module):
                 ]
             self.rectified = all(stage is not None for stage in stages)
             config = timm.get_pretrained_cfg(_TIMM_NAMES.get(name, name))
+            assert config is not None  # for a model that there is
             mean, std = config.mean, config.std
             self.fixed_size = config.input_size[-1] if config.fixed_input_size else None
             self._channels_last_output = str(getattr(self.net, "output_fmt", "NCHW")) == "Format.NHWC"
@@ -126,6 +136,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
     Raises:
         WeightsUnavailable: missing, unreadable, or holding anything but tensors.
     """
+    state: object
     try:
         if file.suffix == ".safetensors":
             state = safetensors.torch.load_file(file)
@@ -179,7 +190,7 @@ def _timm_features(name: str) -> tuple[nn.Module, list[Level]]:
         hint = f" (similar: {', '.join(similar)})" if similar else ""
         raise UserError(f"timm has no model {name!r}{hint}: pass the name of a timm model, or {LITE!r}")
     try:
-        info = timm.create_model(full_name, features_only=True, pretrained=False).feature_info
+        info = cast(FeatureInfo, timm.create_model(full_name, features_only=True, pretrained=False).feature_info)
         strides, channels = list(info.reduction()), list(info.channels())
         indices = _three_levels(strides)
         if indices is None:
@@ -251,7 +262,7 @@ class _LiteFeatures(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        full = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        full: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         self.conv_stem, self.bn1 = full.conv_stem, full.bn1
         expansion = nn.Module()
         expansion.conv_pw, expansion.bn1 = full.blocks[5][0].conv_pw, full.blocks[5][0].bn1
@@ -260,12 +271,13 @@ class _LiteFeatures(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.blocks[:2](self.bn1(self.conv_stem(x)))
         features = []
-        for stage in (2, 3, 5):
-            block = self.blocks[stage][0]
+        for index in (2, 3, 5):
+            stage: Any = self.blocks[index]
+            block = stage[0]
             features.append(block.bn1(block.conv_pw(x)))
-            if stage != 5:
+            if index != 5:
                 x = block.bn3(block.conv_pwl(block.bn2(block.conv_dw(features[-1]))))
-                x = self.blocks[stage][1:](x)
-            if stage == 3:
+                x = stage[1:](x)
+            if index == 3:
                 x = self.blocks[4](x)
         return features

@@ -38,10 +38,11 @@ def contextual_affinity(
     if precision == dispatch.AMBIENT:
         precision = dispatch.ambient_precision(student.device.type)
     module = dispatch.load(dispatch.choose(backend, student, teacher, precision).name)
+    number: float | Tensor = temperature
     if temperature.device.type == "cpu":
-        temperature = temperature.item()
-        check_number(temperature)
-    kl, gradient = module.contextual_affinity(student, teacher, temperature, precision, with_gradient)
+        number = temperature.item()
+        check_number(number)
+    kl, gradient = module.contextual_affinity(student, teacher, number, precision, with_gradient)
     return kl, kl.new_empty(0) if gradient is None else gradient
 
 

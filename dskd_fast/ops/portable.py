@@ -43,14 +43,14 @@ def contextual_affinity(
     n = t.shape[1]
     position = torch.arange(n, device=t.device)
     rows = max(_SLAB_ELEMENTS // n, math.ceil(n / _MAX_SLABS))
-    kl = []
+    slabs = []
     for r in range(0, n, rows):
         row = slice(r, r + rows)
         c = (delta[:, row] @ keys).double() - c_own[:, row]
         # Exactly: where T is small, the own key has all but all of the weight, and the KL comes from the others.
         c = torch.where(position == position[row, None], 0.0, c)
-        kl.append(_rows((t[:, row] @ keys).double(), c))
-    kl = (torch.cat(kl, dim=1) * temperature**2).float()
+        slabs.append(_rows((t[:, row] @ keys).double(), c))
+    kl = (torch.cat(slabs, dim=1) * temperature**2).float()
     return kl.unflatten(1, student.shape[2:]), kl.new_empty(0)
 
 

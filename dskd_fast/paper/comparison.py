@@ -54,12 +54,18 @@ class Results:
 
     def _mean(self, seed: int, contestant: Contestant, measure: str, kind: str) -> float | None:
         if kind == "mean":
-            halves = [self._mean(seed, contestant, measure, half) for half in ("structural", "logical")]
-            return None if None in halves else sum(halves) / 2
+            return _mean_of_all([self._mean(seed, contestant, measure, half) for half in ("structural", "logical")])
         # A category without such images has no part in it, as in the paper's MVTec AD. One whose figure is missing for
         # another reason leaves no mean, for a mean over fewer categories would pass for one over all.
-        values = [self._value(seed, part, contestant, measure, kind) for part in self.plan.parts if part.has(kind)]
-        return None if not values or None in values else sum(values) / len(values)
+        return _mean_of_all(
+            [self._value(seed, part, contestant, measure, kind) for part in self.plan.parts if part.has(kind)]
+        )
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    """The mean; None where a value is missing, or there are none."""
+    existing = [value for value in values if value is not None]
+    return sum(existing) / len(existing) if existing and len(existing) == len(values) else None
 
 
 def tables_of(results: Results) -> list[Table]:

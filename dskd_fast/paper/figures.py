@@ -66,7 +66,7 @@ def stack(sheets: Sequence[Image.Image]) -> Image.Image:
     return stacked
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -101,18 +101,19 @@ def plot_temperatures(
     }
     if not there:
         return []
-    style = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#dddddd",
-        "grid.linewidth": 0.6,
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-        "svg.hashsalt": "dskd-fast",
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#dddddd",
+            "grid.linewidth": 0.6,
+            "axes.axisbelow": True,
+            "legend.frameon": False,
+            "svg.hashsalt": "dskd-fast",
+        }
+    ):
         figure = Figure(figsize=(4.2 * len(there), 3.4), layout="constrained")
         figure.suptitle(data, fontsize=9)
         for axes, (measure, kinds) in zip(figure.subplots(1, len(there), squeeze=False)[0], there.items(), strict=True):

@@ -168,9 +168,10 @@ def contestants_of(experiment: str, recipe: TrainingOptions, paper: dict[str, An
         ]
     if experiment == "ablation-students":
         return [_with_losses(*losses, record) for losses, record in printed.items()]
-    alone = [(loss, None) for loss in _SYMBOLS] + [(None, loss) for loss in _SYMBOLS]
-    pairs = [(local, global_) for local in _SYMBOLS for global_ in _SYMBOLS]
-    return [_with_losses(*losses, printed.get(losses)) for losses in alone + pairs]
+    combinations: list[tuple[str | None, str | None]] = [(loss, None) for loss in _SYMBOLS]
+    combinations += [(None, loss) for loss in _SYMBOLS]
+    combinations += [(local, global_) for local in _SYMBOLS for global_ in _SYMBOLS]
+    return [_with_losses(local, global_, printed.get((local, global_))) for local, global_ in combinations]
 
 
 def _with_losses(local: str | None, global_: str | None, record: dict[str, Any] | None) -> Contestant:
@@ -181,7 +182,7 @@ def _with_losses(local: str | None, global_: str | None, record: dict[str, Any] 
         Student("local") if losses["local"] == _LOCAL_LOSS else Student("local", "local_loss", losses["local"]),
         Student("global") if losses["global"] == _GLOBAL_LOSS else Student("global", "global_loss", losses["global"]),
     )
-    of = "combined" if local and global_ else "local" if local else "global"
+    of: Variant = "combined" if local and global_ else "local" if local else "global"
     return Contestant(" + ".join(told), pair, of, record)
 
 

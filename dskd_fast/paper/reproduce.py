@@ -15,6 +15,7 @@ that several rows of a table have is trained once.
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import os
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from PIL import Image
 
 from dskd_fast.data.augment import for_category
@@ -32,7 +34,7 @@ from dskd_fast.data.contents import content_digests
 from dskd_fast.data.ground_truth import KINDS
 from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.detection.calibration import Calibration
-from dskd_fast.detection.detector import Detector
+from dskd_fast.detection.detector import Detector, calibration_of
 from dskd_fast.detection.overlay import full_colour
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
@@ -223,6 +225,7 @@ class _Work:
         return self.out / "pairs" / part.name / pair.run / f"seed-{seed}"
 
     def _train(self, title: str, part: Part, student: Student, recipe: TrainingOptions) -> None:
+        assert part.category is not None  # see `do`
         folder = self._run(part, student, recipe.seed)
         if folder in self._trained:
             return
@@ -234,6 +237,7 @@ class _Work:
         self._tell(f"{title}: {'trained' if is_new else 'was trained before'}")
 
     def _evaluate(self, title: str, part: Part, pair: Pair, recipe: TrainingOptions) -> None:
+        assert part.category is not None  # see `do`
         place = self._place(part, pair, recipe.seed)
         folders = [self._run(part, student, recipe.seed) for student in pair]
         fingerprint = _fingerprint(part.category, folders)
@@ -296,9 +300,9 @@ def join(local: Detector, global_: Detector) -> Detector:
     # At most the global student's temperature differs from the recipe's.
     scoring = dataclasses.replace(global_.scoring, local_map=local.scoring.local_map)
     statistics = {
-        name: detector.calibration.statistics[name] for name, detector in (("local", local), ("global", global_))
+        name: calibration_of(detector).statistics[name] for name, detector in (("local", local), ("global", global_))
     }
-    of_local = local.calibration
+    of_local = calibration_of(local)
     calibration = Calibration(statistics, of_local.source, of_local.n_images, exposure=of_local.exposure)
     return Detector(model, scoring, calibration, local.bits)
 
@@ -317,11 +321,15 @@ def _fingerprint(category: Category, folders: Sequence[Path]) -> str:
 
 
 def _examples(detector: Detector, part: Part, scores_file: Path) -> Image.Image:
-    rows = []
+    assert part.category is not None  # it has been scored
+    rows: list[tuple[str, list[NDArray]]] = []
     for index, score in _medians(part.category, scores_file):
         item = part.category.test[index]
         image = read_image(item.path, bits=detector.bits)
         [found] = detector.predict(image)
+        # The whole method has both.
+        assert found.local_map is not None
+        assert found.global_map is not None
         caption = f"{item.kind}: {item.path.relative_to(part.category.root)}, score {score:.2f}"
         rows.append((caption, [image, found.local_map, found.global_map, found.map]))
     high = full_colour(threshold_of(detector, None))
@@ -352,6 +360,10 @@ def _plot(path: Path, results: Results) -> list[Path]:
     return plot_temperatures(path, TEMPERATURES, figures, ", ".join(part.label for part in results.plan.parts))
 
 
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def _write(
     base: Path, results: Results, tables: Sequence[Table], notes: Sequence[str], failures: Sequence[str]
 ) -> list[Path]:
@@ -362,10 +374,7 @@ def _write(
         ".csv": to_csv(tables),
     }
     for suffix, text in texts.items():
-        write_file(
-            base.with_suffix(suffix),
-            lambda temporary, text=text: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"),
-        )
+        write_file(base.with_suffix(suffix), functools.partial(_write_text, text))
     content = {
         "experiment": plan.experiment,
         "data_root": str(plan.data_root.absolute()),

@@ -31,7 +31,7 @@ import dskd_fast
 from dskd_fast.data.category import Category
 from dskd_fast.data.layout import open_category
 from dskd_fast.detection.calibration import Calibration, Exposure, Statistics, Threshold
-from dskd_fast.detection.detector import Detector
+from dskd_fast.detection.detector import Detector, calibration_of
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
 from dskd_fast.files import in_shell, is_half_written, load_tensors, save_tensors, unwritable, write_file
@@ -128,7 +128,7 @@ def save_run(folder: Path, detector: Detector, options: TrainingOptions, history
     resolved = {"gccb": detector.model.gccb, "sigma": options.scoring.sigma}
     write_json(folder / CONFIG, read_config(folder) | {"resolved": resolved})
     # What makes it a finished run comes last.
-    write_json(folder / CALIBRATION, dataclasses.asdict(detector.calibration))
+    write_json(folder / CALIBRATION, dataclasses.asdict(calibration_of(detector)))
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -280,7 +280,8 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
         raise UserError(
             f"{weights} belongs to another run ({reason[:200]}): train again, or restore the file"
         ) from None
-    model = model.to(resolve_device(device), memory_format=torch.channels_last)
+    # torch states no types for both at once.
+    model = model.to(resolve_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Detector(model.eval(), options.scoring, calibration, options.bits), options, config
 
 

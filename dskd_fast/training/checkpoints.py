@@ -94,12 +94,14 @@ class Checkpoints:
 
     @property
     def run(self) -> str:
+        assert self.path is not None
         return in_shell(self.path.parent)
 
     def is_due(self) -> bool:
         return self.path is not None and time.monotonic() - self._saved >= max(CHECKPOINT_SECONDS, 20 * self._cost)
 
     def save(self, trainer: Resumable, at: Position, random: torch.Generator) -> None:
+        assert self.path is not None
         started = time.monotonic()
         tensors = trainer.state() | {"random": random.get_state()}
         save_tensors(self.path, tensors, {"owner": self.owner, "at": dataclasses.asdict(at)})
@@ -108,6 +110,7 @@ class Checkpoints:
 
     def restore(self, trainer: Resumable, random: torch.Generator) -> Position:
         """Put a training where the file says."""
+        assert self.found is not None
         tensors, state = self.found
         self.found = None  # as large as the model and its optimiser
         try:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from dskd_fast.data.contents import copies
+from dskd_fast.data.layout import Category
 from dskd_fast.device import is_out_of_memory, numerics
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
@@ -37,6 +39,17 @@ def notice_on_bits(peaks: Iterable[int | None], bits: int | None) -> str | None:
         f"warning: {len(dark)} of the {len(deep)} images of more than 8 bits never exceed {2**needed - 1} of 65535, so "
         f"they are read as at most {round(max(dark) * 255 / 65535)} of 255: if the camera gives {needed} bits, train "
         f"with --bits {needed}{others}; if they are to be that dark, with --bits 16"
+    )
+
+
+def warning_on_copies(category: Category) -> str | None:
+    """What to say where validation images are, by their contents, training images, too."""
+    found = copies(category.validation, category.train)
+    if not found:
+        return None
+    return (
+        f"copies of training images among the {len(category.validation)} validation images: {len(found)}, such as "
+        f"{found[0].name}; they score too low to set a threshold, so have each image once and train again"
     )
 
 

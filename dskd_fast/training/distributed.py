@@ -64,7 +64,7 @@ class Group:
         """
         if self.size == 1:
             return work()
-        result, failure = None, None
+        failure: UserError | None = None
         try:
             result = work()
         except UserError as error:
@@ -161,6 +161,11 @@ class _SyncedBatchNorm2d(nn.BatchNorm2d):
         mean, count = sums[:-1] / sums[-1], sums[-1]
         centred = values - mean.view(1, -1, 1, 1)
         variance = _AllReduce.apply(centred.square().sum(dims)) / count
+        # The networks' batch norm keeps moving averages, of which PyTorch's types are not sure.
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

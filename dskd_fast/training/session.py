@@ -96,7 +96,10 @@ def resume_run(
                     f"{changed[fixed[0]]!r} in the middle of a training: only {', '.join(CHANGEABLE)} can"
                 )
             options = dataclasses.replace(options, **changed)
-            record = {"data_root": str(category.root.absolute()), "options": dataclasses.asdict(options)}
+            record: dict[str, Any] = {
+                "data_root": str(category.root.absolute()),
+                "options": dataclasses.asdict(options),
+            }
             # From here on contents are compared, also of a run that an earlier version began.
             record["images"] = category.fingerprint
             if changed:

@@ -5,13 +5,14 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from dskd_fast.data.augment import Augmentation
 from dskd_fast.data.category import Category
 from dskd_fast.data.store import Batches, ImageStore
-from dskd_fast.detection.detector import Detector, to_float
+from dskd_fast.detection.detector import Detector, calibration_of, to_float
 from dskd_fast.device import (
     deterministic_convolutions,
     has_fast_bf16,
@@ -23,7 +24,14 @@ from dskd_fast.models import DSKD
 from dskd_fast.runs.history import Epoch, Progress
 from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.checkpoints import Checkpoints, Position, owners, stopping_signal
-from dskd_fast.training.checks import check_batches, clear_errors, grown_loss, is_sound, notice_on_bits
+from dskd_fast.training.checks import (
+    check_batches,
+    clear_errors,
+    grown_loss,
+    is_sound,
+    notice_on_bits,
+    warning_on_copies,
+)
 from dskd_fast.training.distributed import ALONE, Group
 from dskd_fast.training.trainer import Trainer
 
@@ -73,7 +81,8 @@ def train(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             model = options.networks(pretrained=checkpoints.found is None)
-        model = model.to(device, memory_format=torch.channels_last)
+        # torch states no types for both at once.
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_batches(model, len(category.train), options, group)
         checkpoints.check_room(model)
         status(f"reading the images: {len(category.train)} to train on, {len(category.validation)} to validate with")
@@ -90,11 +99,14 @@ def train(
 
     detector = Detector(model.eval(), options.scoring, bits=options.bits)
     if group.is_first:
-        source = "validation" if validation_indices else "train"
+        source: Literal["validation", "train"] = "validation" if validation_indices else "train"
         status(f"calibrating on the {source} images")
         batches = Batches(images, validation_indices or train_indices, options.batch_size)
         detector.calibrate(batches, source, images.exposures)
-        for warning in detector.calibration.warnings:
+        calibration = calibration_of(detector)
+        if (copied := warning_on_copies(category)) is not None:
+            calibration.warnings.append(copied)
+        for warning in calibration.warnings:
             status(f"warning: {warning}")
     return detector, history
 
@@ -146,8 +158,8 @@ def _fit(
                 batch = augment(to_float(images.batch(indices[i] for i in chosen), device), random)
                 part = batch[group.share(len(batch))]
                 losses = trainer.step(part, group.size * len(part) / len(chosen))
-            sums = losses.double().cpu() * len(part)
-            *sums, stop = group.add(torch.cat([sums, torch.tensor([float(signal_number() > 0)])])).tolist()
+            of_part = losses.double().cpu() * len(part)
+            *sums, stop = group.add(torch.cat([of_part, torch.tensor([float(signal_number() > 0)])])).tolist()
             at.seen += len(chosen)
             if not all(map(math.isfinite, sums)):
                 means = ", ".join(f"{name} {x / len(chosen):.3g}" for name, x in zip(model.students, sums, strict=True))

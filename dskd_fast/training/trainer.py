@@ -94,7 +94,8 @@ class Trainer:
         Raises:
             RuntimeError: it is another model's.
         """
-        of_model, moments = {}, {}
+        of_model: dict[str, torch.Tensor] = {}
+        moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             kind, name = key.split(".", 1)
             if kind == "model":

@@ -411,6 +411,13 @@ def test_truncation_is_found_at_every_cut(tmp_path, rng, rgb):
                 pytest.fail(f"{name}: the first {cut} of {len(data)} bytes passed for an image")
 
 
+def test_nothing_is_read_where_the_program_lets_truncated_files_pass(tmp_path, rgb, monkeypatch):
+    path = write(tmp_path / "a.bmp", encode(Image.fromarray(rgb), "BMP")[:-2000])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(ImageError, match=r"LOAD_TRUNCATED_IMAGES, .* set it to False"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 @pytest.mark.parametrize("layout", [{"rowsperstrip": 16}, {"tile": (32, 32), "compression": "zlib"}])
 @pytest.mark.parametrize("left", [[1, 0, 1, 1], [1, 1, 1]])

@@ -584,3 +584,11 @@ def test_the_fingerprint_is_of_names_and_contents(tmp_path, write_images):
     assert with_link.fingerprint != a.fingerprint
     with pytest.raises(ImageError, match=r"link\.png: there is no such file"):
         ImageStore(with_link.train, 32)
+
+
+@pytest.mark.parametrize("name", ["Defects_Config.json", "defect-config.JSON"])
+def test_a_defects_config_under_another_name_is_refused(loco, name):
+    path = (loco / "defects_config.json").rename(loco / name)
+    message = f"{path} is not read under this name; rename it to defects_config.json"
+    with pytest.raises(UserError, match=re.escape(message)):
+        open_category(loco, None)

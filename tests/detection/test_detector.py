@@ -1,6 +1,5 @@
 import math
 import re
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -72,24 +71,18 @@ def test_maps_that_are_not_finite_are_an_error(images, value, branch):
     assert detector.calibration is None
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7])
-def test_statistics_are_those_of_all_pixels_in_float64(images, batch_size):
-    detector = make_detector()
+@pytest.mark.parametrize(("batch_size", "offset"), [(1, 0.0), (3, 0.0), (2, 1e4)])
+def test_statistics_are_those_of_all_pixels_in_float64(images, batch_size, offset):
+    """A small deviation on a large mean, too."""
+    detector = make_detector(Networks(local=lambda x: offset + x[:, 0]))
     detector.calibrate(images.split(batch_size), "validation")
-    local = (images[:, 0].float() / 255).double().numpy()
+    local = (offset + images[:, 0].float() / 255).double().numpy()
     global_ = (images[:, 1].float() / 255).square().double().numpy()
     for name, maps in (("local", local), ("global", global_)):
         assert detector.calibration.statistics[name].mean == pytest.approx(maps.mean(), rel=1e-12)
-        assert detector.calibration.statistics[name].std == pytest.approx(maps.std(), rel=1e-12)
+        assert detector.calibration.statistics[name].std == pytest.approx(maps.std(), rel=1e-9)
     assert detector.calibration.n_images == 7
     assert detector.calibration.source == "validation"
-
-
-def test_a_small_deviation_on_a_large_mean_is_not_lost(images):
-    detector = make_detector(Networks(local=lambda x: 1e4 + x[:, 0]))
-    detector.calibrate(images.split(2), "train")
-    maps = (1e4 + images[:, 0].float() / 255).double().numpy()
-    assert detector.calibration.statistics["local"].std == pytest.approx(maps.std(), rel=1e-9)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e-12, -3.3, 1e9])
@@ -129,13 +122,10 @@ def test_normal_images_have_mean_0_and_deviation_1_per_branch_and_branches_add(i
     assert maps.of("global") is maps.global_
 
 
-def test_maps_need_a_calibration(images):
-    with pytest.raises(ValueError, match="calibrate"):
-        make_detector().maps(images)
-
-
-def test_training_images_set_no_threshold(images):
+def test_training_images_set_no_threshold_and_without_calibration_there_are_no_maps(images):
     detector = make_detector()
+    with pytest.raises(ValueError, match="calibrate"):
+        detector.maps(images)
     detector.calibrate([images], "train")
     assert detector.calibration.threshold is None
 
@@ -178,16 +168,24 @@ def test_what_does_not_vary_is_warned_of_and_its_rounding_is_below_the_threshold
         assert not is_above(scores, detector.calibration.threshold.value).any()
 
 
-@pytest.mark.parametrize(("mean", "std"), [(math.nan, 1), (math.inf, 1), (0, math.nan), (0, math.inf), (0, 0), (0, -1)])
-def test_statistics_that_cannot_normalise_are_an_error(mean, std):
-    with pytest.raises(UserError, match="cannot normalise"):
-        Statistics(mean, std)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_threshold_is_finite(value):
-    with pytest.raises(UserError, match="finite"):
-        Threshold(value, "", 1, 0.5)
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        *(
+            (Statistics, values)
+            for values in ((math.nan, 1), (math.inf, 1), (0, math.nan), (0, math.inf), (0, 0), (0, -1))
+        ),
+        *((Threshold, (value, "", 1, 0.5)) for value in (math.nan, math.inf)),
+        *(
+            (Exposure, values)
+            for limits in ((-1, 5), (5, 4), (0, 256), (math.nan, 5), (5, math.inf))
+            for values in ((limits, (0, 1), "", 1), ((0, 1), limits, "", 1))
+        ),
+    ],
+)
+def test_numbers_that_no_image_set_are_an_error(kind, values):
+    with pytest.raises(UserError, match=r"cannot normalise|not a finite number|limits"):
+        kind(*values)
 
 
 # ------------------------------------------------------------------------------------------- decision threshold
@@ -202,12 +200,6 @@ def test_the_threshold_is_the_kth_largest_score(n, k):
     assert threshold.value == pytest.approx((n - k + 1) + 2e-3 * (n - k + 2), rel=1e-15)
     assert threshold.n_images == n
     assert threshold.expected_false_alarm_rate == pytest.approx(k / (n + 1), rel=1e-15)
-
-
-def test_k_is_the_most_that_keeps_to_one_per_cent():
-    for n in (*range(90, 320), *(100 * m - 1 for m in range(1, 80))):
-        k = n - round((threshold_from(range(n)).value - 2e-3) / 1.002)
-        assert k == max(1, Fraction(n + 1, 100).__floor__())
 
 
 @pytest.mark.parametrize(("n", "alarms"), [(4, 1), (99, 1), (199, 2), (250, 2), (299, 3)])
@@ -281,13 +273,6 @@ def test_limits_lie_half_way_from_the_extreme_normal_image_to_the_end_of_the_sca
     assert exposure.n_images == len(values)
 
 
-@pytest.mark.parametrize("limits", [(-1, 5), (5, 4), (0, 256), (math.nan, 5), (5, math.inf)])
-def test_limits_that_no_image_set_are_an_error(limits):
-    for other in ({"brightness": limits, "contrast": (0, 1)}, {"brightness": (0, 1), "contrast": limits}):
-        with pytest.raises(UserError, match="limits"):
-            Exposure(**other, rule="", n_images=1)
-
-
 def test_all_normal_images_count_for_brightness_and_contrast_and_one_dead_frame_among_them_is_told(images):
     detector = make_detector()
     alone = images // 2 + 64
@@ -329,53 +314,24 @@ def filtered_by_hand(image, sigma):
 @pytest.mark.parametrize("sigma", [0.5, 1.5, 4.0])
 def test_the_score_is_the_maximum_of_the_gaussian_filtered_map(sigma):
     maps = np.random.default_rng(0).normal(size=(3, 20, 20)).astype(np.float32)
+    before = maps.copy()
     scores = make_detector(sigma=sigma).image_scores(maps)
     assert scores.shape == (3,)
     assert scores.dtype == np.float64
     np.testing.assert_allclose(scores, [filtered_by_hand(m, sigma).max() for m in maps], rtol=1e-5)
-
-
-def test_images_of_a_batch_do_not_touch():
-    maps = np.zeros((3, 16, 16), np.float32)
-    maps[1] = 100
-    np.testing.assert_allclose(make_detector(sigma=4).image_scores(maps), [0, 100, 0], atol=1e-4)
-
-
-def test_scores_do_not_depend_on_where_and_how_the_image_lies():
-    detector = make_detector(sigma=1)
-    anomaly_map = np.random.default_rng(1).normal(size=(24, 24)).astype(np.float32)
-    turned = [anomaly_map, anomaly_map[::-1], anomaly_map[:, ::-1], anomaly_map.T, np.rot90(anomaly_map)]
-    scores = detector.image_scores(np.stack(turned))
-    np.testing.assert_allclose(scores, scores[0], rtol=1e-6)
-
-    spots = np.zeros((2, 40, 40), np.float32)
-    spots[0, 12:15, 12:15] = 5
-    spots[1, 20:23, 25:28] = 5
-    scores = detector.image_scores(spots)
-    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
-
-
-def test_scores_follow_shift_and_scale_of_the_map():
-    detector = make_detector(sigma=2)
-    maps = np.random.default_rng(2).normal(size=(2, 24, 24)).astype(np.float32)
-    before = maps.copy()
-    scores = detector.image_scores(maps)
-    np.testing.assert_allclose(detector.image_scores(maps + 3), scores + 3, rtol=1e-5)
-    np.testing.assert_allclose(detector.image_scores(maps * 4), scores * 4, rtol=1e-5)
     np.testing.assert_array_equal(maps, before)
 
 
 # -------------------------------------------------------------------------------------------- localisation map
 
 
-@pytest.mark.parametrize("size", [(16, 16), (100, 100), (40, 300), (300, 8), (8, 8), (1, 1), (17, 15)])
 @pytest.mark.parametrize("align_corners", [False, True])
-def test_a_localisation_map_has_the_size_of_the_image(size, align_corners):
+def test_a_localisation_map_has_the_size_of_the_image(align_corners):
     detector = make_detector(align_corners=align_corners)
-    resized = detector.localisation_map(np.full((16, 16), 2.5, np.float32), size)
-    assert resized.shape == size
-    assert resized.dtype == np.float32
-    np.testing.assert_allclose(resized, 2.5, rtol=1e-6)
+    for size in ((16, 16), (100, 100), (40, 300), (300, 8), (8, 8), (1, 1), (17, 15)):
+        resized = detector.localisation_map(np.full((16, 16), 2.5, np.float32), size)
+        assert (resized.shape, resized.dtype) == (size, np.float32)
+        np.testing.assert_allclose(resized, 2.5, rtol=1e-6)
 
 
 def test_enlarging_is_bilinear_between_pixel_centres():

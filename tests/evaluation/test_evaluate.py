@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from scipy.integrate import trapezoid
 from sklearn.metrics import roc_auc_score
 
-import dskd_fast.evaluation.evaluate as evaluate_module
 from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import open_category
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import decide, evaluate
+from dskd_fast.metrics.maps import ScoredMap, score_maps
 
 KINDS = ("good", "structural", "logical")
 MEASURES = {"structural", "logical", "mean"}
@@ -55,29 +54,6 @@ def column(rows, name, *kinds):
     return np.array([float(row[name]) for row in rows if row["type"] in kinds])
 
 
-def spro_by_hand(maps, defects, limit):
-    """Area up to an FPR limit under the curve whose points are all distinct scores, by trapezoids.
-
-    maps: {key: map}; defects: {key: [(mask, saturation), ...]}, for good images an empty list.
-    """
-    outside = np.concatenate(
-        [maps[key][~np.any([np.zeros_like(maps[key], bool), *(m for m, _ in defects[key])], axis=0)] for key in maps]
-    )
-    thresholds = np.unique(np.concatenate([anomaly_map.ravel() for anomaly_map in maps.values()]))[::-1]
-    thresholds = np.append(thresholds, -np.inf)
-
-    def above(scores):
-        return len(scores) - np.searchsorted(np.sort(scores), thresholds, side="right")
-
-    fpr = above(outside) / len(outside)
-    overlaps = [np.minimum(above(maps[key][mask]) / saturation, 1) for key in maps for mask, saturation in defects[key]]
-    spro = np.mean(overlaps, axis=0)
-    inside = fpr <= limit
-    x = np.append(fpr[inside], limit)
-    y = np.append(spro[inside], np.interp(limit, fpr, spro))
-    return trapezoid(y, x) / limit
-
-
 def test_the_keys_are_those_that_were_promised(evaluated):
     figures, _, _ = evaluated
     assert figures["category"] == "screw_bag"
@@ -114,9 +90,8 @@ def test_decisions_are_scores_above_the_threshold(evaluated, tiny_detector):
     assert figures["threshold"] == threshold
     for kind in KINDS:
         assert figures["decisions"][kind] == (column(rows, "score", kind) > threshold).sum()
-    for row in rows:
-        assert float(row["threshold"]) == threshold
-        assert row["decision"] == ("anomalous" if float(row["score"]) > threshold else "normal")
+    assert {float(row["threshold"]) for row in rows} == {threshold}
+    assert [row["decision"] for row in rows] == [decide(float(row["score"]), threshold) for row in rows]
 
 
 def test_maps_are_float32_tiffs_at_native_size_in_the_evaluators_layout(evaluated, category, below):
@@ -133,17 +108,20 @@ def test_maps_are_float32_tiffs_at_native_size_in_the_evaluators_layout(evaluate
             assert tiff.pages[0].shape == (96, 120)
 
 
-@pytest.mark.parametrize("kind", ["structural", "logical"])
-def test_spro_is_the_area_that_brute_force_finds_in_the_saved_maps(evaluated, category, kind):
-    figures, _, folder = evaluated
-    maps, defects = {}, {}
-    for item in category.test:
-        if item.kind in ("good", kind):
-            maps[item.key] = tifffile.imread(folder / "screw_bag" / f"{item.key}.tiff")
-            defects[item.key] = [(d.mask, d.saturation) for d in category.defects(item)]
-    for limit in ("0.01", "0.05", "0.1", "0.3", "1.0"):
-        expected = spro_by_hand(maps, defects, float(limit))
-        assert figures["spro_at"][limit][kind] == pytest.approx(expected, abs=1e-9)
+def test_spro_is_that_of_the_saved_maps(evaluated, category):
+    figures, rows, folder = evaluated
+    scored = [
+        ScoredMap(
+            item.key,
+            item.kind,
+            tifffile.imread(folder / "screw_bag" / f"{item.key}.tiff"),
+            float(row["score"]),
+            category.defects(item),
+        )
+        for item, row in zip(category.test, rows, strict=True)
+    ]
+    for name, values in score_maps(scored).items():
+        assert figures[name] == values
 
 
 def test_the_maps_of_both_students_are_scored_in_their_own_right(tiny_detector, category, evaluated):
@@ -160,34 +138,26 @@ def test_the_maps_of_both_students_are_scored_in_their_own_right(tiny_detector, 
         assert only_global[measure] == only_global["global"][measure] == figures["global"][measure]
 
 
-def test_without_a_threshold_there_are_no_decisions(tiny_detector, category, tmp_path):
-    figures = evaluate(tiny_detector, category, threshold=None, scores_file=tmp_path / "scores.csv")
-    assert figures["threshold"] is None
-    assert figures["decisions"] is None
-    assert {(row["threshold"], row["decision"]) for row in read_rows(tmp_path / "scores.csv")} == {("", "")}
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_the_batch_size_does_not_matter(evaluated, tiny_detector, category, tmp_path, batch_size):
+def test_the_batch_size_does_not_matter_and_without_a_threshold_there_are_no_decisions(
+    evaluated, tiny_detector, category, tmp_path
+):
     _, rows, _ = evaluated
-    evaluate(tiny_detector, category, threshold=0.0, batch_size=batch_size, scores_file=tmp_path / "scores.csv")
-    found = column(read_rows(tmp_path / "scores.csv"), "score", *KINDS)
-    np.testing.assert_allclose(found, column(rows, "score", *KINDS), rtol=1e-4)
-
-
-def test_progress_counts_up_to_the_number_of_images(tiny_detector, category):
     stages = {}
-    evaluate(
+    figures = evaluate(
         tiny_detector,
         category,
         threshold=None,
-        batch_size=4,
+        batch_size=3,
+        scores_file=tmp_path / "scores.csv",
         progress=lambda stage, done, total: stages.setdefault(stage, []).append((done, total)),
     )
-    assert stages["reading images"] == [(i, 10) for i in range(1, 11)]
-    assert stages["computing maps"] == [(4, 10), (8, 10), (10, 10)]
-    for variant in ("combined", "local", "global"):
-        assert stages[f"scoring {variant} maps"] == [(i, 10) for i in range(1, 11)]
+    found = read_rows(tmp_path / "scores.csv")
+    np.testing.assert_allclose(column(found, "score", *KINDS), column(rows, "score", *KINDS), rtol=1e-4)
+    assert figures["threshold"] is figures["decisions"] is None
+    assert {(row["threshold"], row["decision"]) for row in found} == {("", "")}
+    assert stages["computing maps"] == [(3, 10), (6, 10), (9, 10), (10, 10)]
+    for stage in ("reading images", *(f"scoring {variant} maps" for variant in ("combined", "local", "global"))):
+        assert stages[stage] == [(i, 10) for i in range(1, 11)]
 
 
 @pytest.mark.parametrize(
@@ -205,19 +175,6 @@ def test_without_test_images_there_is_nothing_to_evaluate(tiny_detector, own_dat
     shutil.rmtree(own_data / "test")
     with pytest.raises(UserError, match="has no test images"):
         evaluate(tiny_detector, open_category(own_data, None), threshold=None)
-
-
-def test_without_masks_there_is_an_auroc_and_no_spro(tiny_detector, own_data):
-    shutil.rmtree(own_data / "ground_truth" / "logical_anomalies")
-    figures = evaluate(tiny_detector, open_category(own_data, None), threshold=None)
-    for part in (figures, figures["local"], figures["global"]):
-        assert all(value is not None for value in part["auroc"].values())
-        for values in part["spro_at"].values():
-            assert values["structural"] is not None
-            assert values["logical"] is values["mean"] is None
-    assert len(figures["absent"]) == 1
-    assert "sPRO" in figures["absent"][0]
-    assert "logical_anomalies" in figures["absent"][0]
 
 
 def test_bad_masks_leave_their_kind_without_spro_and_hide_nothing_else(tiny_detector, own_data, evaluated):
@@ -239,6 +196,14 @@ def test_bad_masks_leave_their_kind_without_spro_and_hide_nothing_else(tiny_dete
     assert "no sPRO of logical anomalies: masks of category screw_bag cannot be used (2 such" in figures["absent"][0]
     assert figures["unused"] == [{"files": "formats that are not read", "n_files": 1, "first": ["train/good/a.gif"]}]
     assert expected["bad_masks"] == expected["unused"] == []
+
+
+def test_test_images_that_are_trained_on_are_warned_of(tiny_detector, own_data, evaluated):
+    assert evaluated[0]["warnings"] == []
+    shutil.copy(own_data / "train" / "good" / "003.png", own_data / "test" / "good" / "001.png")
+    shutil.copy(own_data / "validation" / "good" / "000.png", own_data / "test" / "logical_anomalies" / "000.png")
+    (warning,) = evaluate(tiny_detector, open_category(own_data, None), threshold=None)["warnings"]
+    assert "among the 10 test images: 2, such as test/good/001.png" in warning
 
 
 @pytest.mark.parametrize(
@@ -300,23 +265,6 @@ def test_a_plain_folder_of_broken_ones_counts_as_structural(tiny_detector, tmp_p
     assert any("broken" in reason for reason in figures["absent"])
 
 
-def test_mvtec_ads_layout_with_logical_images_split_out(tiny_detector, tmp_path, write_images):
-    root = tmp_path / "cable"
-    write_images(root / "train" / "good", 2)
-    write_images(root / "test" / "good", 2)
-    for seed, folder in enumerate(("cut_outer_insulation", "cable_swap"), start=3):
-        write_images(root / "test" / folder, 2, seed=seed)
-        (root / "ground_truth" / folder).mkdir(parents=True)
-        for i in range(2):
-            mask = np.zeros((64, 80), np.uint8)
-            mask[10:20, 30:60] = 255
-            Image.fromarray(mask).save(root / "ground_truth" / folder / f"{i:03d}_mask.png")
-    figures = evaluate(tiny_detector, open_category(root, None), threshold=None)
-    assert figures["n_images"] == {"good": 2, "structural": 2, "logical": 2}
-    assert figures["absent"] == []
-    assert all(value is not None for value in (*figures["auroc"].values(), *figures["spro"].values()))
-
-
 # ---------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -335,23 +283,6 @@ def test_all_unreadable_test_images_are_named_and_nothing_is_written(tiny_detect
     assert sorted(path for path, _ in caught.value.failures) == bad
     assert not (tmp_path / "maps").exists()
     assert not (tmp_path / "scores.csv").exists()
-
-
-def test_a_failing_write_keeps_the_older_scores(tiny_detector, category, tmp_path, monkeypatch):
-    (tmp_path / "scores.csv").write_text("old")
-
-    class Full:
-        def __init__(self, *_):
-            pass
-
-        def writerow(self, _):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(evaluate_module.csv, "writer", Full)
-    with pytest.raises(UserError, match="No space left on device"):
-        evaluate(tiny_detector, category, threshold=None, scores_file=tmp_path / "scores.csv")
-    assert (tmp_path / "scores.csv").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["scores.csv"]
 
 
 def test_maps_never_replace_the_data_sets_own_images(tiny_detector, own_data, below):

@@ -68,29 +68,22 @@ def gccb(g, size):
     return condense + restore + around
 
 
-@pytest.mark.parametrize("g", [0, 512, 1024, 2048])
+@pytest.mark.parametrize("g", [0, None, 2048])
 def test_parameter_counts_of_the_papers_networks(g):
     model = on_meta(gccb=g)
+    assert (model.teacher.name, model.image_size, model.gccb) == ("wide_resnet50_2", 256, 1024 if g is None else g)
     counts = {name: size_of(getattr(model, name)) for name in ("teacher", *PARTS)}
     assert counts == {
         "teacher": TEACHER,
         "local_bottleneck": FUSION + LOCAL_EMBEDDING,
         "local_student": STUDENT,
-        "global_bottleneck": GLOBAL_EMBEDDING + gccb(g, 8),
+        "global_bottleneck": GLOBAL_EMBEDDING + gccb(model.gccb, 8),
         "global_student": STUDENT,
     }
     assert round(TEACHER / 1e6, 1) == 24.9  # as the paper says
 
 
-def test_defaults_are_the_papers():
-    model = on_meta()
-    assert model.teacher.name == "wide_resnet50_2"
-    assert model.image_size == 256
-    assert model.gccb == 1024
-    assert size_of(model.global_bottleneck) == GLOBAL_EMBEDDING + gccb(1024, 8)
-
-
-@pytest.mark.parametrize(("image_size", "side"), [(64, 2), (256, 8), (320, 10)])
+@pytest.mark.parametrize(("image_size", "side"), [(64, 2), (320, 10)])
 def test_shapes(image_size, side):
     model = on_meta(image_size=image_size)
     features = model(torch.empty(2, 3, image_size, image_size, device="meta"))
@@ -108,34 +101,18 @@ def test_shapes(image_size, side):
 # Structure
 
 
-def test_students_are_resnets_run_backwards():
+def test_students_are_resnets_run_backwards_and_embeddings_halve():
+    """What numbers of parameters do not tell."""
     model = on_meta()
     for student in (model.local_student, model.global_student):
         stages = [student.up3, student.up2, student.up1]
         assert [len(stage) for stage in stages] == [3, 4, 6]
-        transposed = [part for part in student.modules() if isinstance(part, nn.ConvTranspose2d)]
-        assert len(transposed) == 6
-        for part in transposed:
-            assert part.kernel_size == part.stride == (2, 2)
-            assert part.padding == part.output_padding == (0, 0)
         for stage in stages:
-            assert isinstance(stage[0].conv2, nn.ConvTranspose2d)
-            assert isinstance(stage[0].downsample[0], nn.ConvTranspose2d)
-            assert all(other.downsample is None for other in stage[1:])
-        assert all(part.bias is None for part in student.modules() if isinstance(part, nn.Conv2d | nn.ConvTranspose2d))
-
-
-def test_embeddings_halve_with_three_blocks():
-    model = on_meta()
+            for part in (stage[0].conv2, stage[0].downsample[0]):
+                assert isinstance(part, nn.ConvTranspose2d)
+                assert (part.kernel_size, part.stride) == ((2, 2), (2, 2))
     for embed in (model.local_bottleneck.embed, model.global_bottleneck.embed):
-        assert len(embed) == 3
-        assert embed[0].conv2.stride == embed[0].downsample[0].stride == (2, 2)
-        assert all(other.conv2.stride == (1, 1) for other in embed[1:])
-        assert all(part.conv2.out_channels == 1024 for part in embed)
-    fusion = [*model.local_bottleneck.fuse1.modules(), *model.local_bottleneck.fuse2.modules()]
-    halving = [part for part in fusion if isinstance(part, nn.Conv2d)]
-    assert len(halving) == 3
-    assert all((part.kernel_size, part.stride) == ((3, 3), (2, 2)) for part in halving)
+        assert [block.conv2.stride for block in embed] == [(2, 2), (1, 1), (1, 1)]
 
 
 def kinds(module):
@@ -170,20 +147,6 @@ def test_whole_map_convolutions_are_convolutions(memory_format, is_autocast):
         found = torch.autograd.grad(got.square().sum(), [given, part.weight])
         torch.testing.assert_close(found, wanted)
         assert found[1].stride() == part.weight.stride()
-
-
-def test_the_whole_map_goes_through_one_vector():
-    """In eval mode, every value of the restored map depends on every value of the map, and only on g numbers."""
-    torch.manual_seed(0)
-    block = GlobalContextCondensing(6, 3, 2).eval()
-    x = torch.randn(1, 6, 3, 3, requires_grad=True)
-    vector = block.condense(block.reduce(x))
-    assert vector.shape == (1, 2, 1, 1)
-    (gradient,) = torch.autograd.grad(vector.sum(), x)
-    reached = block.reduce(x.detach()).amax(1) > 0
-    assert (gradient.abs().sum(1) > 0)[reached].all()
-    restored = block.restore(vector)
-    assert restored.shape == (1, 2, 3, 3)
 
 
 def test_bottleneck_block_by_its_formula():
@@ -224,13 +187,6 @@ def test_initialisation_keeps_the_variance():
 # Training
 
 
-@pytest.fixture(scope="module")
-def paper_model():
-    """The paper's networks at a small image size, with random weights, in train mode."""
-    torch.manual_seed(0)
-    return DSKD(image_size=64, gccb=128, pretrained=False).train()
-
-
 @pytest.fixture
 def images():
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -242,8 +198,12 @@ def losses(model, images):
     return local_loss, ContextualAffinityLoss()(features.global_student, features.teacher)
 
 
-def test_a_step_reaches_every_trainable_parameter_and_nothing_of_the_teacher(paper_model, images):
-    model = paper_model
+@pytest.mark.parametrize(
+    ("teacher", "g"), [(LITE, 0), (LITE, 8), (LITE, 1344), pytest.param("wide_resnet50_2", 128, marks=pytest.mark.slow)]
+)
+def test_a_step_reaches_every_trainable_parameter_and_nothing_of_the_teacher(images, teacher, g):
+    torch.manual_seed(0)
+    model = DSKD(teacher, image_size=64, gccb=g, pretrained=False).train()
     before = {k: v.clone() for k, v in model.teacher.state_dict().items()}
     for part in (*model.local_branch, *model.global_branch):
         assert all(p.requires_grad for p in part.parameters())
@@ -258,18 +218,6 @@ def test_a_step_reaches_every_trainable_parameter_and_nothing_of_the_teacher(pap
             assert torch.isfinite(parameter.grad).all(), name
             assert parameter.grad.abs().max() > 0, name
     assert all(torch.equal(v, before[k]) for k, v in model.teacher.state_dict().items())
-    model.zero_grad(set_to_none=True)
-
-
-@pytest.mark.parametrize("g", [0, 8, 1344])
-def test_no_parameter_is_dead_whatever_the_condensing_block(images, g):
-    torch.manual_seed(0)
-    model = DSKD(LITE, image_size=64, gccb=g, pretrained=False).train()
-    sum(losses(model, images)).backward()
-    dead = [
-        n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().max() > 0)
-    ]
-    assert dead == []
 
 
 def test_branches_share_nothing(images):
@@ -296,40 +244,18 @@ def test_branches_share_nothing(images):
             assert all(reached) if branch == own else not any(reached)
 
 
-def test_training_lowers_both_losses_and_leaves_the_teacher_as_it_was(images):
-    torch.manual_seed(0)
-    model = DSKD(LITE, image_size=64, gccb=8, pretrained=False).train()
-    before = {k: v.clone() for k, v in model.teacher.state_dict().items()}
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.005, betas=(0.5, 0.999))
-    history = []
-    for _ in range(8):
-        pair = losses(model, images)
-        optimizer.zero_grad()
-        sum(pair).backward()
-        optimizer.step()
-        history.append([x.item() for x in pair])
-    for branch in (0, 1):
-        assert history[-1][branch] < 0.8 * history[0][branch]
-    assert all(torch.equal(v, before[k]) for k, v in model.teacher.state_dict().items())
-
-
-def test_loading_a_state_gives_the_same_network(images):
-    torch.manual_seed(0)
-    first = DSKD(LITE, image_size=64, gccb=8, pretrained=False).eval()
-    second = DSKD(LITE, image_size=64, gccb=8, pretrained=False).eval()
-    second.load_state_dict(first.state_dict())
-    for a, b in zip(first(images), second(images), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 # Anomaly maps
 
 
-@pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize("temperature", [1.0, 0.1])
-def test_anomaly_maps_are_the_sum_of_the_upsampled_levels(images, temperature, align_corners):
+@pytest.fixture(scope="module")
+def small_model():
     torch.manual_seed(0)
-    model = DSKD(LITE, image_size=64, gccb=8, pretrained=False).eval()
+    return DSKD(LITE, image_size=64, gccb=8, pretrained=False).eval()
+
+
+@pytest.mark.parametrize(("temperature", "align_corners"), [(1.0, False), (0.1, True)])
+def test_anomaly_maps_are_the_sum_of_the_upsampled_levels(small_model, images, temperature, align_corners):
+    model = small_model
     with torch.no_grad():
         features = model(images)
     expected = []
@@ -348,12 +274,6 @@ def test_anomaly_maps_are_the_sum_of_the_upsampled_levels(images, temperature, a
         assert got.dtype == torch.float32
         assert not got.requires_grad
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def small_model():
-    torch.manual_seed(0)
-    return DSKD(LITE, image_size=64, gccb=8, pretrained=False).eval()
 
 
 def modes(model):
@@ -405,6 +325,7 @@ def test_anomaly_maps_refuse_what_is_no_image_from_0_to_1(small_model, images, c
         small_model.anomaly_maps(change(images))
 
 
+@pytest.mark.slow
 def test_anomaly_maps_trace_without_values(small_model, images):
     """In eval mode, as for a program that is exported: the checks must not ask for numbers, nor change modes."""
     with torch.no_grad():
@@ -424,9 +345,7 @@ class Maps(nn.Module):
 # What does not fit
 
 
-@pytest.mark.parametrize(
-    ("image_size", "nearest"), [(100, 96), (0, 32), (-64, 32), (1, 32), (33, 32), (250, 256), (255, 256)]
-)
+@pytest.mark.parametrize(("image_size", "nearest"), [(100, 96), (0, 32), (-64, 32), (255, 256)])
 def test_image_sizes_that_do_not_fit(image_size, nearest):
     with pytest.raises(UserError, match=rf"image size {image_size} does not .* multiple of 32, such as {nearest}$"):
         on_meta(LITE, image_size=image_size)

@@ -5,8 +5,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -50,7 +48,7 @@ def test_a_folder_is_made_and_locked_while_a_training_has_it(tmp_path, below):
     assert below(tmp_path) == ["deep", "deep/run", "deep/run/config.json"]
 
 
-@pytest.mark.parametrize("error", [ValueError, UserError, KeyboardInterrupt, OSError(5, "x"), MemoryError])
+@pytest.mark.parametrize("error", [UserError("x"), KeyboardInterrupt(), OSError(5, "x")])
 @pytest.mark.parametrize("existed", [False, True])
 def test_after_an_error_nothing_is_left(tmp_path, below, error, existed):
     if existed:
@@ -61,29 +59,30 @@ def test_after_an_error_nothing_is_left(tmp_path, below, error, existed):
             (tmp_path / "run" / "config.json").write_text("a")
             raise error
 
-    expected = error if isinstance(error, type) else type(error)
-    with pytest.raises(expected) as caught:
+    with pytest.raises(type(error)) as caught:
         fail_inside()
-    # An error from inside is handed on as it is.
-    assert type(caught.value) is expected
+    assert caught.value is error
     assert below(tmp_path) == (["run"] if existed else [])
 
 
-def test_after_an_error_the_state_of_a_training_is_kept(tmp_path, below):
-    def fail_inside(is_new):
+@pytest.mark.parametrize("names", [["checkpoint.safetensors"], ["calibration.json", "config.json"]])
+def test_after_an_error_the_state_of_a_training_and_a_finished_run_are_kept(tmp_path, below, names):
+    def interrupted(is_new):
         with claimed(tmp_path / "run", is_new=is_new):
-            (tmp_path / "run" / "checkpoint.safetensors").write_text("a")
-            raise ZeroDivisionError
+            for name in names:
+                (tmp_path / "run" / name).touch()
+            raise KeyboardInterrupt
 
     for is_new in (True, False):
-        with pytest.raises(ZeroDivisionError):
-            fail_inside(is_new)
-        assert below(tmp_path) == ["run", "run/checkpoint.safetensors"]
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(is_new)
+        assert below(tmp_path / "run") == names
 
 
 def test_a_folder_with_content_a_file_and_a_dead_link_are_not_replaced(tmp_path, below):
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for name in (".7.csv", ".lock", "notes.txt"):
+        (tmp_path / "full" / name).touch()
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dead").symlink_to("nowhere")
     before = below(tmp_path)
@@ -91,29 +90,6 @@ def test_a_folder_with_content_a_file_and_a_dead_link_are_not_replaced(tmp_path,
         with pytest.raises(UserError, match=f"{name} already exists"), claimed(tmp_path / name, is_new=True):
             pytest.fail("too late")
     assert below(tmp_path) == before
-    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
-
-
-def test_somebodys_hidden_files_are_left_alone(tmp_path, below):
-    (tmp_path / "mine").mkdir()
-    for name in (".7.csv", ".lock", "notes.txt"):
-        (tmp_path / "mine" / name).touch()
-    before = below(tmp_path)
-    with pytest.raises(UserError, match="already exists"), claimed(tmp_path / "mine", is_new=True):
-        pytest.fail("too late")
-    assert below(tmp_path) == before
-
-
-def test_an_interrupt_after_the_last_file_leaves_the_finished_run(tmp_path, below):
-    def interrupted():
-        with claimed(tmp_path / "run", is_new=True):
-            (tmp_path / "run" / "config.json").touch()
-            (tmp_path / "run" / "calibration.json").touch()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert below(tmp_path / "run") == ["calibration.json", "config.json"]
 
 
 def test_a_run_in_the_way_may_be_gone_on_with(tmp_path):
@@ -126,38 +102,40 @@ def test_a_run_in_the_way_may_be_gone_on_with(tmp_path):
         pytest.fail("too late")
 
 
+def in_child(work):
+    """The exit status of a process that does some work: a lock of one's own is no lock."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 @pytest.mark.parametrize("is_new", [False, True])
 def test_a_second_process_is_refused(tmp_path, is_new):
-    """Another process, since a lock of one's own is no lock."""
-    code = f"""
-from pathlib import Path
-from dskd_fast.errors import UserError
-from dskd_fast.runs.folder import claimed
-try:
-    with claimed(Path({str(tmp_path / "run")!r}), is_new={is_new}):
-        print("claimed")
-except UserError as error:
-    print(error)
-"""
+    def second():
+        with pytest.raises(UserError) as caught, claimed(tmp_path / "run", is_new=is_new):
+            pass
+        (tmp_path / "message").write_text(str(caught.value))
+
     with claimed(tmp_path / "run", is_new=True):
         (tmp_path / "run" / "config.json").touch()
-        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert second.stdout.startswith(f"another process is training in {tmp_path / 'run'}: wait")
+        in_child(second)
+        message = (tmp_path / "message").read_text()
+        assert message.startswith(f"another process is training in {tmp_path / 'run'}: wait")
         assert (tmp_path / "run" / "config.json").exists()
 
 
 def test_the_lock_of_a_killed_process_does_not_hold(tmp_path, below):
-    code = f"""
-import os, signal
-from pathlib import Path
-from dskd_fast.runs.folder import claimed
-with claimed(Path({str(tmp_path / "run")!r}), is_new=True):
-    Path({str(tmp_path / "run" / "config.json")!r}).touch()
-    Path({str(tmp_path / "run" / ".123.safetensors")!r}).touch()
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    killed = subprocess.run([sys.executable, "-c", code])
-    assert killed.returncode == -signal.SIGKILL
+    def killed():
+        with claimed(tmp_path / "run", is_new=True):
+            (tmp_path / "run" / "config.json").touch()
+            (tmp_path / "run" / ".123.safetensors").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed) == -signal.SIGKILL
     assert below(tmp_path / "run") == [".123.safetensors", ".dskd_fast.lock", "config.json"]
     with claimed(tmp_path / "run", is_new=False):
         # What was half written is swept up.
@@ -174,17 +152,12 @@ def test_an_empty_folder_may_be_filled_through_a_link_too(tmp_path, below):
     assert below(tmp_path / "disk") == ["real", "real/a"]
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_an_unwritable_place_is_refused_before_the_work(tmp_path, monkeypatch, code):
-    monkeypatch.setattr(os, "mkdir", fail(code))
-    with pytest.raises(UserError, match=r"cannot write .*writable place"), claimed(tmp_path / "run", is_new=True):
-        pytest.fail("too late")
-
-
-@pytest.mark.parametrize("name", ["n" * 300, "file/run"])
-def test_an_impossible_name_is_refused(tmp_path, name):
+@pytest.mark.parametrize("name", ["full disk", "n" * 300, "file/run"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, name):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write"), claimed(tmp_path / name, is_new=True):
+    if name == "full disk":
+        monkeypatch.setattr(os, "mkdir", fail(errno.ENOSPC))
+    with pytest.raises(UserError, match=r"cannot write .*writable place"), claimed(tmp_path / name, is_new=True):
         pytest.fail("too late")
 
 
@@ -222,19 +195,16 @@ def test_a_failing_writer_keeps_the_older_file(tmp_path, below, error):
 
 
 def test_a_failing_replace_keeps_the_older_file(tmp_path, below, monkeypatch):
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*folder\.csv"):
+        write_file(tmp_path / "folder.csv", lambda temporary: temporary.write_text("new"))
     path = tmp_path / "a.csv"
     path.write_text("old")
     monkeypatch.setattr(os, "replace", fail(errno.EACCES))
     with pytest.raises(UserError, match=r"cannot write .*a\.csv \(Permission denied\)"):
         write_file(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "old"
-    assert below(tmp_path) == ["a.csv"]
-
-
-def test_a_folder_of_that_name_is_in_the_way(tmp_path):
-    (tmp_path / "a.csv").mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*a\.csv"):
-        write_file(tmp_path / "a.csv", lambda temporary: temporary.write_text("new"))
+    assert below(tmp_path) == ["a.csv", "folder.csv"]
 
 
 def test_the_longest_names_can_be_written(tmp_path):
@@ -276,6 +246,7 @@ def test_what_is_loaded_is_what_was_saved(data_root, tiny_options, tmp_path, bel
     assert loaded_options == options
     assert loaded.calibration == detector.calibration
     assert loaded.scoring == detector.scoring
+    assert not any(part.training for part in loaded.model.modules())
     state = detector.model.state_dict()
     assert loaded.model.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.model.state_dict().items())
@@ -283,12 +254,6 @@ def test_what_is_loaded_is_what_was_saved(data_root, tiny_options, tmp_path, bel
     assert (loaded.maps(images).combined == detector.maps(images).combined).all()
     assert config == read_config(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "history.json").read_text()) == [dataclasses.asdict(e) for e in history]
-
-
-def test_a_run_of_an_earlier_version_reads_images_as_that_did(run, edit):
-    edit(run / "config.json", lambda config: config["options"].pop("bits"))
-    detector, options, _ = load_run(run, "cpu")
-    assert detector.bits is options.bits is None
 
 
 def test_the_config_says_how_the_run_came_about(tiny_run, tiny_options, data_root):
@@ -335,28 +300,18 @@ def test_loading_needs_neither_a_download_nor_the_teachers_file(run, tiny_weight
 
 
 @pytest.mark.parametrize("name", ["config.json", "calibration.json", "weights.safetensors"])
-def test_a_missing_file_is_named(run, name):
-    (run / name).unlink()
-    with pytest.raises(UserError, match=name):
-        load_run(run, "cpu")
+def test_a_missing_or_damaged_file_is_named(run, name):
+    whole = (run / name).read_bytes()
+    for content in (None, b"", b"\xff\xfe\x00", whole[:-100], b"[1, 2]", b"null", b"{}"):
+        if content is None:
+            (run / name).unlink()
+        else:
+            (run / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}|not finished" if content is None else name):
+            load_run(run, "cpu")
 
 
-@pytest.mark.parametrize("name", ["config.json", "calibration.json", "weights.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b"null", b"{}", b'"text"'])
-def test_a_damaged_file_is_named(run, name, content):
-    (run / name).write_bytes(content)
-    with pytest.raises(UserError, match=name):
-        load_run(run, "cpu")
-
-
-def test_truncated_weights_are_refused(run):
-    weights = run / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"weights\.safetensors is damaged"):
-        load_run(run, "cpu")
-
-
-def test_weights_of_another_run_are_refused(run, data_root, tiny_options, edit):
+def test_weights_of_another_run_are_refused(run, edit):
     edit(run / "config.json", lambda c: c["options"].update(gccb=16))
     with pytest.raises(UserError, match=r"weights\.safetensors belongs to another run"):
         load_run(run, "cpu")
@@ -403,15 +358,10 @@ def test_another_format_names_both(run, found, edit):
         ("config.json", lambda c: c["options"].update(shadow=1)),
         ("config.json", lambda c: c["options"].update(image_size=True)),
         ("config.json", lambda c: c["options"].update(teacher="nope")),
-        ("config.json", lambda c: c["options"].update(teacher=5)),
-        ("config.json", lambda c: c["options"].update(image_size="64")),
-        ("config.json", lambda c: c["options"].update(image_size=0)),
-        ("config.json", lambda c: c["options"].update(batch_size=0)),
-        ("config.json", lambda c: c["options"].update(temperature=0)),
         ("config.json", lambda c: c["options"].update(sigma=-1.0)),
+        ("config.json", lambda c: c["options"].update(image_size=70)),
         ("config.json", lambda c: c["options"].update(bits=8)),
         ("config.json", lambda c: c["options"].update(bits=12.0)),
-        ("config.json", lambda c: c["options"].update(precision="fp8")),
         ("config.json", lambda c: c.pop("category")),
         ("config.json", lambda c: c.update(data_root=None)),
         ("calibration.json", lambda c: c.pop("threshold")),
@@ -419,13 +369,10 @@ def test_another_format_names_both(run, found, edit):
         ("calibration.json", lambda c: c.update(statistics=[])),
         ("calibration.json", lambda c: c["statistics"].pop("global")),
         ("calibration.json", lambda c: c["statistics"]["local"].update(std=0)),
-        ("calibration.json", lambda c: c["statistics"]["local"].update(std=-1)),
         ("calibration.json", lambda c: c["statistics"]["local"].update(mean="a")),
         ("calibration.json", lambda c: c["statistics"]["local"].update(mean=float("nan"))),
-        ("calibration.json", lambda c: c["statistics"]["local"].update(mean=10**400)),
         ("calibration.json", lambda c: c["statistics"]["local"].update(std=1e-320)),
         ("calibration.json", lambda c: c["threshold"].update(value=10**400)),
-        ("calibration.json", lambda c: c["threshold"].update(value="a")),
         ("calibration.json", lambda c: c["threshold"].update(value=float("inf"))),
         ("calibration.json", lambda c: c.update(threshold=1.5)),
     ],
@@ -438,15 +385,11 @@ def test_an_edited_run_is_refused_in_one_sentence(run, name, change, edit):
     assert "\n" not in str(caught.value)
 
 
-def test_an_image_size_that_the_teacher_cannot_take_is_named(run, edit):
-    edit(run / "config.json", lambda c: c["options"].update(image_size=70))
-    with pytest.raises(UserError, match="image size 70"):
-        load_run(run, "cpu")
-
-
-def test_a_run_without_threshold_has_none(run, edit):
-    edit(run / "calibration.json", lambda c: c.update(threshold=None))
-    assert load_run(run, "cpu")[0].calibration.threshold is None
+def test_a_run_of_an_earlier_version_has_neither_bits_nor_limits_of_exposure_and_perhaps_no_threshold(run, edit):
+    edit(run / "config.json", lambda config: config["options"].pop("bits"))
+    edit(run / "calibration.json", lambda c: [c.pop("exposure"), c.update(threshold=None)])
+    detector, options, _ = load_run(run, "cpu")
+    assert detector.bits is options.bits is detector.calibration.exposure is detector.calibration.threshold is None
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "data"])

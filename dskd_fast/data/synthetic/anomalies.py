@@ -61,17 +61,20 @@ def _bag_tear(scene: Scene, rng: RNG) -> Edit:
     return _mark(scene, rng, (rng.uniform(24, 34), rng.uniform(10, 13)), 0.13, None)
 
 
-def _bend(rng: RNG) -> Bend:
-    return Bend(rng.uniform(-16, 6), float(rng.choice([-1, 1])) * math.radians(rng.uniform(24, 34)))
+def _bent(whole: Part, rng: RNG) -> Part:
+    assert isinstance(whole, Screw)
+    bend = Bend(rng.uniform(-16, 6), float(rng.choice([-1, 1])) * math.radians(rng.uniform(24, 34)))
+    return replace(whole, damage=bend)
 
 
-def _chip(rng: RNG) -> Chip:
-    return Chip(rng.uniform(0, 2 * math.pi), rng.uniform(7, 11), rng.uniform(0, 6))
+def _chipped(whole: Part, rng: RNG) -> Part:
+    assert not isinstance(whole, Screw)
+    return replace(whole, damage=Chip(rng.uniform(0, 2 * math.pi), rng.uniform(7, 11), rng.uniform(0, 6)))
 
 
-def _damaged(prefix: str, damage: Callable[[RNG], Bend | Chip], scene: Scene, rng: RNG) -> Edit | None:
+def _damaged(prefix: str, damage: Callable[[Part, RNG], Part], scene: Scene, rng: RNG) -> Edit | None:
     slot, whole = _pick(scene, rng, prefix)
-    damaged = replace(whole, damage=damage(rng))
+    damaged = damage(whole, rng)
     if not fits(damaged, _without(scene, slot).values()):
         return None
 
@@ -106,7 +109,7 @@ def _put(scene: Scene, slot: str, part: Part) -> Edit | None:
     alike = [part, *(other for other in rest.values() if replace(other, pose=part.pose) == part)]
     return (
         replace(scene, parts={**rest, slot: part}),
-        lambda canvas: sum(coverage(item, scene.bag, canvas) for item in alike) >= 0.5,
+        lambda canvas: np.asarray(sum(coverage(item, scene.bag, canvas) for item in alike) >= 0.5),
     )
 
 
@@ -115,16 +118,18 @@ def _washer_extra(scene: Scene, rng: RNG) -> Edit | None:
 
 
 def _screws_alike(slot: str, length: float, scene: Scene, rng: RNG) -> Edit | None:
-    return _put(scene, slot, replace(scene.parts[slot], length=length))
+    screw = scene.parts[slot]
+    assert isinstance(screw, Screw)
+    return _put(scene, slot, replace(screw, length=length))
 
 
 # Order matters twice: pixel values count down from 255, and images take the kinds in turn.
 STRUCTURAL = (
     Kind("contamination", _contamination),
-    Kind("screw_bent", partial(_damaged, "screw", _bend)),
+    Kind("screw_bent", partial(_damaged, "screw", _bent)),
     Kind("bag_tear", _bag_tear),
-    Kind("washer_broken", partial(_damaged, "washer", _chip)),
-    Kind("nut_broken", partial(_damaged, "nut", _chip)),
+    Kind("washer_broken", partial(_damaged, "washer", _chipped)),
+    Kind("nut_broken", partial(_damaged, "nut", _chipped)),
 )
 LOGICAL = (
     Kind("nut_missing", partial(_missing, "nut"), PARTS["nut_upper"]),

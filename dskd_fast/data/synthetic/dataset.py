@@ -89,13 +89,16 @@ def _write_case(folder: Path, size: tuple[int, int], seed: int, case: Case) -> N
     # The noise leaves little to compress, so a higher level would cost time and save nothing.
     Image.fromarray(render(scene, size)).save(folder / image, compress_level=1)
     for path in mask:
+        # Without a defect there is no mask.
+        assert case.kind is not None
+        assert region is not None
         (folder / path).parent.mkdir(parents=True)
         values = np.where(region(Canvas(size)), PIXEL_VALUES[case.kind.name], 0)
         Image.fromarray(values.astype(np.uint8)).save(folder / path)
 
 
 def _check(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
         raise UserError(f"{name} is {value!r} but must be a whole number from {low} to {high}: give one.")
     return int(value)
 
@@ -152,12 +155,14 @@ def make_screw_bag(
     counts = {name: _check(name, count, int(name == "n_train"), COUNT_LIMIT) for name, count in counts.items()}
     if not isinstance(size, tuple | list) or len(size) != 2:
         raise UserError(f"size is {size!r} but must be a pair (width, height) in pixels: give two whole numbers.")
-    size = tuple(_check(f"size[{axis}]", side, *SIZE_LIMITS) for axis, side in enumerate(size))
+    width, height = (_check(f"size[{axis}]", side, *SIZE_LIMITS) for axis, side in enumerate(size))
+    size = width, height
     seed = _check("seed", seed, 0, 2**63 - 1)
 
     root = Path(root)
     target = root / CATEGORY
-    cases = plan(tuple(counts.values()))
+    n_test = counts["n_test_good"], counts["n_structural"], counts["n_logical"]
+    cases = plan((counts["n_train"], counts["n_validation"], *n_test))
     manifest = {"made_by": "dskd-fast", "version": VERSION, **counts, "size": list(size), "seed": seed}
     if os.path.lexists(target):
         return _reuse(target, manifest, cases)

@@ -126,7 +126,11 @@ def render(scene: Scene, size: tuple[int, int]) -> NDArray[np.uint8]:
 def _downsample(values: FloatArray) -> FloatArray:
     values = values.astype(np.float32)
     step = SUPERSAMPLING
-    return sum(values[i::step, j::step] for i in range(step) for j in range(step)) / step**2
+    total = np.zeros_like(values[::step, ::step])
+    for i in range(step):
+        for j in range(step):
+            total += values[i::step, j::step]
+    return total / np.float32(step**2)
 
 
 def _metal(height: FloatArray, albedo: FloatArray, spacing: float, light: tuple[float, float, float]) -> FloatArray:

@@ -8,6 +8,7 @@ moving with it.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,6 +131,11 @@ class _FlatPart:
     damage: Chip | None = None
 
     shift = 20.0
+    reach: ClassVar[float]
+
+    def _relief(self, x, y, rho):
+        """Distance inwards from the edge, height, and the factor on the metal's colour; `rho` is hypot(x, y)."""
+        raise NotImplementedError
 
     def surface(self, x, y, pixel: float) -> tuple[FloatArray, FloatArray, FloatArray]:
         edge, height, albedo = self._relief(x, y, np.hypot(x, y))
