@@ -91,16 +91,6 @@ def tiny_options(tiny_weights):
 
 
 @pytest.fixture(scope="session")
-def lite_run(data_root, tmp_path_factory) -> Path:
-    """A run with the bundled teacher. Read only: tests that change a run copy it."""
-    run = tmp_path_factory.mktemp("lite") / "run"
-    recipe = "--teacher lite --image-size 64 --gccb 32 --epochs 2 --batch-size 4"
-    command = ["train", "--data-root", str(data_root), "--category", "screw_bag", "--out", str(run), *recipe.split()]
-    assert main(command) == 0
-    return run
-
-
-@pytest.fixture(scope="session")
 def tiny_run(data_root, tiny_arguments, tmp_path_factory) -> Path:
     """A run with the tiny teacher. Read only: tests that change a run copy it."""
     run = tmp_path_factory.mktemp("tiny") / "run"

@@ -11,6 +11,7 @@ import tifffile
 import torch
 from PIL import Image
 
+import dskd_fast
 from dskd_fast import DSKD
 from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.data.layout import open_category
@@ -94,8 +95,23 @@ def test_dead_frames_are_suspect_and_never_pass_and_no_other_image_is(tiny_run, 
     assert {one.suspect for one in detector.predict(frames)} == {None}
 
 
-def test_the_networks_can_still_be_built_by_that_name():
+def test_the_networks_can_still_be_built_by_that_name_and_load_is_the_packages(tiny_run, detector, paths):
     assert isinstance(DSKD("test_resnet", pretrained=False, image_size=64), torch.nn.Module)
+    assert_same(dskd_fast.load(tiny_run, "cpu").predict(paths[0]), detector.predict(paths[0]))
+
+
+@pytest.mark.parametrize("name", ["functional", "ContextualAffinityLoss"])
+def test_compiled_code_may_be_the_first_to_ask_for_what_the_package_offers(monkeypatch, name):
+    monkeypatch.delattr(dskd_fast, name, raising=False)
+
+    def loss(x, y):
+        if name == "functional":
+            return dskd_fast.functional.contextual_affinity(x, y).mean()
+        return dskd_fast.ContextualAffinityLoss()(x, y)
+
+    x, y = torch.randn(2, 1, 4, 3, 3)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)(x, y)
+    torch.testing.assert_close(compiled, loss(x, y))
 
 
 # ------------------------------------------------------------------------------------------------ kinds of images

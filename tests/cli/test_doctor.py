@@ -61,7 +61,7 @@ def test_a_package_that_is_missing(monkeypatch):
     assert doctor.versions()["triton"] == "not installed"
 
 
-def test_a_broken_triton_is_told_and_does_no_harm(monkeypatch):
+def test_a_broken_triton_is_reported_and_does_no_harm(monkeypatch):
     """As on Windows, or with an old driver."""
     load = dispatch.load
 

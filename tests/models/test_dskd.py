@@ -11,6 +11,7 @@ from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 from dskd_fast.models.blocks import Bottleneck
 from dskd_fast.models.bottleneck import GlobalContextCondensing, WholeMapConv2d, WholeMapConvTranspose2d
+from dskd_fast.models.initialisation import WithoutRandomWeights
 from dskd_fast.models.teacher import LITE
 
 PARTS = ("local_bottleneck", "local_student", "global_bottleneck", "global_student")
@@ -376,3 +377,25 @@ def test_images_of_another_shape(shape):
     model = on_meta(LITE, image_size=64, gccb=8)
     with pytest.raises(ValueError, match=r"images has shape .* pass \(B, 3, 64, 64\)"):
         model(torch.empty(shape, device="meta"))
+
+
+def test_networks_for_a_state_draw_no_random_numbers_and_have_all_buffers():
+    class Buffered(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.register_buffer("index", torch.arange(3), persistent=False)
+
+    for make in (Buffered, lambda: DSKD("test_resnet", image_size=64, gccb=8, pretrained=False)):
+        expected = make()
+        before = torch.get_rng_state()
+        with WithoutRandomWeights():
+            found = make()
+        assert torch.equal(torch.get_rng_state(), before)
+        found.load_state_dict(expected.state_dict())
+        for tensors in ("named_parameters", "named_buffers"):
+            pairs = zip(getattr(found, tensors)(), getattr(expected, tensors)(), strict=True)
+            for (name, tensor), (other_name, other) in pairs:
+                assert name == other_name
+                assert torch.equal(tensor, other), name
+                assert tensor.requires_grad == other.requires_grad
+    assert not torch.equal(Buffered().weight, Buffered().weight)
