@@ -169,9 +169,9 @@ def test_histogram_and_curves_are_drawn_to_scale(shown):
     curves = [(part[name][kind], limit) for name, limit in (("roc", 1), ("spro_curve", 0.05)) for kind in KINDS[1:]]
     points = [curve.get_attribute("points").split() for curve in page.all(".curve")]
     drawn = [np.array([point.split(",") for point in curve], float) for curve in points]
-    # The ROC curves go from corner to corner of the plot, which has the same size for all.
-    (left, bottom), (right, top) = drawn[0][0], drawn[0][-1]
-    assert (left < right, top < bottom) == (True, True)
+    # The grid's lines lie at 0 to 1; the plots of both sorts of curves have the same size.
+    grid = page.js("[...document.querySelectorAll('.chart:nth-child(2) .grid')].map((g) => [g.x1, g.x2, g.y1])")
+    (left, right, bottom), *_, (_, _, top) = ([length["baseVal"]["value"] for length in line] for line in grid)
     for ((x, y), limit), found in zip(curves, drawn, strict=True):
         np.testing.assert_allclose(found[:, 0], left + np.array(x) / limit * (right - left), atol=0.02)
         np.testing.assert_allclose(found[:, 1], bottom + np.array(y) * (top - bottom), atol=0.02)

@@ -147,10 +147,12 @@ def test_a_bad_entry_is_disqualified(compiling):
         "case = report.Case('sm_80', 'bf16', 256, 'forward', 'other')\n"
         "row = report.inspect(case, configs.Config(big, big, 256))\n"
         "print(report.defects(row)); print(report.table([row]))\n"
+        "print(report.defects(row | {'spilled': 0, 'fits': False, 'shared': 300_000}))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], env=compiling, capture_output=True, text=True, check=True)
     assert "spilled" in result.stdout
     assert "<<" in result.stdout
+    assert "['300000 bytes of shared memory, more than a block may have']" in result.stdout
 
 
 CODE_FOR_SPECIAL_ARGUMENTS = """
