@@ -1,5 +1,6 @@
 """Contextual Affinity Distillation (DSKD, arXiv 2307.03101) for image anomaly detection."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,11 @@ def __getattr__(name: str) -> object:
     module = import_module(_MODULES[name])
     globals()[name] = module if name == "functional" else getattr(module, name)
     return globals()[name]
+
+
+if "torch" in sys.modules:
+    # What torch.export saved with a loss in it needs its operator; `import dskd_fast.functional` registers it always.
+    import_module("dskd_fast.functional")
 
 
 def __dir__() -> list[str]:

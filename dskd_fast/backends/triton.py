@@ -71,7 +71,7 @@ def contextual_affinity(
 
     per_position = {"C_PAD": c_pad, "BLOCK_P": prepare.BLOCK_P, "BLOCK_C": prepare.BLOCK_C, **prepare.EXACT}
     position_grid = (batch * (n_pad // prepare.BLOCK_P),)
-    scalars = torch.empty(prepare.SCALARS, dtype=torch.float32, device=device)
+    scalars = torch.empty((prepare.SCALARS,), dtype=torch.float32, device=device)
     near, other, far = ({"NEAR": kind == "near", "WITH_FAR": kind == "far"} for kind in ("near", "other", "far"))
     in_memory = isinstance(temperature, Tensor)
     of_temperature: tuple[Tensor | float, ...]
@@ -114,7 +114,7 @@ def contextual_affinity(
             for kind in kinds:
                 affinity.gradient_kernel[batch * (n_pad // config.gradient.m), c_pad // config.chunk](
                     keys, delta, *operand_stats, *row_stats[:3], raw, scalars, n_pad,
-                    CHUNK=config.chunk, **kind, **variant, **config.gradient.launch(),
+                    CHUNK=config.chunk, **kind, **variant, **config.gradient_blocks(kind["WITH_FAR"]).launch(),
                 )  # fmt: skip
             prepare.project_kernel[position_grid](
                 raw, keys, c_own, *row_stats, inverse_norm, student, gradient,

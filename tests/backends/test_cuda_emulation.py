@@ -18,7 +18,8 @@ import torch
 import triton
 
 from dskd_fast import reference
-from dskd_fast.backends import TEMPERATURE_LIMITS, native_build
+from dskd_fast.backends import native_build
+from dskd_fast.backends.common import TEMPERATURE_LIMITS
 
 HERE = Path(__file__).parent / "emulation"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/common/maps.h
