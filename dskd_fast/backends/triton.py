@@ -8,6 +8,7 @@ import contextlib
 import math
 import warnings
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -28,7 +29,9 @@ def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | No
     if student.device.type == "cpu":
         if _is_interpreted() and isinstance(triton.language.sum, triton.runtime.JITFunction):
             return "TRITON_INTERPRET was set after Triton had been imported: set it before"
-        return None if _is_interpreted() else "it runs on GPUs (with TRITON_INTERPRET=1, slowly, on CPU tensors too)"
+        if not _is_interpreted():
+            return "it runs on GPUs (with TRITON_INTERPRET=1, slowly, on CPU tensors too)"
+        return _interpreter_refusal()
     if student.device.type != "cuda":
         return f"it does not run on {student.device.type} devices"
     if _is_interpreted():
@@ -146,6 +149,19 @@ def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tu
 def _is_interpreted() -> bool:
     """Whether the kernels were loaded under TRITON_INTERPRET=1, which cannot be changed afterwards."""
     return not isinstance(affinity.forward_kernel, triton.runtime.JITFunction)
+
+
+def _interpreter_refusal() -> str | None:
+    """Triton's interpreter before 3.7 makes numbers of arrays with one element, which numpy refuses from 2.4 on."""
+    triton_version, numpy_version = (
+        tuple(map(int, version.split(".")[:2])) for version in (triton.__version__, np.__version__)
+    )
+    if triton_version < (3, 7) and numpy_version >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton.__version__} does not work with numpy {np.__version__}: use numpy "
+            "below 2.4, or a newer Triton"
+        )
+    return None
 
 
 def _operand_dtype(precision: str) -> torch.dtype:
