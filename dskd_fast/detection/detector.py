@@ -246,7 +246,8 @@ class Detector:
         n_images = 0
         of_batches = []
         for images in batches:
-            of_batches.append(measure_exposure(images))
+            if measured is None:
+                of_batches.append(measure_exposure(images))
             raw = torch.stack(self.raw_maps(images)).double().flatten(1)
             # Sums of deviations from the first batch's mean: squares of the values themselves would cancel.
             if n_images == 0:

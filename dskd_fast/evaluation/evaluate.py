@@ -90,6 +90,7 @@ def evaluate(
             yield image
 
     figures = {variant: score_maps(scored(variant)) for variant in detector.variants}
+    decisions = test.decisions(threshold)
     result = {
         "category": category.name,
         **figures["combined"],
@@ -97,12 +98,12 @@ def evaluate(
         "global": figures.get("global"),
         "n_images": count_kinds(category),
         "threshold": threshold,
-        "decisions": None if threshold is None else count_decisions(category, test.decisions(threshold), "anomalous"),
-        "suspects": count_decisions(category, test.decisions(threshold), "suspect"),
+        "decisions": None if threshold is None else count_decisions(category, decisions, "anomalous"),
+        "suspects": count_decisions(category, decisions, "suspect"),
         **remarks(category, truth),
     }
     if scores_file is not None:
-        _write_scores(scores_file, category, test, threshold)
+        _write_scores(scores_file, category, test, decisions, threshold)
     return result
 
 
@@ -212,8 +213,10 @@ def _all_maps(
     return maps
 
 
-def _write_scores(path: Path, category: Category, test: ScoredImages, threshold: float | None) -> None:
-    scores, decisions = test.scores, test.decisions(threshold)
+def _write_scores(
+    path: Path, category: Category, test: ScoredImages, decisions: Sequence[str | None], threshold: float | None
+) -> None:
+    scores = test.scores
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:

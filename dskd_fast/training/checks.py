@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from dskd_fast.data.category import Category
 from dskd_fast.data.contents import copies
-from dskd_fast.data.layout import Category
 from dskd_fast.device import is_out_of_memory, numerics
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
