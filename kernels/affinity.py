@@ -227,7 +227,6 @@ def gradient_kernel(
     keys += b * n_pad * C_PAD
     delta += b * n_pad * C_PAD
     bias += b * n_pad
-    logit_scale = tl.load(scalars + LOGIT_SCALE)
     row_shift = tl.load(teacher_shift + rows)
     row_constant = tl.load(own_logit + rows) - row_shift
     row_c_shift = tl.load(c_shift + rows)
@@ -239,6 +238,7 @@ def gradient_kernel(
     row_keys = tl.load(keys + offs_i[:, None] * C_PAD + offs_c[None, :])
     row_delta = tl.load(delta + offs_i[:, None] * C_PAD + offs_c[None, :])
     input_precision: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
+    logit_scale = tl.load(scalars + LOGIT_SCALE)
     g = tl.zeros((BLOCK_M, CHUNK), tl.float32)
     for start_j in range(0, n_pad, BLOCK_N):
         a, c, k = _tile(

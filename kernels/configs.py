@@ -29,19 +29,11 @@ class Blocks(NamedTuple):
 
 
 class Config(NamedTuple):
-    """Blocks of the two kernels over pairs; `chunk`: columns of the gradient per program.
-
-    `far`: blocks of the gradient WITH_FAR, where those of the others would spill its registers.
-    """
+    """Blocks of the two kernels over pairs; `chunk`: columns of the gradient per program."""
 
     forward: Blocks
     gradient: Blocks
     chunk: int
-    far: Blocks | None = None
-
-    def gradient_blocks(self, with_far: bool) -> Blocks:
-        """Of the gradient's kernel WITH_FAR or without."""
-        return self.far if with_far and self.far is not None else self.gradient
 
 
 class CosineBlocks(NamedTuple):
@@ -129,7 +121,7 @@ _TABLE = {
             64: _entry((64, 64, 64, 4, 2), (64, 64, 64, 4, 2), 64),
             128: _entry((64, 64, 128, 4, 2), (64, 64, 128, 4, 2), 128),
             256: _entry((64, 32, 256, 4, 2), (128, 16, 256, 8, 2), 256),
-            512: _entry((64, 32, 512, 4, 2), (64, 16, 512, 8, 2), 512)._replace(far=Blocks(64, 16, 512, 8, 1)),
+            512: _entry((64, 32, 512, 4, 2), (64, 16, 512, 8, 2), 512),
             WIDE: _entry((64, 128, 64, 8, 3), (64, 64, 64, 8, 3), 256),
         },
         "tf32": _WARPGROUP_TF32,
@@ -147,7 +139,7 @@ _TABLE = {
             512: _entry((64, 32, 512, 4, 2), (64, 32, 512, 8, 2), 512),
             WIDE: _entry((64, 128, 64, 8, 3), (64, 64, 64, 8, 3), 256),
         },
-        "tf32": _WARPGROUP_TF32 | {64: _entry((64, 64, 64, 4, 2), (64, 32, 64, 4, 3), 64)},
+        "tf32": _WARPGROUP_TF32 | {64: _entry((64, 64, 64, 4, 2), (64, 64, 64, 4, 2), 64)},
         "ieee": _IEEE,
     },
     "sm_120": _SMALL_MEMORY,

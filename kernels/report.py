@@ -151,7 +151,7 @@ def _source(case: Case, config: configs.Config) -> tuple[ASTSource, dict[str, in
     constants |= {"IN_MEMORY": case.kind == "memory", "OWN_SHIFT": True}
     blocks = None
     if case.kernel in ("forward", "gradient"):
-        blocks = config.forward if case.kernel == "forward" else config.gradient_blocks(case.kind == "far")
+        blocks = config.forward if case.kernel == "forward" else config.gradient
         constants |= {"NEAR": case.kind == "near", "WITH_FAR": case.kind == "far", "CHUNK": config.chunk}
         launch = blocks.launch()
     elif case.kernel == "cosine":

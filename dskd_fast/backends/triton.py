@@ -117,7 +117,7 @@ def contextual_affinity(
             for kind in kinds:
                 affinity.gradient_kernel[batch * (n_pad // config.gradient.m), c_pad // config.chunk](
                     keys, delta, *operand_stats, *row_stats[:3], raw, scalars, n_pad,
-                    CHUNK=config.chunk, **kind, **variant, **config.gradient_blocks(kind["WITH_FAR"]).launch(),
+                    CHUNK=config.chunk, **kind, **variant, **config.gradient.launch(),
                 )  # fmt: skip
             prepare.project_kernel[position_grid](
                 raw, keys, c_own, *row_stats, inverse_norm, student, gradient,

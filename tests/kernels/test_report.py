@@ -52,8 +52,7 @@ def test_every_entry_of_the_table_is_compiled(report, loops):
             for entry in operands[configs.operand_class(precision)].values():
                 for kind in ("near", "other", "far"):
                     expected.add((architecture, precision, "forward", kind, *entry.forward, None))
-                    blocks = entry.gradient_blocks(kind == "far")
-                    expected.add((architecture, precision, "gradient", kind, *blocks, entry.chunk))
+                    expected.add((architecture, precision, "gradient", kind, *entry.gradient, entry.chunk))
     names = ("architecture", "precision", "kernel", "kind")
     found = {(*(row[name] for name in names), *row["blocks"], row["chunk"]) for row in loops}
     assert found == expected
