@@ -106,22 +106,29 @@ def export(detector: Detector, path: Path, file_format: Format, *, category: str
 class Inspection(nn.Module):
     """From images to scores, maps and decisions, in operations that depend neither on data nor on sizes."""
 
-    blur: Tensor
+    blur_rows: Tensor
+    blur_columns: Tensor
 
     def __init__(self, detector: Detector, threshold: float | None) -> None:
         super().__init__()
         # Both formats hold weights in the usual order; the run's lie channels last.
         model = copy.deepcopy(detector.model).to(memory_format=torch.contiguous_format)
-        # Outputs would otherwise require grad, too, wherever the file is run without no_grad.
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
+        # Parameters would come back requiring grad from the files of some versions of PyTorch.
+        for module in self.model.modules():
+            for name in [name for name, _ in module.named_parameters(recurse=False)]:
+                weight = getattr(module, name).detach()
+                delattr(module, name)
+                module.register_buffer(name, weight)
         self.scoring = detector.scoring
         calibration = calibration_of(detector)
         self.statistics = calibration.statistics
         self.threshold = threshold
         self.exposure = calibration.exposure
         # The filter is linear: its matrix is what it makes of the unit vectors.
-        blur = ndimage.gaussian_filter1d(np.eye(self.model.image_size), self.scoring.sigma, axis=0)
-        self.register_buffer("blur", torch.from_numpy(blur).to(detector.device))
+        blur = torch.from_numpy(ndimage.gaussian_filter1d(np.eye(self.model.image_size), self.scoring.sigma, axis=0))
+        self.register_buffer("blur_rows", blur.to(detector.device))
+        self.register_buffer("blur_columns", blur.mT.contiguous().to(detector.device))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 RGB (B, 3, H, W) -> "score" (B,) and "map" (B, H, W), float32, and (B,), bool: with a threshold
@@ -142,10 +149,10 @@ class Inspection(nn.Module):
         ]
         combined = torch.stack(normalised).sum(0).float()
         # Rounded between the axes, as scipy does it.
-        blurred = ((self.blur @ combined.double()).float().double() @ self.blur.mT).float()
+        blurred = ((self.blur_rows @ combined.double()).float().double() @ self.blur_columns).float()
         # Too small an image has no such pixel, so that reading it is an error, which ONNX has no other way to raise.
         pixel = images.select(2, MIN_SIDE - 1).select(2, MIN_SIDE - 1)[:, 0]
-        score = blurred.amax((1, 2)) + 0 * pixel
+        score = blurred.amax((1, 2)) + 0 * pixel.float()
         height, width = images.shape[-2:]
         located = enlarge(blurred if self.scoring.filter_maps else combined, (height, width), align_corners)
         outputs = {"score": score, "map": located}
@@ -165,10 +172,10 @@ def resize_square(images: Tensor, size: int) -> Tensor:
     Pillow works in fixed point, of which float64 holds every number exactly.
     """
     rows, columns = (
-        (_interpolation(side, size, images.device) / _WEIGHT_UNIT + 0.5).floor() * _WEIGHT_UNIT
-        for side in images.shape[-2:]
+        (_interpolation(images.shape[axis], size, axis, images.device) / _WEIGHT_UNIT + 0.5).floor() * _WEIGHT_UNIT
+        for axis in (-2, -1)
     )
-    narrowed = (images.double() @ columns.mT + 0.5).floor()
+    narrowed = (images.double() @ columns + 0.5).floor()
     return (rows @ narrowed + 0.5).floor().clamp(max=255).to(torch.uint8)
 
 
@@ -179,20 +186,28 @@ def enlarge(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
         # Antialiased interpolation in PyTorch keeps the scale of aligned corners, but does not align them.
         smaller = torch.stack([_number(side, maps.device) for side in size]).amin(0) < maps.shape[-1]
         offset = 0.5 * smaller.double()
-    rows, columns = (_interpolation(maps.shape[-1], side, maps.device, align_corners, offset) for side in size)
-    return (rows @ maps.double() @ columns.mT).float()
+    rows, columns = (
+        _interpolation(maps.shape[-1], side, axis, maps.device, align_corners, offset)
+        for side, axis in zip(size, (-2, -1), strict=True)
+    )
+    return (rows @ maps.double() @ columns).float()
 
 
 def _interpolation(
-    source: int, target: int, device: torch.device, align_corners: bool = False, offset: float | Tensor = 0.5
+    source: int, target: int, axis: int, device: torch.device, align_corners: bool = False, offset: float | Tensor = 0.5
 ) -> Tensor:
-    """Weights (target, source) of bilinear interpolation, antialiased where `target` is the smaller, float64."""
+    """Weights of bilinear interpolation, antialiased where `target` is the smaller, float64.
+
+    (target, source) for axis -2, whose images they multiply from the left, (source, target) for -1. They are made as
+    they are used: ONNX Runtime before 1.26 fuses a transposition with a product of float64, for which it has no kernel.
+    """
     n_source, n_target = _number(source, device), _number(target, device)
     scale = (n_source - 1) / (n_target - 1) if align_corners else n_source / n_target
     at = torch.arange(source, device=device).double() + offset
     centre = (torch.arange(target, device=device).double() + offset) * scale
-    weights = (1 - (at - centre[:, None]).abs() / scale.clamp(min=1)).clamp(min=0)
-    return weights / weights.sum(1, keepdim=True)
+    distances = (at - centre[:, None] if axis == -2 else at[:, None] - centre).abs()
+    weights = (1 - distances / scale.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(-1 if axis == -2 else -2, keepdim=True)
 
 
 def _number(value: int, device: torch.device) -> Tensor:
