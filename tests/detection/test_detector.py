@@ -24,17 +24,13 @@ from dskd_fast.errors import UserError
 class Networks:
     """Stands in for DSKD: maps that are a known function of the pixels, here of values from 0 to 1."""
 
-    def __init__(self, local=lambda x: x[:, 0], global_=lambda x: x[:, 1].square()):
-        self.local, self.global_ = local, global_
-        self.calls = []
-        self.scale = 1.0
-
-    @property
-    def teacher(self):
-        return self
-
     mean = torch.zeros(1)
     students = ("local", "global")
+
+    def __init__(self, local=lambda x: x[:, 0], global_=lambda x: x[:, 1].square()):
+        self.local, self.global_, self.teacher = local, global_, self
+        self.calls = []
+        self.scale = 1.0
 
     def anomaly_maps(self, images, temperature, *, local_map, global_map, align_corners):
         self.calls.append((temperature, local_map, global_map, align_corners, torch.is_inference_mode_enabled()))
@@ -92,10 +88,13 @@ def test_constant_maps_are_not_divided_by_zero_or_by_rounding_noise(images, valu
     np.testing.assert_allclose(detector.maps(images).local, 0, atol=abs(value) * 1e-6)
 
 
-def test_a_small_but_real_deviation_counts(images):
+def test_a_small_but_real_deviation_counts_and_training_images_set_no_threshold(images):
     detector = make_detector(Networks(global_=lambda x: 1e-9 + 1e-12 * x[:, 1]))
+    with pytest.raises(ValueError, match="calibrate"):
+        detector.maps(images)
     detector.calibrate([images], "train")
     assert detector.maps(images).global_.std() == pytest.approx(1, rel=1e-3)
+    assert detector.calibration.threshold is None
 
 
 def test_normal_images_have_mean_0_and_deviation_1_per_branch_and_branches_add(images):
@@ -111,14 +110,6 @@ def test_normal_images_have_mean_0_and_deviation_1_per_branch_and_branches_add(i
     assert maps.of("combined") is maps.combined
     assert maps.of("local") is maps.local
     assert maps.of("global") is maps.global_
-
-
-def test_training_images_set_no_threshold_and_without_calibration_there_are_no_maps(images):
-    detector = make_detector()
-    with pytest.raises(ValueError, match="calibrate"):
-        detector.maps(images)
-    detector.calibrate([images], "train")
-    assert detector.calibration.threshold is None
 
 
 def test_the_threshold_comes_from_the_scores_of_the_validation_images(images):
@@ -176,15 +167,12 @@ def test_numbers_that_no_image_set_are_an_error(kind, values):
 # ------------------------------------------------------------------------------------------- decision threshold
 
 
-@pytest.mark.parametrize(
-    ("n", "k"), [(1, 1), (2, 1), (8, 1), (98, 1), (99, 1), (100, 1), (198, 1), (199, 2), (200, 2), (299, 3), (999, 10)]
-)
-def test_the_threshold_is_the_kth_largest_score(n, k):
-    scores = np.random.default_rng(n).permutation(n) + 1.0
-    threshold = threshold_from(scores)
-    assert threshold.value == pytest.approx((n - k + 1) + 2e-3 * (n - k + 2), rel=1e-15)
-    assert threshold.n_images == n
-    assert threshold.expected_false_alarm_rate == pytest.approx(k / (n + 1), rel=1e-15)
+def test_the_threshold_is_the_kth_largest_score():
+    for n, k in ((1, 1), (2, 1), (8, 1), (98, 1), (99, 1), (198, 1), (199, 2), (299, 3), (999, 10)):
+        threshold = threshold_from(np.random.default_rng(n).permutation(n) + 1.0)
+        assert threshold.value == pytest.approx((n - k + 1) + 2e-3 * (n - k + 2), rel=1e-15)
+        assert threshold.n_images == n
+        assert threshold.expected_false_alarm_rate == pytest.approx(k / (n + 1), rel=1e-15)
 
 
 @pytest.mark.parametrize("n_above", [0, 2])
@@ -229,7 +217,6 @@ def test_brightness_and_contrast_are_mean_and_deviation_of_the_luminance(images)
     ("values", "limits"),
     [
         ([100.0], (50, 177.5)),
-        ([100.0, 120.0], (50, 187.5)),
         ([0.0, 255.0], (0, 255)),  # neither of two is the odd one
         ([100.0, 120.0, 0.0], (50, 187.5)),
         ([100.0, 120.0, 255.0, 0.0], (50, 187.5)),
@@ -243,8 +230,7 @@ def test_brightness_and_contrast_are_mean_and_deviation_of_the_luminance(images)
 def test_limits_lie_half_way_from_the_extreme_normal_image_to_the_end_of_the_scale(values, limits):
     values = torch.tensor(values, dtype=torch.float64)
     exposure = exposure_from(values, values / 2)
-    assert exposure.brightness == limits
-    assert exposure.contrast == (limits[0] / 2, limits[1] / 2)
+    assert (exposure.brightness, exposure.contrast) == (limits, (limits[0] / 2, limits[1] / 2))
     assert exposure.n_images == len(values)
 
 
@@ -254,8 +240,7 @@ def test_all_normal_images_count_for_brightness_and_contrast_and_one_dead_frame_
     detector.calibrate([alone], "validation")
     narrow = detector.calibration.exposure
     assert (narrow.n_images, detector.calibration.warnings) == (7, [])
-    darker = alone // 2
-    dead = torch.zeros_like(images[:1])
+    darker, dead = alone // 2, torch.zeros_like(images[:1])
     detector.calibrate([alone], "validation", measure_exposure(torch.cat([alone, darker, dead])))
     wide = detector.calibration.exposure
     assert (wide.n_images, detector.calibration.n_images) == (15, 7)
