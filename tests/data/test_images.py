@@ -140,26 +140,22 @@ def test_lossless_images_are_exact_whatever_the_suffix_and_alpha_is_ignored(tmp_
         assert image_size(path) == (40, 48)
 
 
-@pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_jpeg_is_close(tmp_path, mode, progressive):
-    ramp = np.broadcast_to(np.linspace(0, 255, 48).astype(np.uint8)[:, None], (40, 48, 3))
-    data = encode(
-        Image.fromarray(np.ascontiguousarray(ramp)).convert(mode), "JPEG", quality=95, progressive=progressive
-    )
-    assert np.abs(read_image(write(tmp_path / "a.jpg", data)).astype(int) - ramp).max() <= 6
+def test_jpeg_is_close(tmp_path, mode):
+    ramp = np.tile(np.linspace(0, 255, 48).astype(np.uint8)[:, None], (40, 1, 3))
+    for progressive in (False, True):
+        data = encode(Image.fromarray(ramp).convert(mode), "JPEG", quality=95, progressive=progressive)
+        assert np.abs(read_image(write(tmp_path / "a.jpg", data)).astype(int) - ramp).max() <= 6
 
 
-@pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255, 0])])
-def test_palette(tmp_path, rng, transparency):
+@pytest.mark.parametrize("options", [{}, {"transparency": 1}, {"transparency": bytes([0, 128, 255, 0])}])
+def test_palette(tmp_path, rng, options):
     colours = np.array([[255, 0, 0], [1, 2, 3], [9, 200, 7], [250, 251, 252]], np.uint8)
     indices = rng.integers(0, 4, (40, 48), dtype=np.uint8)
     picture = Image.fromarray(indices, "L").copy()
     picture.putpalette(colours.tobytes())
-    options = {} if transparency is None else {"transparency": transparency}
-    np.testing.assert_array_equal(
-        read_image(write(tmp_path / "a.png", encode(picture, "PNG", **options))), colours[indices]
-    )
+    path = write(tmp_path / "a.png", encode(picture, "PNG", **options))
+    np.testing.assert_array_equal(read_image(path), colours[indices])
 
 
 # Files of 16 bits, from an array (H, W, channels).
@@ -208,10 +204,9 @@ def test_white_may_be_zero(tmp_path, rng, order):
     assert peak == 2047
 
 
-def test_fewer_bits_count_not_at_all_for_8_bits_and_floats(tmp_path, rgb):
-    floats = encode_tiff(rgb.astype(np.float32) / 255, photometric="rgb")
-    for data in (floats, *(encode(rgb, format) for format in ("PNG", "JPEG", "BMP", "TIFF", "WEBP"))):
-        path = write(tmp_path / "a", data)
+def test_fewer_bits_count_not_at_all_for_8_bits(tmp_path, rgb):
+    for format in ("PNG", "JPEG", "BMP", "TIFF", "WEBP"):
+        path = write(tmp_path / "a", encode(rgb, format))
         image, peak = read_image_and_peak(path, bits=9)
         np.testing.assert_array_equal(image, read_image(path))
         assert peak is None
@@ -227,25 +222,25 @@ def test_16_bit_lzw_rgb_tiff_is_not_quietly_cut_to_its_high_bytes(tmp_path, rgb,
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("shape", [(40, 48), (40, 48, 3)])
-def test_float_tiff_from_0_to_1(tmp_path, rng, dtype, shape):
-    levels = rng.integers(0, 256, shape)
-    array = (levels / 255).astype(dtype)
-    options = {"photometric": "rgb" if len(shape) == 3 else "minisblack"}
-    np.testing.assert_array_equal(read_image(write(tmp_path / "a.tif", encode_tiff(array, **options))), as_rgb(levels))
-    for bad in (np.nan, np.inf, -0.1, 1.5, 255.0):
-        array[3, 4] = bad
-        with pytest.raises(ImageError, match="from 0 to 1"):
-            read_image(write(tmp_path / "a.tif", encode_tiff(array, **options)))
+def test_float_tiff_from_0_to_1(tmp_path, rng, dtype):
+    for shape, options in (((40, 48), GREY), ((40, 48, 3), {"photometric": "rgb"})):
+        levels = rng.integers(0, 256, shape)
+        array = (levels / 255).astype(dtype)
+        path = write(tmp_path / "a.tif", encode_tiff(array, **options))
+        np.testing.assert_array_equal(read_image(path), as_rgb(levels))
+        assert read_image_and_peak(path, bits=9)[1] is None
+        for bad in (np.nan, np.inf, -0.1, 1.5):
+            array[3, 4] = bad
+            with pytest.raises(ImageError, match="from 0 to 1"):
+                read_image(write(path, encode_tiff(array, **options)))
 
 
 # ------------------------------------------------------------------------------------------ one file, one picture
 
 
-# Files of which one picture can be read, from an array (40, 48, 3).
+# From an array (40, 48, 3).
 ONE_PICTURE = {
     "planes": lambda rgb: encode_planes(rgb, **SEPARATE),
-    "compressed planes": lambda rgb: encode_planes(rgb, **SEPARATE, compression="zlib"),
     "planes and alpha": lambda rgb: encode_planes(rgb[..., [0, 1, 2, 0]], **SEPARATE),
     "ImageJ channels": encode_imagej,
     "ImageJ composite": lambda rgb: encode_imagej(rgb, mode="composite", LUTs=RGB_TABLES),
@@ -290,16 +285,11 @@ NOT_ONE_PICTURE = {
         "3 pages or planes",
     ),
     "floating ImageJ channels": (lambda rgb: encode_imagej(rgb.astype(np.float32) / 255), "3 pages or planes"),
-    "OME channels": (lambda rgb: encode_planes(rgb, **GREY, ome=True, metadata={"axes": "CYX"}), "3 pages or planes"),
     "volume": (
         lambda rgb: encode_tiff(np.zeros((2, 64, 64), np.uint8), volumetric=True, tile=(16, 16, 16), **GREY),
         "2 pages or planes",
     ),
     "two channels": (lambda rgb: encode_tiff(rgb[..., :2], **MIXED_GREY), "2 channels"),
-    "four channels called grey": (
-        lambda rgb: encode_tiff(rgb[:, :, [0, 1, 2, 0]].astype(np.uint16), **MIXED_GREY),
-        "4 channels",
-    ),
     "five channels": (lambda rgb: encode_tiff(rgb[:, :, [0, 1, 2, 0, 1]], photometric="rgb"), "5 channels"),
     "raw file": (
         lambda rgb: encode_pages((rgb[::2, ::2], REDUCED | {"subifds": 1}), (rgb, {})),
@@ -314,7 +304,6 @@ NOT_ONE_PICTURE = {
     "GIF": (lambda rgb: encode(rgb, "GIF"), "it is a GIF, and no PNG"),
     "HEIF": (lambda rgb: b"\0\0\0\x18ftypheic" + bytes(99), "it is a HEIF, AVIF or other"),
     "text": (lambda rgb: b"hello, I am a text", "no PNG"),
-    "TIFF's first bytes": (lambda rgb: b"II*\0" + b"\xff" * 50, "damaged"),
     "flipped bit": (lambda rgb: flipped(encode(rgb, "PNG")), "damaged"),
     "nothing": (lambda rgb: b"", "empty"),
     "narrow": (lambda rgb: encode(np.zeros((500, 31), np.uint8), "PNG"), "31 x 500"),
