@@ -416,24 +416,6 @@ def test_a_tiff_without_one_of_its_strips_or_tiles_is_refused(tmp_path, dtype, l
         read_image(path)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
-def test_random_damage_never_escapes_as_another_exception_and_the_size_meets_the_same(tmp_path, rng, rgb, format):
-    def outcome(function):
-        try:
-            return function(path)
-        except ImageError as error:
-            return str(error)
-
-    data = np.frombuffer(encode(rgb, format), np.uint8)
-    for _ in range(40):
-        damaged = data.copy()
-        # Headers, where most can go wrong, get half of the damage.
-        damaged[rng.integers(0, len(data) if rng.random() < 0.5 else 200, 5)] = rng.integers(0, 256, 5)
-        path = write(tmp_path / "a", damaged.tobytes())
-        assert outcome(image_size) == outcome(lambda path: read_image(path).shape[:2])
-
-
 @pytest.fixture
 def photograph(rng):
     """Soft shapes under a little noise, of which a JPEG has a few thousand bytes."""
@@ -492,12 +474,6 @@ def test_the_first_picture_of_a_phones_jpeg_is_the_photograph(tmp_path, photogra
 # ------------------------------------------------------------------------------------------------- limits and errors
 
 
-def bomb_png():
-    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(bytes(1000)))
-    return b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IEND", b"")
-
-
 def bomb_tiff():
     """16-bit RGB of 60000 x 60000 pixels, of which one byte is there."""
     tags = {256: 60000, 257: 60000, 258: 16, 259: 1, 262: 2, 273: 8, 277: 3, 278: 60000, 279: 1}
@@ -505,9 +481,8 @@ def bomb_tiff():
     return b"II*\0" + struct.pack("<I", 16) + bytes(8) + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
-@pytest.mark.parametrize("make", [bomb_png, bomb_tiff])
-def test_decompression_bomb(tmp_path, make):
-    path = write(tmp_path / "a", make())
+def test_decompression_bomb(tmp_path):
+    path = write(tmp_path / "a", bomb_tiff())
     for read in (read_image, read_mask, image_size):
         with pytest.raises(ImageError, match=r"60000 x 60000 pixels, more than the limit of 250,000,000 .*bomb"):
             read(path)
@@ -534,6 +509,7 @@ def test_the_limit_of_pixels_is_ours_and_pillows_is_neither_used_nor_changed(
         assert pillows == Image.MAX_IMAGE_PIXELS
     with pixel_limit(1919), pytest.raises(ImageError, match=r"48 x 40 pixels, .* 1,919 .*--max-pixels 1920"):
         read_image(path)
+    read_image(path)  # the limit ends with its context
     with pixel_limit(1920):
         read_image(path)
 

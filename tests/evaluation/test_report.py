@@ -103,6 +103,8 @@ def test_figures_scores_and_decisions_are_those_of_evaluate(page, tiny_run, tiny
             assert part[measure] == (figures if variant == "combined" else figures[variant])[measure]
         scores = np.array([result["scores"][variant] for result in results])
         assert scores.tolist() == [float(row[column]) for row in rows]
+        ends = [*scores, *([threshold] if variant == "combined" else [])]
+        assert part["histogram"]["edges"][:: len(part["histogram"]["edges"]) - 1] == [min(ends), max(ends)]
         for kind in KINDS:
             counts, _ = np.histogram(scores[[row["type"] == kind for row in rows]], part["histogram"]["edges"])
             assert part["histogram"]["counts"][kind] == counts.tolist()

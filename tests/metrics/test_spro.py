@@ -149,7 +149,7 @@ def test_what_changes_nothing_and_what_is_left_alone():
     # Computing in between, and what happens to the arrays after they were added; adding changes none of them.
     spro = SPRO()
     for scores, defects, kind in images:
-        buffer, masks = scores.copy(), [item.mask.copy() for item in defects]
+        buffer, masks = scores.astype(np.float32), [item.mask.copy() for item in defects]  # kept as they are
         spro.add(buffer, defects, kind)
         assert np.array_equal(buffer, scores)
         assert all(np.array_equal(item.mask, mask) for item, mask in zip(defects, masks, strict=True))

@@ -12,7 +12,7 @@ from torch.nn import functional as nnf
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 from dskd_fast.models.initialisation import WithoutRandomWeights
-from dskd_fast.models.teacher import LITE, Level, Teacher, WeightsUnavailable, read_state
+from dskd_fast.models.teacher import LITE, Level, Teacher, WeightsUnavailable, _three_levels, read_state
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
@@ -74,6 +74,11 @@ def test_features_of_many_kinds_of_backbone(name, channels, rectified):
     expected = [(2, c, side, side) for c, side in zip(channels, (16, 8, 4), strict=True)]
     for features in model(torch.empty(2, 3, 64, 64, device="meta")):
         assert [tuple(f.shape) for f in features] == expected
+
+
+def test_levels_are_the_last_maps_of_the_preferred_strides_or_the_finest():
+    for strides, positions in (([2, 4, 4, 8, 16, 16, 32], [2, 3, 5]), ([2, 8, 16, 32, 64], [1, 2, 3]), ([4, 16], None)):
+        assert _three_levels(strides) == positions
 
 
 def test_channels_last_features_are_permuted_not_reshaped():
