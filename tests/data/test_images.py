@@ -474,6 +474,12 @@ def test_the_first_picture_of_a_phones_jpeg_is_the_photograph(tmp_path, photogra
 # ------------------------------------------------------------------------------------------------- limits and errors
 
 
+def bomb_png():
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IEND", b"")
+
+
 def bomb_tiff():
     """16-bit RGB of 60000 x 60000 pixels, of which one byte is there."""
     tags = {256: 60000, 257: 60000, 258: 16, 259: 1, 262: 2, 273: 8, 277: 3, 278: 60000, 279: 1}
@@ -481,8 +487,9 @@ def bomb_tiff():
     return b"II*\0" + struct.pack("<I", 16) + bytes(8) + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
-def test_decompression_bomb(tmp_path):
-    path = write(tmp_path / "a", bomb_tiff())
+@pytest.mark.parametrize("make", [bomb_png, bomb_tiff])
+def test_decompression_bomb(tmp_path, make):
+    path = write(tmp_path / "a", make())
     for read in (read_image, read_mask, image_size):
         with pytest.raises(ImageError, match=r"60000 x 60000 pixels, more than the limit of 250,000,000 .*bomb"):
             read(path)
