@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import functional as reference
 
-from dskd_fast.data.augment import Augmentation, _rotate, for_category
+from dskd_fast.data.augment import Augmentation, for_category
 from dskd_fast.errors import UserError
 
 EVERYTHING = Augmentation(True, True, 3.0, 0.1, 0.1, 0.1)
@@ -89,13 +89,6 @@ def test_jitter_is_torchvisions_at_some_factor_per_image(images, name):
     assert len(errors.argmin(0).unique()) > 4
 
 
-def test_quarter_turns_are_exact_and_counter_clockwise(images):
-    result = _rotate(images, torch.arange(16) * (math.pi / 2))
-    for i, image in enumerate(images):
-        # rot90 turns from the first axis towards the second: from rows to columns, counter-clockwise on screen.
-        assert torch.allclose(result[i], image.rot90(i % 4, (1, 2)), atol=1e-4)
-
-
 def test_rotation_moves_a_blob_as_the_rotation_matrix_says_and_reflects_the_border():
     size = 65
     y, x = torch.meshgrid(torch.arange(size) - 32.0, torch.arange(size) - 32.0, indexing="ij")
@@ -117,21 +110,10 @@ def test_other_shapes_and_dtypes_are_refused_and_a_batch_may_be_empty():
 
 
 def test_no_category_gets_a_change_that_breaks_its_logic():
-    for name in (
-        *(
-            "breakfast_box",
-            "juice_bottle",
-            "splicing_connectors",
-            "cable",
-            "capsule",
-            "metal_nut",
-            "pill",
-            "my own part",
-        ),
-    ):
-        augment = for_category(name)
-        assert not augment.horizontal_flip, name
-        assert not augment.vertical_flip, name
+    names = "breakfast_box juice_bottle splicing_connectors cable capsule metal_nut pill"
+    for augment in map(for_category, (*names.split(), "my own part")):
+        assert not augment.horizontal_flip
+        assert not augment.vertical_flip
     for name in ("breakfast_box", "screw_bag", "pushpins", "splicing_connectors", "juice_bottle", "transistor"):
         assert 0 < for_category(name).rotation <= 3
     unknown = for_category("my own part")
@@ -159,19 +141,11 @@ def test_parse_and_its_inverse(text, expected, normal_form):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'': accepted is .*hflip"),
-        ("hflip,", "'': accepted"),
-        ("flip", "'flip': accepted is .*vflip"),
+        *((text, "'': accepted is .*hflip") for text in ("", "hflip,")),
+        *((text, f"'{text}': accepted is .*rotate=DEGREES") for text in ("flip", "hflip=1", "rotate")),
         ("hflip,none", "'none': accepted"),
-        ("hflip=1", "'hflip=1': accepted"),
-        ("vflip,rotate", "'rotate': accepted is .*rotate=DEGREES"),
-        *(
-            (text, f"'{text}': rotate takes .* 0 to 180")
-            for text in ("rotate=", "rotate=x", "rotate=181", "rotate=nan")
-        ),
-        ("brightness=-0.1", "'brightness=-0.1': .*0 to 1"),
-        ("contrast=inf", "'contrast=inf': .*0 to 1"),
-        ("saturation=1.1", "'saturation=1.1': .*0 to 1"),
+        *((f"vflip,rotate={x}", f"'rotate={x}': rotate takes .* 0 to 180") for x in ("", "x", "181", "nan")),
+        *((text, f"'{text}': .*0 to 1") for text in ("brightness=-0.1", "contrast=inf", "saturation=1.1")),
         ("hflip,rotate=3,hflip", "'hflip' is given twice"),
     ],
 )

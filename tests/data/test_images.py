@@ -1,7 +1,5 @@
 import io
-import itertools
 import os
-import pickle
 import struct
 import warnings
 import zlib
@@ -20,7 +18,6 @@ from dskd_fast.data.images import (
     read_mask,
     resize_square,
 )
-from dskd_fast.errors import UserError
 
 
 @pytest.fixture
@@ -143,50 +140,76 @@ def test_lossless_images_are_exact_whatever_the_suffix_and_alpha_is_ignored(tmp_
         assert image_size(path) == (40, 48)
 
 
-@pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_jpeg_is_close(tmp_path, mode, progressive):
-    ramp = np.broadcast_to(np.linspace(0, 255, 48).astype(np.uint8)[:, None], (40, 48, 3))
-    data = encode(
-        Image.fromarray(np.ascontiguousarray(ramp)).convert(mode), "JPEG", quality=95, progressive=progressive
-    )
-    assert np.abs(read_image(write(tmp_path / "a.jpg", data)).astype(int) - ramp).max() <= 6
+def test_jpeg_is_close(tmp_path, mode):
+    ramp = np.tile(np.linspace(0, 255, 48).astype(np.uint8)[:, None], (40, 1, 3))
+    for progressive in (False, True):
+        data = encode(Image.fromarray(ramp).convert(mode), "JPEG", quality=95, progressive=progressive)
+        assert np.abs(read_image(write(tmp_path / "a.jpg", data)).astype(int) - ramp).max() <= 6
 
 
-@pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255, 0])])
-def test_palette(tmp_path, rng, transparency):
+@pytest.mark.parametrize("options", [{}, {"transparency": 1}, {"transparency": bytes([0, 128, 255, 0])}])
+def test_palette(tmp_path, rng, options):
     colours = np.array([[255, 0, 0], [1, 2, 3], [9, 200, 7], [250, 251, 252]], np.uint8)
     indices = rng.integers(0, 4, (40, 48), dtype=np.uint8)
     picture = Image.fromarray(indices, "L").copy()
     picture.putpalette(colours.tobytes())
-    options = {} if transparency is None else {"transparency": transparency}
-    np.testing.assert_array_equal(
-        read_image(write(tmp_path / "a.png", encode(picture, "PNG", **options))), colours[indices]
-    )
+    path = write(tmp_path / "a.png", encode(picture, "PNG", **options))
+    np.testing.assert_array_equal(read_image(path), colours[indices])
 
 
+# Files of 16 bits, from an array (H, W, channels).
 DEEP = {
     **{f"PNG of {n} channels": (n, encode_png16) for n in (1, 2, 3, 4)},
     **{f"interlaced PNG of {n} channels": (n, lambda array: encode_png16(array, True)) for n in (1, 2, 3, 4)},
     "LZW TIFF": (1, lambda array: encode(array[..., 0], "TIFF", compression="tiff_lzw")),
+    "ImageJ": (3, encode_imagej),
 }
-for order, zipped in itertools.product("<>", (None, "zlib")):
+for order, zipped in (("<", None), (">", "zlib")):
     options = {"byteorder": order, "compression": zipped}
     DEEP |= {
-        f"black TIFF {order} {zipped}": (1, lambda array, o=options: encode_tiff(array[..., 0], **GREY, **o)),
-        f"white TIFF {order} {zipped}": (1, lambda a, o=options: encode_tiff(65535 - a[..., 0], **WHITE_IS_ZERO, **o)),
-        f"RGB TIFF {order} {zipped}": (3, lambda array, o=options: encode_tiff(array, photometric="rgb", **o)),
-        f"planar TIFF {order} {zipped}": (3, lambda array, o=options: encode_planes(array, **SEPARATE, **o)),
+        f"grey TIFF {order}": (1, lambda array, o=options: encode_tiff(array[..., 0], **GREY, **o)),
+        f"RGB TIFF {order}": (3, lambda array, o=options: encode_tiff(array, photometric="rgb", **o)),
+        f"planar TIFF {order}": (3, lambda array, o=options: encode_planes(array, **SEPARATE, **o)),
     }
 
 
 @pytest.mark.parametrize("kind", DEEP)
-def test_16_bits_are_rounded_for_every_value(tmp_path, rng, kind):
+def test_values_of_up_to_16_bits_are_rounded_for_every_value(tmp_path, rng, kind):
     channels, make = DEEP[kind]
-    array = np.stack([rng.permutation(65536).astype(np.uint16) for _ in range(channels)], 1).reshape(256, 256, channels)
-    # In whole numbers: round(v / 257), where 257 = 65535 / 255 is odd and no tie can occur.
-    expected = as_rgb((2 * array.astype(np.int64) + 257) // 514)
-    np.testing.assert_array_equal(read_image(write(tmp_path / "a", make(array))), expected)
+    values = np.stack([rng.permutation(65536) for _ in range(channels)], 1).reshape(256, 256, channels)
+    for bits in (9, 12, 16):
+        largest = 2**bits - 1
+        array = (values >> (16 - bits)).astype(np.uint16)
+        if channels in (2, 4):
+            array[..., -1] = 65535  # alpha has its own range
+        path = write(tmp_path / "a", make(array))
+        image, peak = read_image_and_peak(path, bits=None if bits == 16 else bits)
+        # In whole numbers: the largest value is odd, so no tie can occur.
+        np.testing.assert_array_equal(image, as_rgb((510 * array.astype(np.int64) + largest) // (2 * largest)))
+        assert peak == largest
+        if bits < 16:
+            array[7, 8, 0] = largest + 1
+            with pytest.raises(ImageError, match=f"value {largest + 1}, above {largest}, the largest of {bits} bits"):
+                read_image(write(path, make(array)), bits=bits)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_white_may_be_zero(tmp_path, rng, order):
+    stored = rng.permutation(65536).astype(np.uint16).reshape(256, 256)
+    path = write(tmp_path / "a", encode_tiff(stored, **WHITE_IS_ZERO, byteorder=order))
+    np.testing.assert_array_equal(read_image(path), as_rgb((2 * (65535 - stored.astype(np.int64)) + 257) // 514))
+    image, peak = read_image_and_peak(write(path, encode_tiff(stored // 32, **WHITE_IS_ZERO)), bits=12)
+    np.testing.assert_array_equal(image, as_rgb((510 * (4095 - stored.astype(np.int64) // 32) + 4095) // 8190))
+    assert peak == 2047
+
+
+def test_fewer_bits_count_not_at_all_for_8_bits(tmp_path, rgb):
+    for format in ("PNG", "JPEG", "BMP", "TIFF", "WEBP"):
+        path = write(tmp_path / "a", encode(rgb, format))
+        image, peak = read_image_and_peak(path, bits=9)
+        np.testing.assert_array_equal(image, read_image(path))
+        assert peak is None
 
 
 def test_16_bit_lzw_rgb_tiff_is_not_quietly_cut_to_its_high_bytes(tmp_path, rgb, monkeypatch):
@@ -199,25 +222,25 @@ def test_16_bit_lzw_rgb_tiff_is_not_quietly_cut_to_its_high_bytes(tmp_path, rgb,
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("shape", [(40, 48), (40, 48, 3)])
-def test_float_tiff_from_0_to_1(tmp_path, rng, dtype, shape):
-    levels = rng.integers(0, 256, shape)
-    array = (levels / 255).astype(dtype)
-    options = {"photometric": "rgb" if len(shape) == 3 else "minisblack"}
-    np.testing.assert_array_equal(read_image(write(tmp_path / "a.tif", encode_tiff(array, **options))), as_rgb(levels))
-    for bad in (np.nan, np.inf, -0.1, 1.5, 255.0):
-        array[3, 4] = bad
-        with pytest.raises(ImageError, match="from 0 to 1"):
-            read_image(write(tmp_path / "a.tif", encode_tiff(array, **options)))
+def test_float_tiff_from_0_to_1(tmp_path, rng, dtype):
+    for shape, options in (((40, 48), GREY), ((40, 48, 3), {"photometric": "rgb"})):
+        levels = rng.integers(0, 256, shape)
+        array = (levels / 255).astype(dtype)
+        path = write(tmp_path / "a.tif", encode_tiff(array, **options))
+        np.testing.assert_array_equal(read_image(path), as_rgb(levels))
+        assert read_image_and_peak(path, bits=9)[1] is None
+        for bad in (np.nan, np.inf, -0.1, 1.5):
+            array[3, 4] = bad
+            with pytest.raises(ImageError, match="from 0 to 1"):
+                read_image(write(path, encode_tiff(array, **options)))
 
 
 # ------------------------------------------------------------------------------------------ one file, one picture
 
 
-# Files of which one picture can be read, from an array (40, 48, 3).
+# From an array (40, 48, 3).
 ONE_PICTURE = {
     "planes": lambda rgb: encode_planes(rgb, **SEPARATE),
-    "compressed planes": lambda rgb: encode_planes(rgb, **SEPARATE, compression="zlib"),
     "planes and alpha": lambda rgb: encode_planes(rgb[..., [0, 1, 2, 0]], **SEPARATE),
     "ImageJ channels": encode_imagej,
     "ImageJ composite": lambda rgb: encode_imagej(rgb, mode="composite", LUTs=RGB_TABLES),
@@ -262,16 +285,11 @@ NOT_ONE_PICTURE = {
         "3 pages or planes",
     ),
     "floating ImageJ channels": (lambda rgb: encode_imagej(rgb.astype(np.float32) / 255), "3 pages or planes"),
-    "OME channels": (lambda rgb: encode_planes(rgb, **GREY, ome=True, metadata={"axes": "CYX"}), "3 pages or planes"),
     "volume": (
         lambda rgb: encode_tiff(np.zeros((2, 64, 64), np.uint8), volumetric=True, tile=(16, 16, 16), **GREY),
         "2 pages or planes",
     ),
     "two channels": (lambda rgb: encode_tiff(rgb[..., :2], **MIXED_GREY), "2 channels"),
-    "four channels called grey": (
-        lambda rgb: encode_tiff(rgb[:, :, [0, 1, 2, 0]].astype(np.uint16), **MIXED_GREY),
-        "4 channels",
-    ),
     "five channels": (lambda rgb: encode_tiff(rgb[:, :, [0, 1, 2, 0, 1]], photometric="rgb"), "5 channels"),
     "raw file": (
         lambda rgb: encode_pages((rgb[::2, ::2], REDUCED | {"subifds": 1}), (rgb, {})),
@@ -286,7 +304,6 @@ NOT_ONE_PICTURE = {
     "GIF": (lambda rgb: encode(rgb, "GIF"), "it is a GIF, and no PNG"),
     "HEIF": (lambda rgb: b"\0\0\0\x18ftypheic" + bytes(99), "it is a HEIF, AVIF or other"),
     "text": (lambda rgb: b"hello, I am a text", "no PNG"),
-    "TIFF's first bytes": (lambda rgb: b"II*\0" + b"\xff" * 50, "damaged"),
     "flipped bit": (lambda rgb: flipped(encode(rgb, "PNG")), "damaged"),
     "nothing": (lambda rgb: b"", "empty"),
     "narrow": (lambda rgb: encode(np.zeros((500, 31), np.uint8), "PNG"), "31 x 500"),
@@ -297,18 +314,21 @@ NOT_ONE_PICTURE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [*NOT_ONE_PICTURE, "missing", "folder", "pipe"])
+NO_FILE = {
+    "missing": (lambda _: None, "no such file"),
+    "folder": (os.mkdir, "folder"),
+    "pipe": (os.mkfifo, "not a regular file"),
+}
+
+
+@pytest.mark.parametrize("kind", [*NOT_ONE_PICTURE, *NO_FILE])
 def test_what_is_not_one_picture_is_refused_by_name(tmp_path, rgb, kind):
     path = tmp_path / "ä b.png"
     if kind in NOT_ONE_PICTURE:
         make, reason = NOT_ONE_PICTURE[kind]
         write(path, make(rgb))
     else:
-        make, reason = {
-            "missing": (lambda _: None, "no such file"),
-            "folder": (os.mkdir, "folder"),
-            "pipe": (os.mkfifo, "not a regular file"),
-        }[kind]
+        make, reason = NO_FILE[kind]
         make(path)
     for function in (read_image, read_mask, image_size):
         with pytest.raises(ImageError, match=rf"^1 image .*{path}: [^\n]*{reason}[^\n]*$") as caught:
@@ -316,28 +336,15 @@ def test_what_is_not_one_picture_is_refused_by_name(tmp_path, rgb, kind):
         assert caught.value.failures[0][0] == path
 
 
-# What each orientation means, by the side that row 0 and column 0 of the stored image show (EXIF 2.32, table 6).
-SIDES = {
-    1: ("top", "left"),
-    2: ("top", "right"),
-    3: ("bottom", "right"),
-    4: ("bottom", "left"),
-    5: ("left", "top"),
-    6: ("right", "top"),
-    7: ("right", "bottom"),
-    8: ("left", "bottom"),
-}
-
-
 def stored_for(upright, orientation):
-    """The stored image whose row 0 and column 0 show the given sides of the upright one."""
-    row, column = SIDES[orientation]
-    stored = upright if row in ("top", "bottom") else upright.transpose(1, 0, 2)
-    if row in ("bottom", "right"):
-        stored = stored[::-1]
-    if column in ("bottom", "right"):
-        stored = stored[:, ::-1]
-    return np.ascontiguousarray(stored)
+    """The stored image that EXIF's orientation makes the upright one (EXIF 2.32, table 6)."""
+    mirrored = upright.transpose(1, 0, 2)
+    return np.ascontiguousarray(
+        [
+            *(upright, upright[:, ::-1], upright[::-1, ::-1], upright[::-1]),
+            *(mirrored, mirrored[::-1], mirrored[::-1, ::-1], mirrored[:, ::-1]),
+        ][orientation - 1]
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -369,8 +376,7 @@ def test_exif_orientation(tmp_path, orientation, kind):
 
 # Pillow warns about what it then raises an error for.
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_truncation_is_found_at_every_cut(tmp_path, rng, rgb):
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+def test_truncation_is_found_at_every_cut_unless_the_program_lets_it_pass(tmp_path, rng, rgb, monkeypatch):
     deep = rng.integers(0, 65536, (40, 48, 3)).astype(np.uint16)
     files = {
         "png 16": encode_png16(deep),
@@ -392,13 +398,9 @@ def test_truncation_is_found_at_every_cut(tmp_path, rng, rgb):
                 assert str(path) in str(error)  # noqa: PT017
             else:
                 pytest.fail(f"{name}: the first {cut} of {len(data)} bytes passed for an image")
-
-
-def test_nothing_is_read_where_the_program_lets_truncated_files_pass(tmp_path, rgb, monkeypatch):
-    path = write(tmp_path / "a.bmp", encode(Image.fromarray(rgb), "BMP")[:-2000])
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(ImageError, match=r"LOAD_TRUNCATED_IMAGES, .* set it to False"):
-        read_image(path)
+        read_image(write(path, files["BMP"][:-2000]))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
@@ -412,24 +414,6 @@ def test_a_tiff_without_one_of_its_strips_or_tiles_is_refused(tmp_path, dtype, l
             tag.overwrite([value * present for value, present in zip(tag.value, left, strict=False)])
     with pytest.raises(ImageError, match="1 of its strips or tiles missing"):
         read_image(path)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
-def test_random_damage_never_escapes_as_another_exception_and_the_size_meets_the_same(tmp_path, rng, rgb, format):
-    def outcome(function):
-        try:
-            return function(path)
-        except ImageError as error:
-            return str(error)
-
-    data = np.frombuffer(encode(rgb, format), np.uint8)
-    for _ in range(40):
-        damaged = data.copy()
-        # Headers, where most can go wrong, get half of the damage.
-        damaged[rng.integers(0, len(data) if rng.random() < 0.5 else 200, 5)] = rng.integers(0, 256, 5)
-        path = write(tmp_path / "a", damaged.tobytes())
-        assert outcome(image_size) == outcome(lambda path: read_image(path).shape[:2])
 
 
 @pytest.fixture
@@ -511,16 +495,17 @@ def test_decompression_bomb(tmp_path, make):
             read(path)
 
 
-@pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize(
-    ("file_format", "options"),
-    [("PNG", {}), ("JPEG", {"quality": 95}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})],
+    ("file_format", "deep", "options"),
+    [
+        *(("PNG", False, {}), ("PNG", True, {}), ("JPEG", False, {}), ("BMP", False, {})),
+        *(("TIFF", False, {}), ("TIFF", True, {"compression": "tiff_lzw"})),
+    ],
 )
 def test_the_limit_of_pixels_is_ours_and_pillows_is_neither_used_nor_changed(
-    tmp_path, rng, monkeypatch, file_format, options, deep
+    tmp_path, rng, monkeypatch, file_format, deep, options
 ):
     values = rng.integers(0, 256, (40, 48), dtype=np.uint8)
-    deep &= file_format in ("PNG", "TIFF")
     path = write(tmp_path / "a", encode(values * np.uint16(257) if deep else values, file_format, **options))
     expected = read_image(path)
     for pillows in (1919, 900, None):  # it warns, fails, and has been switched off
@@ -528,19 +513,12 @@ def test_the_limit_of_pixels_is_ours_and_pillows_is_neither_used_nor_changed(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             np.testing.assert_array_equal(read_image(path), expected)
-            assert image_size(path) == (40, 48)
         assert pillows == Image.MAX_IMAGE_PIXELS
     with pixel_limit(1919), pytest.raises(ImageError, match=r"48 x 40 pixels, .* 1,919 .*--max-pixels 1920"):
         read_image(path)
+    read_image(path)  # the limit ends with its context
     with pixel_limit(1920):
         read_image(path)
-
-
-def test_errors_survive_pickling_and_list_every_file():
-    error = ImageError(("a.png", "the file is empty"), ("b.png", "it is a folder"))
-    assert str(pickle.loads(pickle.dumps(error))) == str(error)
-    assert "a.png: the file is empty; b.png: it is a folder" in str(error)
-    assert isinstance(error, UserError)
 
 
 # ----------------------------------------------------------------------------------------------------------- masks
@@ -566,48 +544,6 @@ def test_a_mask_without_exact_values_is_refused(tmp_path, rgb):
             read_mask(write(tmp_path / "m.png", data))
 
 
-# -------------------------------------------------------------------------------------- fewer bits than the file has
-
-
-@pytest.mark.parametrize("bits", [9, 12, 16])
-@pytest.mark.parametrize(
-    ("channels", "make"),
-    [
-        *((channels, encode_png16) for channels in (1, 2, 3)),
-        (1, lambda array: encode_tiff(array[..., 0])),
-        (3, lambda array: encode_tiff(array, photometric="rgb")),
-        (3, encode_imagej),
-    ],
-)
-def test_values_of_fewer_bits_than_the_file_has(tmp_path, rng, bits, channels, make):
-    largest = 2**bits - 1
-    array = rng.integers(0, largest, (40, 48, channels)).astype(np.uint16)
-    array[7, 8, 0] = largest
-    if channels == 2:
-        array[..., 1] = 65535  # alpha has its own range
-    path = write(tmp_path / "a", make(array))
-    image, peak = read_image_and_peak(path, bits=bits)
-    # In whole numbers, as above: the largest value is odd.
-    np.testing.assert_array_equal(image, as_rgb((510 * array.astype(np.int64) + largest) // (2 * largest)))
-    assert peak == largest
-    if bits < 16:
-        array[7, 8, 0] += 1
-        with pytest.raises(ImageError, match=f"value {largest + 1}, above {largest}, the largest of {bits} bits"):
-            read_image(write(path, make(array)), bits=bits)
-
-
-def test_fewer_bits_count_from_white_where_it_is_zero_and_not_at_all_for_8_bits_and_floats(tmp_path, rgb):
-    path = write(tmp_path / "a", encode_tiff(np.full((40, 48), 95, np.uint16), **WHITE_IS_ZERO))
-    image, peak = read_image_and_peak(path, bits=12)
-    assert (image == 249).all()  # 4000 of 4095
-    assert peak == 95
-    floats = encode_tiff(rgb.astype(np.float32) / 255, photometric="rgb")
-    for data in (floats, *(encode(rgb, format) for format in ("PNG", "JPEG", "BMP", "TIFF", "WEBP"))):
-        image, peak = read_image_and_peak(write(path, data), bits=9)
-        np.testing.assert_array_equal(image, read_image(path))
-        assert peak is None
-
-
 # -------------------------------------------------------------------------------------------------------- resizing
 
 
@@ -630,12 +566,3 @@ def test_resize_square_is_an_antialiased_triangle_filter(rgb, size):
     # Pillow rounds after each of its two passes.
     assert np.abs(resized - expected).max() <= 1.01
     np.testing.assert_array_equal(rgb, before)
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "size"),
-    [((40, 48), "u1", 32), ((40, 48, 4), "u1", 32), ((40, 48, 3), "f4", 32), ((40, 48, 3), "u1", 0)],
-)
-def test_resize_square_refuses(shape, dtype, size):
-    with pytest.raises(ValueError, match="must be"):
-        resize_square(np.zeros(shape, dtype), size)

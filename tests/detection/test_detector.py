@@ -12,6 +12,7 @@ from dskd_fast.detection.calibration import (
     Scoring,
     Statistics,
     Threshold,
+    decide,
     exposure_from,
     is_above,
     threshold_from,
@@ -23,17 +24,13 @@ from dskd_fast.errors import UserError
 class Networks:
     """Stands in for DSKD: maps that are a known function of the pixels, here of values from 0 to 1."""
 
-    def __init__(self, local=lambda x: x[:, 0], global_=lambda x: x[:, 1].square()):
-        self.local, self.global_ = local, global_
-        self.calls = []
-        self.scale = 1.0
-
-    @property
-    def teacher(self):
-        return self
-
     mean = torch.zeros(1)
     students = ("local", "global")
+
+    def __init__(self, local=lambda x: x[:, 0], global_=lambda x: x[:, 1].square()):
+        self.local, self.global_, self.teacher = local, global_, self
+        self.calls = []
+        self.scale = 1.0
 
     def anomaly_maps(self, images, temperature, *, local_map, global_map, align_corners):
         self.calls.append((temperature, local_map, global_map, align_corners, torch.is_inference_mode_enabled()))
@@ -57,18 +54,13 @@ def test_raw_maps_get_pixels_from_0_to_1_and_what_the_run_says(images):
     assert networks.calls == [(0.5, "cosine", "contextual-affinity", True, True)]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("branch", ["local", "global_"])
-def test_maps_that_are_not_finite_are_an_error(images, value, branch):
-    def spoilt(x):
-        maps = x[:, 0].clone()
-        maps[-1, -1, -1] = value
-        return maps
-
-    detector = make_detector(Networks(**{branch: spoilt}))
-    with pytest.raises(UserError, match="NaN or infinite"):
-        detector.calibrate([images], "validation")
-    assert detector.calibration is None
+def test_maps_that_are_not_finite_are_an_error(images, branch):
+    for value in (math.nan, math.inf, -math.inf):
+        detector = make_detector(Networks(**{branch: lambda x, value=value: torch.where(x[:, 0] < 0.01, value, 0.5)}))
+        with pytest.raises(UserError, match="NaN or infinite"):
+            detector.calibrate([images], "validation")
+        assert detector.calibration is None
 
 
 @pytest.mark.parametrize(("batch_size", "offset"), [(1, 0.0), (3, 0.0), (2, 1e4)])
@@ -86,29 +78,27 @@ def test_statistics_are_those_of_all_pixels_in_float64(images, batch_size, offse
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e-12, -3.3, 1e9])
-def test_constant_maps_are_not_divided_by_zero_or_by_rounding_noise(images, value):
-    detector = make_detector(Networks(local=lambda x: torch.full_like(x[:, 0], value)))
+@pytest.mark.parametrize("wobble", [0, 1])
+def test_constant_maps_are_not_divided_by_zero_or_by_rounding_noise(images, value, wobble):
+    near = float(np.nextafter(np.float32(value), np.float32(wobble * np.inf))) if wobble and value else value
+    detector = make_detector(Networks(local=lambda x: torch.where(x[:, 0] > 0.5, value, near)))
     detector.calibrate(images.split(3), "validation")
     assert detector.calibration.statistics["local"].mean == pytest.approx(value)
     assert detector.calibration.statistics["local"].std == 1
     np.testing.assert_allclose(detector.maps(images).local, 0, atol=abs(value) * 1e-6)
 
 
-def test_values_that_differ_by_rounding_alone_count_as_constant(images):
-    one_up = float(np.nextafter(np.float32(0.1), np.float32(1)))
-    detector = make_detector(Networks(local=lambda x: torch.where(x[:, 0] > 0.5, 0.1, one_up)))
-    detector.calibrate([images], "train")
-    assert detector.calibration.statistics["local"].std == 1
-
-
-def test_a_small_but_real_deviation_counts(images):
+def test_a_small_but_real_deviation_counts_and_training_images_set_no_threshold(images):
     detector = make_detector(Networks(global_=lambda x: 1e-9 + 1e-12 * x[:, 1]))
+    with pytest.raises(ValueError, match="calibrate"):
+        detector.maps(images)
     detector.calibrate([images], "train")
     assert detector.maps(images).global_.std() == pytest.approx(1, rel=1e-3)
+    assert detector.calibration.threshold is None
 
 
 def test_normal_images_have_mean_0_and_deviation_1_per_branch_and_branches_add(images):
-    detector = make_detector()
+    detector = make_detector(Networks(local=lambda x: 1000.3 + x[:, 0]))  # float32 would round the mean
     detector.calibrate([images], "train")
     maps = detector.maps(images)
     for branch in (maps.local, maps.global_):
@@ -120,14 +110,6 @@ def test_normal_images_have_mean_0_and_deviation_1_per_branch_and_branches_add(i
     assert maps.of("combined") is maps.combined
     assert maps.of("local") is maps.local
     assert maps.of("global") is maps.global_
-
-
-def test_training_images_set_no_threshold_and_without_calibration_there_are_no_maps(images):
-    detector = make_detector()
-    with pytest.raises(ValueError, match="calibrate"):
-        detector.maps(images)
-    detector.calibrate([images], "train")
-    assert detector.calibration.threshold is None
 
 
 def test_the_threshold_comes_from_the_scores_of_the_validation_images(images):
@@ -171,16 +153,10 @@ def test_what_does_not_vary_is_warned_of_and_its_rounding_is_below_the_threshold
 @pytest.mark.parametrize(
     ("kind", "values"),
     [
-        *(
-            (Statistics, values)
-            for values in ((math.nan, 1), (math.inf, 1), (0, math.nan), (0, math.inf), (0, 0), (0, -1))
-        ),
+        *((Statistics, values) for values in ((math.nan, 1), (math.inf, 1), (0, math.nan), (0, math.inf), (0, 0))),
         *((Threshold, (value, "", 1, 0.5)) for value in (math.nan, math.inf)),
-        *(
-            (Exposure, values)
-            for limits in ((-1, 5), (5, 4), (0, 256), (math.nan, 5), (5, math.inf))
-            for values in ((limits, (0, 1), "", 1), ((0, 1), limits, "", 1))
-        ),
+        *((Exposure, (limits, (0, 1), "", 1)) for limits in ((-1, 5), (5, 4), (0, 256), (math.nan, 5), (5, math.inf))),
+        (Exposure, ((0, 255), (0, 128), "", 1)),
     ],
 )
 def test_numbers_that_no_image_set_are_an_error(kind, values):
@@ -191,49 +167,36 @@ def test_numbers_that_no_image_set_are_an_error(kind, values):
 # ------------------------------------------------------------------------------------------- decision threshold
 
 
-@pytest.mark.parametrize(
-    ("n", "k"), [(1, 1), (2, 1), (8, 1), (98, 1), (99, 1), (100, 1), (198, 1), (199, 2), (200, 2), (299, 3), (999, 10)]
-)
-def test_the_threshold_is_the_kth_largest_score(n, k):
-    scores = np.random.default_rng(n).permutation(n) + 1.0
-    threshold = threshold_from(scores)
-    assert threshold.value == pytest.approx((n - k + 1) + 2e-3 * (n - k + 2), rel=1e-15)
-    assert threshold.n_images == n
-    assert threshold.expected_false_alarm_rate == pytest.approx(k / (n + 1), rel=1e-15)
+def test_the_threshold_is_the_kth_largest_score():
+    for n, k in ((1, 1), (2, 1), (8, 1), (98, 1), (99, 1), (198, 1), (199, 2), (299, 3), (999, 10)):
+        threshold = threshold_from(np.random.default_rng(n).permutation(n) + 1.0)
+        assert threshold.value == pytest.approx((n - k + 1) + 2e-3 * (n - k + 2), rel=1e-15)
+        assert threshold.n_images == n
+        assert threshold.expected_false_alarm_rate == pytest.approx(k / (n + 1), rel=1e-15)
 
 
-@pytest.mark.parametrize(("n", "alarms"), [(4, 1), (99, 1), (199, 2), (250, 2), (299, 3)])
-def test_leaving_out_each_of_exchangeable_scores_gives_the_stated_rate_exactly(n, alarms):
-    # So far apart that none lies within another's margin, which only spares alarms.
-    scores = 1e6 * np.random.default_rng(0).permutation(n + 1) / (n + 1)
-    thresholds = [threshold_from(np.delete(scores, i)) for i in range(n + 1)]
-    raised = sum(score > threshold.value for score, threshold in zip(scores, thresholds, strict=True))
-    assert raised == alarms
-    assert thresholds[0].expected_false_alarm_rate == pytest.approx(alarms / (n + 1))
-
-
-@pytest.mark.parametrize("n_above", [0, 2, 3])
-@pytest.mark.parametrize("score", [-4.0, 0.0, 2.5, 1e4])
+@pytest.mark.parametrize("n_above", [0, 2])
+@pytest.mark.parametrize("score", [-4.0, 0.0, 1e4])
 def test_equal_scores_raise_no_alarm_whatever_their_rank(score, n_above):
-    """Of 300 scores the third largest sets the threshold: one of the ties, or one of those above them."""
+    """Of 300 scores the third largest sets the threshold: one of the ties."""
     ties = score + np.random.default_rng(0).uniform(-1e-5, 1e-5, 300 - n_above) * (1 + abs(score))
     threshold = threshold_from(iter([*ties, *[score + 100] * n_above]))
     exported = ties + TOLERANCE * (1 + np.abs(ties))
     assert not is_above(exported, threshold.value).any()
-    assert threshold.expected_false_alarm_rate == pytest.approx(3 / 301)
     assert is_above(score + 200, threshold.value)
 
 
-@pytest.mark.parametrize("kind", [float, np.array, torch.tensor])
-def test_a_tie_is_normal_and_the_threshold_is_not_rounded(kind):
+def test_a_tie_is_normal_and_the_threshold_is_not_rounded():
     threshold = 1.0 + 2**-30  # 1 in float32
-    assert not is_above(kind(threshold), threshold)
-    assert is_above(kind(np.nextafter(threshold, 2)) if kind is not torch.tensor else kind(1.5), threshold)
-    ones = np.ones(1, np.float32)
-    assert not is_above(torch.from_numpy(ones), threshold).any()
-    assert not is_above(ones, threshold).any()
-    assert is_above(ones, 1.0 - 2**-30).all()
-    assert is_above(torch.from_numpy(ones), 1.0 - 2**-30).all()
+    pair = np.array([threshold, np.nextafter(threshold, 2)])
+    for scores in (pair, torch.from_numpy(pair)):
+        assert is_above(scores, threshold).tolist() == [False, True]
+        assert not is_above(scores.astype(np.float32) if scores is pair else scores.float(), threshold).any()
+        assert is_above(scores.astype(np.float32) if scores is pair else scores.float(), 1.0 - 2**-30).all()
+    for score, decision in zip(pair.tolist(), ("normal", "anomalous"), strict=True):
+        assert decide(score, threshold) == decision
+        assert decide(score, None) is None
+        assert decide(score, threshold, "too dark") == decide(score, None, "too dark") == "suspect"
 
 
 # ------------------------------------------------------------------------------------------ brightness and contrast
@@ -254,7 +217,6 @@ def test_brightness_and_contrast_are_mean_and_deviation_of_the_luminance(images)
     ("values", "limits"),
     [
         ([100.0], (50, 177.5)),
-        ([100.0, 120.0], (50, 187.5)),
         ([0.0, 255.0], (0, 255)),  # neither of two is the odd one
         ([100.0, 120.0, 0.0], (50, 187.5)),
         ([100.0, 120.0, 255.0, 0.0], (50, 187.5)),
@@ -268,8 +230,7 @@ def test_brightness_and_contrast_are_mean_and_deviation_of_the_luminance(images)
 def test_limits_lie_half_way_from_the_extreme_normal_image_to_the_end_of_the_scale(values, limits):
     values = torch.tensor(values, dtype=torch.float64)
     exposure = exposure_from(values, values / 2)
-    assert exposure.brightness == limits
-    assert exposure.contrast == (limits[0] / 2, limits[1] / 2)
+    assert (exposure.brightness, exposure.contrast) == (limits, (limits[0] / 2, limits[1] / 2))
     assert exposure.n_images == len(values)
 
 
@@ -279,8 +240,7 @@ def test_all_normal_images_count_for_brightness_and_contrast_and_one_dead_frame_
     detector.calibrate([alone], "validation")
     narrow = detector.calibration.exposure
     assert (narrow.n_images, detector.calibration.warnings) == (7, [])
-    darker = alone // 2
-    dead = torch.zeros_like(images[:1])
+    darker, dead = alone // 2, torch.zeros_like(images[:1])
     detector.calibrate([alone], "validation", measure_exposure(torch.cat([alone, darker, dead])))
     wide = detector.calibration.exposure
     assert (wide.n_images, detector.calibration.n_images) == (15, 7)
@@ -299,16 +259,12 @@ def test_all_normal_images_count_for_brightness_and_contrast_and_one_dead_frame_
 def filtered_by_hand(image, sigma):
     """Gaussian filter written out: a kernel cut off at 4 sigma, normalised, and the image mirrored at its edges."""
     radius = int(4 * sigma + 0.5)
-    offsets = np.arange(-radius, radius + 1)
-    kernel = np.exp(-(offsets**2) / (2 * sigma**2))
-    kernel /= kernel.sum()
-    padded = np.pad(image.astype(np.float64), radius, mode="symmetric")
-    height, width = image.shape
-    result = np.zeros(image.shape)
-    for dy, a in zip(offsets + radius, kernel, strict=True):
-        for dx, b in zip(offsets + radius, kernel, strict=True):
-            result += a * b * padded[dy : dy + height, dx : dx + width]
-    return result
+    kernel = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
+
+    def along(row):
+        return np.convolve(np.pad(row.astype(np.float64), radius, mode="symmetric"), kernel / kernel.sum(), "valid")
+
+    return np.apply_along_axis(along, 1, np.apply_along_axis(along, 0, image))
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.5, 4.0])
@@ -325,31 +281,26 @@ def test_the_score_is_the_maximum_of_the_gaussian_filtered_map(sigma):
 # -------------------------------------------------------------------------------------------- localisation map
 
 
-@pytest.mark.parametrize("align_corners", [False, True])
-def test_a_localisation_map_has_the_size_of_the_image(align_corners):
-    detector = make_detector(align_corners=align_corners)
-    for size in ((16, 16), (100, 100), (40, 300), (300, 8), (8, 8), (1, 1), (17, 15)):
-        resized = detector.localisation_map(np.full((16, 16), 2.5, np.float32), size)
+def test_a_localisation_map_has_the_size_of_the_image():
+    for size in ((16, 16), (40, 300), (300, 8), (1, 1), (17, 15)):
+        resized = make_detector().localisation_map(np.full((16, 16), 2.5, np.float32), size)
         assert (resized.shape, resized.dtype) == (size, np.float32)
         np.testing.assert_allclose(resized, 2.5, rtol=1e-6)
 
 
-def test_enlarging_is_bilinear_between_pixel_centres():
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_enlarging_is_bilinear_between_pixel_centres_or_corners(align_corners):
     anomaly_map = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
 
     def along(n):
         """Weights (n, 8) of bilinear interpolation: pixel centres at (i + 0.5) / n, the edges repeated."""
-        position = np.clip((np.arange(n) + 0.5) * 8 / n - 0.5, 0, 7)
+        centres = np.clip((np.arange(n) + 0.5) * 8 / n - 0.5, 0, 7)
+        position = np.linspace(0, 7, n) if align_corners else centres
         return np.maximum(1 - np.abs(position[:, None] - np.arange(8)), 0)
 
     expected = along(20) @ anomaly_map.astype(np.float64) @ along(24).T
-    np.testing.assert_allclose(make_detector().localisation_map(anomaly_map, (20, 24)), expected, atol=1e-6)
-
-
-def test_aligned_corners_keep_the_corners_of_a_ramp():
-    ramp = np.add.outer(np.arange(8), 3 * np.arange(8)).astype(np.float32)
-    resized = make_detector(align_corners=True).localisation_map(ramp, (15, 29))
-    np.testing.assert_allclose(resized, np.add.outer(np.linspace(0, 7, 15), 3 * np.linspace(0, 7, 29)), atol=1e-5)
+    resized = make_detector(align_corners=align_corners).localisation_map(anomaly_map, (20, 24))
+    np.testing.assert_allclose(resized, expected, atol=1e-5 if align_corners else 1e-6)
 
 
 def test_reducing_averages_and_so_loses_no_spot():

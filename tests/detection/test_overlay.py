@@ -19,39 +19,24 @@ def halves(image, anomaly_map, low=0.0, high=10.0):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (60, 90), (700, 40), (33, 500)])
-def test_both_halves_have_the_size_of_the_image_and_the_caption_has_room(size):
-    image = np.zeros((*size, 3), np.uint8)
-    drawn = overlay(image, np.zeros(size, np.float32), "score 1.00", 0, 1)
-    assert drawn.mode == "RGB"
-    assert 2 * size[1] < drawn.width <= 2 * size[1] + max(2, size[1] // 100)
-    assert size[0] + 20 <= drawn.height <= size[0] + 80
+def test_photograph_and_heat_map_stand_side_by_side_above_the_caption(size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    anomaly_map = np.zeros(size, np.float32)
+    before = image.copy(), anomaly_map.copy()
+    left, right, strip = halves(image, anomaly_map)
+    for unchanged, original in ((left, image), (right, image), (image, before[0]), (anomaly_map, before[1])):
+        np.testing.assert_array_equal(unchanged, original)
+    assert 2 * size[1] < strip.shape[1] <= 2 * size[1] + max(2, size[1] // 100)
+    assert 20 <= strip.shape[0] <= 80
+    assert (strip == 24).all(axis=2).any()
+    assert (strip > 128).all(axis=2).any()
 
 
-@pytest.mark.parametrize("value", [0.0, -1e30, 10.0, 1e30])
+@pytest.mark.parametrize("value", [-1e30, 10.0, 1e30])
 def test_normal_pixels_are_unchanged_and_the_hottest_have_three_quarters_of_the_last_colour(image, value):
-    left, right, _ = halves(image, np.full((60, 90), value, np.float32))
-    np.testing.assert_array_equal(left, image)
+    _, right, _ = halves(image, np.full((60, 90), value, np.float32))
     hottest = (image * 0.25 + np.array([255, 255, 190]) * 0.75).round()
     np.testing.assert_array_equal(right, image if value <= 0 else hottest)
-
-
-def test_only_hot_pixels_are_coloured(image):
-    anomaly_map = np.zeros((60, 90), np.float32)
-    anomaly_map[10:20, 30:50] = 9
-    _, right, _ = halves(image, anomaly_map)
-    changed = (right != image).any(axis=2)
-    assert changed[10:20, 30:50].mean() > 0.99
-    changed[10:20, 30:50] = False
-    assert not changed.any()
-
-
-def test_on_a_black_image_brightness_rises_with_the_score():
-    anomaly_map = np.linspace(0, 10, 90, dtype=np.float32)[None].repeat(60, axis=0)
-    _, right, _ = halves(np.zeros((60, 90, 3), np.uint8), anomaly_map)
-    brightness = right[0].astype(int).sum(axis=1)
-    assert (np.diff(brightness) >= 0).all()
-    assert brightness[0] == 0
-    assert brightness[-1] > 500
 
 
 @pytest.mark.parametrize("limit", [0.0, 5.0])
@@ -63,12 +48,6 @@ def test_equal_limits_split_the_map_in_two(image, limit):
     np.testing.assert_array_equal(right[:, 45:], (image[:, 45:] * 0.25 + np.array([255, 255, 190]) * 0.75).round())
 
 
-def test_the_caption_is_drawn(image):
-    _, _, strip = halves(image, np.zeros((60, 90), np.float32))
-    assert (strip == 24).all(axis=2).any()
-    assert (strip > 128).all(axis=2).any()
-
-
 def test_no_copy_of_a_photograph_is_drawn_in_floating_point():
     image, anomaly_map = np.full((1500, 1000, 3), 100, np.uint8), np.ones((1500, 1000), np.float32)
     tracemalloc.start()  # NumPy's memory, without Pillow's canvas
@@ -77,14 +56,6 @@ def test_no_copy_of_a_photograph_is_drawn_in_floating_point():
         assert tracemalloc.get_traced_memory()[1] < 4 * image.nbytes
     finally:
         tracemalloc.stop()
-
-
-def test_inputs_are_not_modified(image):
-    anomaly_map = np.random.default_rng(1).normal(0, 5, (60, 90)).astype(np.float32)
-    before = image.copy(), anomaly_map.copy()
-    overlay(image, anomaly_map, "score 1.00", 0, 1)
-    np.testing.assert_array_equal(image, before[0])
-    np.testing.assert_array_equal(anomaly_map, before[1])
 
 
 @pytest.mark.parametrize(("threshold", "high"), [(9.5, 19.0), (None, 20.0), (0.0, 20.0), (-3.0, 20.0)])

@@ -103,6 +103,8 @@ def test_figures_scores_and_decisions_are_those_of_evaluate(page, tiny_run, tiny
             assert part[measure] == (figures if variant == "combined" else figures[variant])[measure]
         scores = np.array([result["scores"][variant] for result in results])
         assert scores.tolist() == [float(row[column]) for row in rows]
+        ends = [*scores, *([threshold] if variant == "combined" else [])]
+        assert part["histogram"]["edges"][:: len(part["histogram"]["edges"]) - 1] == [min(ends), max(ends)]
         for kind in KINDS:
             counts, _ = np.histogram(scores[[row["type"] == kind for row in rows]], part["histogram"]["edges"])
             assert part["histogram"]["counts"][kind] == counts.tolist()
@@ -122,18 +124,18 @@ def test_the_drawn_curves_have_the_areas_of_the_figures(page):
 
 
 @pytest.mark.parametrize("width", [1.0, 0.05])
-@pytest.mark.parametrize("n", [2, 100, 20_000])
-def test_what_is_left_out_of_a_curve_would_not_be_seen(n, width):
-    rng = np.random.default_rng(n)
-    x, y = (np.sort(np.append(rng.random(n) ** 3, [0, 1])) for _ in range(2))
-    x *= width
-    drawn = np.array(report_module._points((x, y), width))
-    assert drawn.shape[1] <= min(n + 2, 2 * 2 * 401)
-    assert drawn[:, [0, -1]].T.tolist() == [[0, 0], [width, 1]]
-    assert (np.diff(drawn, axis=1) >= 0).all()
-    # A rising curve leaves a cell at the top or at the right: the drawn line is off by the cell in y, or in x.
-    distances = [np.abs(np.interp(x + shift, *drawn) - y) for shift in (0, width / 400, -width / 400)]
-    assert np.min(distances, axis=0).max() < 1.1 / 400
+def test_what_is_left_out_of_a_curve_would_not_be_seen(width):
+    for n in (2, 100, 20_000):
+        rng = np.random.default_rng(n)
+        x, y = (np.sort(np.append(rng.random(n) ** 3, [0, 1])) for _ in range(2))
+        x *= width
+        drawn = np.array(report_module._points((x, y), width))
+        assert drawn.shape[1] <= min(n + 2, 2 * 2 * 401)
+        assert drawn[:, [0, -1]].T.tolist() == [[0, 0], [width, 1]]
+        assert (np.diff(drawn, axis=1) >= 0).all()
+        # A rising curve leaves a cell at the top or at the right: the drawn line is off by the cell in y, or in x.
+        distances = [np.abs(np.interp(x + shift, *drawn) - y) for shift in (0, width / 400, -width / 400)]
+        assert np.min(distances, axis=0).max() < 1.1 / 400
 
 
 @pytest.mark.parametrize(
@@ -161,12 +163,13 @@ def test_photographs_are_jpegs_of_limited_size_with_their_own_aspect(page, categ
         assert photo.format == "JPEG"
         assert photo.size == (image["width"], image["height"]) == (120, 96)
         assert np.abs(np.asarray(photo).astype(int) - read_image(item.path)).mean() < 5
-    for shape, size in (((500, 1000, 3), (360, 180)), ((800, 800, 3), (360, 360))):
-        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / "noise.png")
-        found = report_module._photograph(dataclasses.replace(category.test[0], path=tmp_path / "noise.png"))
-        assert image_in(found["photo"]).size == (found["width"], found["height"]) == size
-        assert 20_000 < len(found["photo"]) <= 32_000
+    noise = np.random.default_rng(0).integers(0, 256, (500, 1000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    found = report_module._photograph(dataclasses.replace(category.test[0], path=tmp_path / "noise.png"))
+    assert image_in(found["photo"]).size == (found["width"], found["height"]) == (360, 180)
+    Image.fromarray(noise[:, :500]).save(tmp_path / "noise.png")
+    found = report_module._photograph(dataclasses.replace(category.test[0], path=tmp_path / "noise.png"))
+    assert 20_000 < len(found["photo"]) <= 32_000
 
 
 def test_maps_are_grey_from_the_normal_mean_to_full_colour_and_of_limited_size(page, tiny_detector, category):
@@ -192,15 +195,6 @@ def test_the_colours_are_those_of_the_overlays(page):
     np.testing.assert_allclose(tables["opacity"], opacity, atol=1e-4)
 
 
-def test_the_page_needs_nothing_else_and_makes_no_markup_of_text(page):
-    assert set(re.findall(r"[a-z]+://[^\s\"'<>)]*", page.text)) == {"http://www.w3.org/2000/svg"}
-    for _, attributes in page.elements:
-        for name in ("src", "href", "action", "srcset", "data", "poster"):
-            assert attributes.get(name, "#").startswith(("#", "data:"))
-    assert not re.search(r"@import|url\((?!#)", page.style)
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(", page.text)
-
-
 def test_the_policy_lets_the_page_run_its_own_script_and_nothing_else(page):
     (policy,) = (a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     rules = {"default-src": "'none'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'"}
@@ -223,73 +217,63 @@ def test_no_string_leaves_the_data(page):
         render({"score": float("nan")})
 
 
-def test_runs_share_the_photographs_of_the_same_images_and_progress_names_them(tiny_run, own_run, edit, data_of):
-    edit(own_run / "calibration.json", lambda content: content["statistics"]["local"].update(std=1.0))
-    stages = {}
-    found = data_of(tiny_run, own_run, progress=lambda stage, *done: stages.update({stage: done}))
-    assert [(run["path"], run["name"]) for run in found["runs"]] == [(str(tiny_run), "run"), (str(own_run), "own")]
-    assert len(found["images"]) == 10
-    for first, second in (image["runs"] for image in found["images"]):
-        assert first["scores"] != second["scores"]
-        assert first["maps"] != second["maps"]
-    for stage in ("reading images", "computing maps", "scoring combined maps", "scoring global maps", "drawing"):
-        assert stages[f"run: {stage}"] == stages[f"own: {stage}"] == (10, 10)
-
-
-def test_runs_of_other_images_have_their_own_with_the_category_in_the_name(
+def test_runs_of_the_same_images_share_photographs_and_others_have_their_own_with_the_category_in_the_name(
     tiny_run, own_run, write_images, edit, tmp_path, data_of
 ):
     write_images(tmp_path / "part" / "train", 2)
     write_images(tmp_path / "part" / "test" / "good", 3)
-    edit(own_run / "config.json", lambda c: c.update(category="part", data_root=str(tmp_path / "part")))
-    images = data_of(own_run, tiny_run)["images"]
+    third = shutil.copytree(own_run, tmp_path / "runs" / "third")
+    edit(third / "config.json", lambda c: c.update(category="part", data_root=str(tmp_path / "part")))
+    edit(own_run / "calibration.json", lambda content: content["statistics"]["local"].update(std=1.0))
+    stages = {}
+    found = data_of(third, tiny_run, own_run, progress=lambda stage, *done: stages.update({stage: done}))
+    runs = [(str(third), "third"), (str(tiny_run), "run"), (str(own_run), "own")]
+    assert [(run["path"], run["name"]) for run in found["runs"]] == runs
+    images = found["images"]
     names = [*(f"part/good/00{i}.png" for i in range(3)), "screw_bag/good/000.png"]
     assert [image["name"] for image in images[:4]] == names
     has_result = [[result is not None for result in image["runs"]] for image in images]
-    assert has_result == [[True, False]] * 3 + [[False, True]] * 10
+    assert has_result == [[True, False, False]] * 3 + [[False, True, True]] * 10
+    for _, first, second in (image["runs"] for image in images[3:]):
+        assert first["scores"] != second["scores"]
+        assert first["maps"] != second["maps"]
+    for stage in ("reading images", "computing maps", "scoring combined maps", "scoring global maps", "drawing"):
+        assert [stages[f"{name}: {stage}"] for name in ("third", "run", "own")] == [(3, 3), (10, 10), (10, 10)]
 
 
-def test_names_of_runs_are_as_long_as_tells_them_apart():
+def test_names_of_runs_are_as_long_as_tells_them_apart_and_one_that_is_named_twice_counts_once(
+    tiny_run, tmp_path, monkeypatch
+):
     for folders, names in {
         "/a/run": "run",
-        "/a/run /b/other": "run other",
         "/a/run /b/run /b/other": "a/run b/run other",
         "/a/x/run /b/x/run": "a/x/run b/x/run",
         "/run /b/run": "/run b/run",
     }.items():
         assert report_module._names([Path(folder) for folder in folders.split()]) == names.split()
-
-
-def test_a_run_that_is_named_twice_counts_once(tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_run.parent)
     (tmp_path / "link").symlink_to(tiny_run)
     (source,) = report_module._open([tiny_run, Path("run"), Path("run/../run"), tmp_path / "link"], None)
     assert (source.name, source.folder) == ("run", tiny_run)
 
 
-@pytest.mark.parametrize(("given", "decision"), [(None, None), (-1e9, "anomalous")])
-def test_without_a_threshold_there_are_no_decisions_unless_one_is_given(own_run, edit, data_of, given, decision):
+def test_without_a_threshold_there_are_no_decisions_unless_one_is_given(own_run, edit, data_of):
     edit(own_run / "calibration.json", lambda content: content.update(threshold=None))
-    found = data_of(own_run, threshold=given)
-    counts = {"good": 4, "structural": 3, "logical": 3} if decision else None
-    assert (found["runs"][0]["threshold"], found["runs"][0]["decisions"]) == (given, counts)
-    assert {image["runs"][0]["decision"] for image in found["images"]} == {decision}
+    counts = {"good": 4, "structural": 3, "logical": 3}
+    for given, decisions, decision in ((None, None, None), (-1e9, counts, "anomalous")):
+        found = data_of(own_run, threshold=given)
+        assert (found["runs"][0]["threshold"], found["runs"][0]["decisions"]) == (given, decisions)
+        assert {image["runs"][0]["decision"] for image in found["images"]} == {decision}
 
 
-def test_dead_frames_are_suspect_with_the_reason(tiny_run, own_data, dead_frames, data_of):
-    Image.fromarray(dead_frames["black"][0]).save(own_data / "test" / "logical_anomalies" / "black.png")
-    found = data_of(tiny_run, data_root=own_data)
-    assert found["runs"][0]["suspects"] == {"good": 0, "structural": 0, "logical": 1}
-    results = {image["name"]: image["runs"][0] for image in found["images"]}
-    black = results.pop("logical_anomalies/black.png")
-    assert (black["decision"], black["reason"].split(" (")[0]) == ("suspect", "too dark and too little contrast")
-    assert {(result["decision"] == "suspect", result["reason"]) for result in results.values()} == {(False, None)}
-
-
-def test_what_cannot_be_computed_is_absent_with_a_reason(tiny_run, own_data, data_of):
+def test_what_cannot_be_computed_is_absent_with_a_reason_and_dead_frames_are_suspect(
+    tiny_run, own_data, dead_frames, data_of
+):
     shutil.rmtree(own_data / "ground_truth" / "logical_anomalies")
     shutil.rmtree(own_data / "test" / "structural_anomalies")
-    (run,) = data_of(tiny_run, data_root=own_data)["runs"]
+    Image.fromarray(dead_frames["black"][0]).save(own_data / "test" / "logical_anomalies" / "black.png")
+    found = data_of(tiny_run, data_root=own_data)
+    (run,) = found["runs"]
     for part in run["variants"].values():
         assert (part["roc"]["structural"], part["auroc"]["mean"]) == (None, None)
         assert part["roc"]["logical"] is not None
@@ -299,6 +283,11 @@ def test_what_cannot_be_computed_is_absent_with_a_reason(tiny_run, own_data, dat
         "logical",
         "structural",  # whose masks are left over
     ]
+    assert run["suspects"] == {"good": 0, "structural": 0, "logical": 1}
+    results = {image["name"]: image["runs"][0] for image in found["images"]}
+    black = results.pop("logical_anomalies/black.png")
+    assert (black["decision"], black["reason"].split(" (")[0]) == ("suspect", "too dark and too little contrast")
+    assert {(result["decision"] == "suspect", result["reason"]) for result in results.values()} == {(False, None)}
 
 
 def test_a_run_with_one_student_has_what_there_is(data_root, tiny_arguments, tmp_path, data_of):

@@ -8,19 +8,15 @@ from dskd_fast.errors import UserError
 from dskd_fast.metrics.auroc import auroc, roc_curve
 
 
-def mann_whitney(good, anomalous):
-    pairs = [(a > g) + 0.5 * (a == g) for g, a in itertools.product(good, anomalous)]
-    return sum(pairs) / len(pairs)
-
-
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(8))
 def test_counts_pairs_and_half_of_the_ties_as_the_area_under_the_curve_does(seed):
     rng = np.random.default_rng(seed)
     good = rng.integers(0, 5, rng.integers(1, 20)).astype(rng.choice([np.float32, np.float64]))
     anomalous = rng.integers(1, 7, rng.integers(1, 20)).astype(float)
+    pairs = [(a > g) + 0.5 * (a == g) for g, a in itertools.product(good, anomalous)]
     area = auroc(good, anomalous)
     assert type(area) is float
-    assert area == pytest.approx(mann_whitney(good, anomalous), abs=1e-12)
+    assert area == pytest.approx(np.mean(pairs), abs=1e-12)
     false_positives, true_positives = roc_curve(good, anomalous)
     assert trapezoid(true_positives, false_positives) == pytest.approx(area, abs=1e-12)
     assert (false_positives[0], true_positives[0], false_positives[-1], true_positives[-1]) == (0, 0, 1, 1)
@@ -31,11 +27,6 @@ def test_tells_any_two_different_scores_apart(low, high):
     assert auroc([low, low], [high]) == 1.0
     assert auroc([high], [low, low]) == 0.0
     assert auroc([low, low], [low]) == 0.5
-
-
-def test_the_roc_curve_rises_with_each_anomalous_score_and_slopes_over_ties():
-    false_positives, true_positives = roc_curve([1.0, 2.0], [2.0, 3.0])
-    assert (false_positives.tolist(), true_positives.tolist()) == ([0, 0, 0.5, 1], [0, 0.5, 1, 1])
 
 
 @pytest.mark.parametrize("function", [auroc, roc_curve])

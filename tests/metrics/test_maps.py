@@ -11,37 +11,24 @@ from dskd_fast.data.ground_truth import Defect
 from dskd_fast.errors import UserError
 from dskd_fast.metrics.maps import ScoredMap, maps_without_image, read_map, read_maps, save_map, score_maps
 
-
-@pytest.fixture
-def scores():
-    return np.random.default_rng(0).standard_normal((6, 9)).astype(np.float32)
-
-
 # ---------------------------------------------------------------------------------------------------- one map
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (1, 7), (7, 1), (1, 1), (5, 3), (3, 6)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_round_trip(tmp_path, shape, dtype):
-    scores = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+@pytest.mark.parametrize("shape", [(4, 5), (1, 7), (7, 1), (1, 1), (3, 6)])
+def test_round_trip_through_a_plain_float32_tiff_for_any_reader(tmp_path, shape):
+    scores = np.random.default_rng(0).standard_normal(shape)
     path = tmp_path / "Schraube n ü" / "test" / "good" / "000.v2.tiff"
     save_map(path, np.zeros((2, 2)))
     save_map(path, scores)
-    result = read_map(path)
-    assert result.dtype == np.float32
-    assert np.array_equal(result, scores.astype(np.float32))
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_file_is_a_plain_float32_tiff_for_any_reader(tmp_path, scores):
-    save_map(str(tmp_path / "a.tif"), scores)
-    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+    scores = scores.astype(np.float32)
+    with Image.open(path) as image, tifffile.TiffFile(path) as file:
         [page] = file.pages
-        assert (page.shape, page.dtype) == ((6, 9), np.float32)
         assert page.compression == tifffile.COMPRESSION.NONE
         assert page.photometric == tifffile.PHOTOMETRIC.MINISBLACK
-    with Image.open(tmp_path / "a.tif") as image:
-        assert np.array_equal(np.asarray(image), scores)
+        for found in (read_map(str(path)), page.asarray(), np.asarray(image)):
+            assert found.dtype == np.float32
+            assert np.array_equal(found, scores)
 
 
 @pytest.mark.parametrize(
@@ -64,23 +51,21 @@ def test_save_refuses_what_is_no_map(tmp_path, name, scores, error, message):
 @pytest.mark.parametrize(
     ("dtype", "read_as"),
     [
-        *((dtype, "float32") for dtype in ("float16", "float32", ">f4", "uint8", "int8", "uint16")),
+        *((dtype, "float32") for dtype in ("float16", ">f4", "uint8", "int8", "uint16")),
         *((dtype, "float64") for dtype in ("float64", "int32", "uint32")),
     ],
 )
-@pytest.mark.parametrize("shape", [(6, 5), (1, 6, 5), (6, 5, 1)])
-def test_reads_the_maps_of_other_methods(tmp_path, dtype, read_as, shape):
-    scores = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
-    tifffile.imwrite(tmp_path / "a.tiff", scores, photometric="minisblack")
-    result = read_map(tmp_path / "a.tiff")
-    assert result.dtype == read_as
-    assert np.array_equal(result, scores.reshape(6, 5))
-
-
-@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
-def test_reads_the_maps_of_other_programs(tmp_path, scores, compression):
-    Image.fromarray(scores).save(tmp_path / "a.tiff", compression=compression)
-    assert np.array_equal(read_map(tmp_path / "a.tiff"), scores)
+def test_reads_the_maps_of_other_methods(tmp_path, dtype, read_as):
+    for shape in ((6, 5), (1, 6, 5), (6, 5, 1)):
+        scores = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
+        tifffile.imwrite(tmp_path / "a.tiff", scores, photometric="minisblack")
+        result = read_map(tmp_path / "a.tiff")
+        assert result.dtype == read_as
+        assert np.array_equal(result, scores.reshape(6, 5))
+    if dtype == ">f4":  # as other programs compress it
+        for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
+            Image.fromarray(result.astype(np.float32)).save(tmp_path / "a.tiff", compression=compression)
+            assert np.array_equal(read_map(tmp_path / "a.tiff"), result)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")

