@@ -201,13 +201,16 @@ def fork():
         pid = os.fork()
         if pid == 0:
             signal.alarm(300)  # ends one that hangs
-            code = 1
+            code = 70
             try:
-                code = work() or 0
+                result = work() or 0
+                sys.stdout.flush()
+                code = result
+            except SystemExit as error:
+                code = error.code
             except BaseException:
                 traceback.print_exc()
             finally:
-                sys.stdout.flush()
                 os._exit(code)
         return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
