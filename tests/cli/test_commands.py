@@ -244,23 +244,18 @@ def test_without_a_threshold_or_that_check_there_are_no_decisions_and_suspects_a
     assert read_rows(tmp_path / "results" / "predictions.csv")[0]["decision"] == "normal"
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "report", "predict"])
 def test_images_beyond_the_limit_of_pixels_are_named_with_the_option(
-    command, cli, tiny_run, tiny_arguments, data_root, tmp_path
+    cli, cli_error, tiny_run, tiny_arguments, data_root, tmp_path
 ):
     """120 x 96; and the limit is the call's alone."""
-    data = data_root / "screw_bag"
-    arguments = {
-        "train": ["--data-root", data, *tiny_arguments, "--out", tmp_path / "run"],
-        "evaluate": [tiny_run],
-        "report": [tiny_run, "--out", tmp_path / "report"],
-        "predict": [tiny_run, data / "test" / "good", "--out", tmp_path / "results"],
-    }
-    result = cli(command, *arguments[command], "--max-pixels", 120 * 96 - 1)
-    assert result.code == (1 if command == "predict" else 2)
-    message = result.out if command == "predict" else result.err
-    assert "000.png: it has 120 x 96 pixels, more than the limit of 11,519" in message
-    assert "--max-pixels 11520" in message
+    data, limit = data_root / "screw_bag", ["--max-pixels", 120 * 96 - 1]
+    train = ["train", "--data-root", data, *tiny_arguments, "--out", tmp_path / "run"]
+    errors = [cli_error(*command, *limit) for command in (train, ["evaluate", tiny_run])]
+    errors.append(cli_error("report", tiny_run, "--out", tmp_path / "report", *limit))
+    errors.append(cli("predict", tiny_run, data / "test" / "good", "--out", tmp_path / "results", *limit).out)
+    for error in errors:
+        assert "000.png: it has 120 x 96 pixels, more than the limit of 11,519" in error
+        assert "--max-pixels 11520" in error
     read_image(data / "test" / "good" / "000.png")
 
 

@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import signal
-import threading
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -219,19 +219,15 @@ def test_ctrl_c_twice_stops_at_once_unless_it_is_ignored(start, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         start(report)
     assert not (tmp_path / "run").exists()
+    # In another thread no signal can be heeded.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(start, name="other", epochs=1).result()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         start(report, epochs=1)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_in_another_thread_signals_are_left_alone(start, tmp_path):
-    thread = threading.Thread(target=lambda: start(epochs=1))
-    thread.start()
-    thread.join()
-    assert files(tmp_path / "run") == RUN_FILES
 
 
 def test_from_the_command_line(cli, cli_error, category, tiny_arguments, tmp_path, monkeypatch):
@@ -343,9 +339,7 @@ def test_an_epoch_that_has_begun_cannot_be_left_out(stopped):
         resume_run(stopped, {"epochs": 1})
 
 
-@pytest.mark.parametrize(
-    "change", [{"changes": None}, {"changes": "x"}, {"holdout": 5}, {"holdout": float("nan")}, {"holdout": "0.1"}]
-)
+@pytest.mark.parametrize("change", [{"changes": "x"}, {"holdout": float("nan")}, {"holdout": "0.1"}])
 def test_an_edited_config_is_named(stopped, change, edit):
     edit(stopped / "config.json", lambda config: config.update(change))
     with pytest.raises(UserError, match=r"config\.json.*train again, or restore the file"):
@@ -438,31 +432,19 @@ def test_a_disk_without_room_is_named_before_the_training(start, tmp_path, monke
 # ---------------------------------------------------------------------------------------------- having a finished run
 
 
-def test_a_run_is_had_by_starting_going_on_or_finding_it(own_data, options, tmp_path, always_due, reference, edit):
-    run, category = tmp_path / "run", open_category(own_data, None)
-    seen = []
+def test_a_run_is_had_by_going_on_or_finding_it(stopped, category, own_data, options, reference, edit):
+    def ensure(category=category, **different):
+        return ensure_run(stopped, category, dataclasses.replace(options, **different), holdout=0.1)
 
-    def ensure(report=lambda _: None, **different):
-        def counting(state):
-            seen.append(state.step)
-            report(state)
-
-        changed = dataclasses.replace(options, **different)
-        return ensure_run(run, category, changed, holdout=0.1, report=counting)
-
-    with pytest.raises(Killed):
-        ensure(killed_after(3))
     assert ensure()
-    assert seen == [1, 2, 3, 3, 4, 5, 6]
-    same_result(run, reference)
-    before = (run / "weights.safetensors").stat().st_mtime_ns
+    same_result(stopped, reference)
+    before = (stopped / "weights.safetensors").stat().st_mtime_ns
     assert not ensure()
-    assert (run / "weights.safetensors").stat().st_mtime_ns == before
-    assert len(seen) == 7
+    assert (stopped / "weights.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"holds a run with lr 0\.005, not 0\.1"):
         ensure(lr=0.1)
-    edit(run / "config.json", lambda config: config.update(images=category.names_and_sizes))
+    edit(stopped / "config.json", lambda config: config.update(images=category.names_and_sizes))
     assert not ensure()
     (own_data / "train" / "good" / "000.png").unlink()
     with pytest.raises(UserError, match="was trained on other images"):
-        ensure_run(run, open_category(own_data, None), options, holdout=0.1)
+        ensure(open_category(own_data, None))
