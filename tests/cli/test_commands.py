@@ -18,7 +18,7 @@ from dskd_fast.data.images import read_image
 from dskd_fast.detection.export import Exported
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
-from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.runs.options import CHOICES, TrainingOptions
 
 RUN_FILES = ["calibration.json", "config.json", "history.json", "weights.safetensors"]
 
@@ -50,10 +50,10 @@ def test_evaluate_then_its_maps_then_predict_then_info(own_run, data_root, tmp_p
     assert below(own_run) == [*RUN_FILES[:3], "metrics.json", "scores.csv", RUN_FILES[3]]
     metrics = read_json(own_run / "metrics.json")
     assert metrics["n_images"] == {"good": 4, "structural": 3, "logical": 3}
-    for part in (metrics, metrics["local"], metrics["global"]):
+    for measure, label in (("auroc", "AUROC"), ("spro", "sPRO@0.05")):
         for kind in ("structural", "logical", "mean"):
-            assert f"{part['auroc'][kind]:.3f}" in out
-            assert f"{part['spro'][kind]:.3f}" in out
+            figures = (part[measure][kind] for part in (metrics, metrics["local"], metrics["global"]))
+            assert re.search(f"{label} {kind} +{' +'.join(f'{figure:.3f}' for figure in figures)}", out)
     assert re.search(r"called anomalous at threshold .*: \d of 4 good, \d of 3 structural, \d of 3 logical", out)
 
     arguments = ["evaluate-maps", maps, "--data-root", data_root, "--category", "screw_bag"]
@@ -111,32 +111,16 @@ def asked_for(cli, monkeypatch):
 
 def test_every_option_arrives(asked_for, write_images, tmp_path):
     write_images(tmp_path / "part", 10)
-    options = {
-        "teacher": "lite",
-        "teacher_weights": "w.pth",
-        "image_size": 64,
-        "gccb": 0,
-        "stage4_init": "random",
-        "epochs": 2,
-        "batch_size": 3,
-        "lr": 0.001,
-        "schedule": "cosine",
-        "temperature": 0.5,
-        "local_loss": "flattened-cosine",
-        "global_loss": "cosine",
-        "students": "global",
-        "seed": 5,
-        "sigma": 1.5,
-        "bits": 12,
-        "precision": "bf16",
-        "device": "cpu",
-    }
+    options = {"teacher": "lite", "teacher_weights": "w.pth", "image_size": 64, "gccb": 0, "epochs": 2, "batch_size": 3}
+    options |= {"lr": 0.001, "temperature": 0.5, "sigma": 1.5, "seed": 5, "bits": 12}
+    options |= {name: choices[1] for name, choices in CHOICES.items()}
     more = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)]
     flags = {"filter_maps": True, "align_corners": True, "compile": True}
     more += [f"--{name.replace('_', '-')}" for name in flags]
     arguments = ["--data-root", tmp_path / "part", "--augment", "hflip,rotate=2", "--holdout", 0]
     _, category, found, holdout = asked_for(*arguments, *more)
     assert dataclasses.asdict(found) == options | flags | {"augmentation": "hflip,rotate=2"}
+    assert all(value != getattr(TrainingOptions(), name) for name, value in dataclasses.asdict(found).items())
     assert (len(category.train), holdout) == (10, 0)
 
 
@@ -279,18 +263,21 @@ def test_bad_masks_are_all_named_beside_the_figures_that_need_none(cli, own_run,
     for path in bad:
         path.write_bytes(b"garbage")
     arguments = {
+        "evaluate": [own_run, "--threshold=-1e9"],
         "evaluate-maps": [tmp_path / "maps", "--category", "screw_bag"],
         "report": [own_run, "--out", tmp_path],
     }
     if command == "evaluate-maps":
         cli("evaluate", own_run, "--save-maps", tmp_path / "maps")
-    code, out, err = cli(command, *arguments.get(command, [own_run]), "--data-root", own_data)
+    code, out, err = cli(command, *arguments[command], "--data-root", own_data)
     assert (code, err) == (1, "")
     lines = [line for line in out.splitlines() if line.startswith("bad mask: ")]
     assert len(lines) == 2
     for path, line in zip(bad, lines, strict=True):
         assert f"the mask {path} is unusable: it is no PNG" in line
     assert "absent: no sPRO of logical anomalies: masks of category screw_bag cannot be used" in out
+    if command == "evaluate":
+        assert "called anomalous at threshold -1e+09: 4 of 4 good, 3 of 3 structural, 3 of 3 logical" in out
     if command != "report":
         assert re.search(r"AUROC logical +[01]\.\d{3}", out)
         assert re.search(r"sPRO@0.05 logical +-", out)
