@@ -143,7 +143,7 @@ def test_an_error_of_all_is_one_message(in_two, train, tmp_path):
 def test_ctrl_c_under_torchrun_saves(train, tmp_path):
     """As a terminal does: the signal goes to all of them, and torchrun passes it on once more."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, Path(sys.executable).with_name("dskd-fast"), *train(tmp_path / "run", "--epochs", "100")]
+    command = [*launcher, Path(sys.executable).with_name("dskd-fast"), *train(tmp_path / "run", "--epochs", "5")]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, env=environment, start_new_session=True, **streams) as process:

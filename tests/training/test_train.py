@@ -142,12 +142,13 @@ def test_every_training_image_is_seen_once_per_epoch_in_a_new_order_and_no_valid
     assert sorted(chain(*calibrated)) == sorted([8, 9, 10] * 2)
 
 
-def test_validation_images_that_are_trained_on_are_warned_of(write_images, tiny_options, tmp_path):
+def test_validation_images_that_are_trained_on_and_unused_bits_are_warned_of(write_images, tiny_options, tmp_path):
     images = write_images(tmp_path / "part" / "train", 3)
     validation = write_images(tmp_path / "part" / "validation", 3, seed=1)
     shutil.copy(images[2], validation[1])
     messages = []
-    detector, _ = train(open_category(tmp_path / "part", None), tiny_options(), status=messages.append)
+    detector, _ = train(open_category(tmp_path / "part", None), tiny_options(bits=12), status=messages.append)
+    assert notice_on_bits([], 12) in messages
     (warning,) = detector.calibration.warnings
     assert "copies of training images among the 3 validation images: 1, such as 001.png" in warning
     assert f"warning: {warning}" in messages
