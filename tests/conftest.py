@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import sys
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,6 +191,30 @@ def write_images():
         return paths
 
     return write
+
+
+@pytest.fixture
+def fork():
+    """Does some work in a process of its own that has imported everything: fork(work) -> waits for its exit code."""
+
+    def start(work):
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(300)  # ends one that hangs
+            code = 70
+            try:
+                result = work() or 0
+                sys.stdout.flush()
+                code = result
+            except SystemExit as error:
+                code = error.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    return start
 
 
 @pytest.fixture

@@ -51,29 +51,22 @@ def assert_same(found, expected):
 # ------------------------------------------------------------------------------------------------ the same as predict
 
 
-def test_the_results_are_those_of_the_command_line(detector, paths, tmp_path):
+def test_the_results_are_those_of_the_command_line(detector, paths, expected, tmp_path):
     threshold = detector.calibration.threshold.value
     written = predict_files(detector, paths, tmp_path, threshold=threshold, save_maps=True)
-    found = detector.predict(paths)
-    assert [one.score for one in found] == [one.score for one in written]
-    assert ["anomalous" if one.anomalous else "normal" for one in found] == [one.decision for one in written]
-    for one, other in zip(found, written, strict=True):
+    assert [one.score for one in expected] == [one.score for one in written]
+    assert ["anomalous" if one.anomalous else "normal" for one in expected] == [one.decision for one in written]
+    for one, other in zip(expected, written, strict=True):
         np.testing.assert_array_equal(one.map, tifffile.imread(tmp_path / other.map))
 
 
-def test_a_detection_has_score_decision_and_maps_at_the_size_of_the_image(detector, paths):
-    for one in detector.predict(paths):
+def test_a_detection_has_score_decision_and_maps_at_the_size_of_the_image(detector, expected):
+    for one in expected:
         assert isinstance(one.score, float)
         assert one.anomalous is (one.score > detector.calibration.threshold.value)
         for anomaly_map in (one.map, one.local_map, one.global_map):
             assert (anomaly_map.shape, anomaly_map.dtype) == ((96, 120), np.float32)
         np.testing.assert_allclose(one.map, one.local_map + one.global_map, rtol=1e-4, atol=1e-4)
-
-
-def test_without_a_threshold_there_is_no_decision(tiny_run, paths):
-    detector = DSKD.load(str(tiny_run), device="cpu")
-    detector.calibration = dataclasses.replace(detector.calibration, threshold=None)
-    assert detector.predict(paths[0])[0].anomalous is None
 
 
 @pytest.mark.parametrize("threshold", [1e6, None])
@@ -95,19 +88,17 @@ def test_dead_frames_are_suspect_and_never_pass_and_no_other_image_is(tiny_run, 
     assert {one.suspect for one in detector.predict(frames)} == {None}
 
 
-def test_the_networks_can_still_be_built_by_that_name_and_load_is_the_packages(tiny_run, detector, paths):
+def test_the_networks_can_still_be_built_by_that_name_and_load_is_the_packages(tiny_run, paths, expected):
     assert isinstance(DSKD("test_resnet", pretrained=False, image_size=64), torch.nn.Module)
-    assert_same(dskd_fast.load(tiny_run, "cpu").predict(paths[0]), detector.predict(paths[0]))
+    assert_same(dskd_fast.load(str(tiny_run), "cpu").predict(paths), expected)
 
 
-@pytest.mark.parametrize("name", ["functional", "ContextualAffinityLoss"])
-def test_compiled_code_may_be_the_first_to_ask_for_what_the_package_offers(monkeypatch, name):
-    monkeypatch.delattr(dskd_fast, name, raising=False)
+def test_compiled_code_may_be_the_first_to_ask_for_what_the_package_offers(monkeypatch):
+    for name in ("functional", "ContextualAffinityLoss"):
+        monkeypatch.delattr(dskd_fast, name, raising=False)
 
     def loss(x, y):
-        if name == "functional":
-            return dskd_fast.functional.contextual_affinity(x, y).mean()
-        return dskd_fast.ContextualAffinityLoss()(x, y)
+        return dskd_fast.functional.contextual_affinity(x, y).mean() + dskd_fast.ContextualAffinityLoss()(x, y)
 
     x, y = torch.randn(2, 1, 4, 3, 3)
     compiled = torch.compile(loss, backend="eager", fullgraph=True)(x, y)
@@ -118,17 +109,14 @@ def test_compiled_code_may_be_the_first_to_ask_for_what_the_package_offers(monke
 
 
 CONVERSIONS = {
-    "paths": lambda paths, pixels: paths,
     "text": lambda paths, pixels: [str(path) for path in paths],
     "generator": lambda paths, pixels: (path for path in paths),
     "one array": lambda paths, pixels: pixels,
-    "arrays": lambda paths, pixels: list(pixels),
     "turned arrays": lambda paths, pixels: [np.asfortranarray(image) for image in pixels],
     "float array": lambda paths, pixels: pixels.astype(np.float32) / 255,
     "half array": lambda paths, pixels: (pixels / 255).astype(np.float16),
     "one tensor": lambda paths, pixels: torch.from_numpy(pixels).permute(0, 3, 1, 2),
     "tensors": lambda paths, pixels: tuple(torch.from_numpy(pixels).permute(0, 3, 1, 2)),
-    "float tensor": lambda paths, pixels: torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255,
     "tensor with grad": lambda paths, pixels: (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).requires_grad_(),
     "Pillow": lambda paths, pixels: [Image.open(path) for path in paths],
     "mixed": lambda paths, pixels: [
@@ -148,10 +136,12 @@ def test_every_kind_of_images_gives_the_same(detector, paths, pixels, expected, 
     np.testing.assert_array_equal(pixels, before)
 
 
-def test_a_single_image_gives_a_list_of_one(detector, paths, pixels):
+def test_a_single_image_gives_a_list_of_one_and_none_gives_none(detector, paths, pixels):
     expected = detector.predict(paths[:1])
     for image in (str(paths[0]), pixels[0], torch.from_numpy(pixels[0]).permute(2, 0, 1), Image.fromarray(pixels[0])):
         assert_same(detector.predict(image), expected)
+    for none in ([], np.empty((0, 64, 64, 3), np.uint8), torch.empty((0, 3, 64, 64), dtype=torch.uint8)):
+        assert detector.predict(none) == []
 
 
 def test_images_of_different_sizes_go_together(detector, pixels):
@@ -161,14 +151,8 @@ def test_images_of_different_sizes_go_together(detector, pixels):
         assert one.score == pytest.approx(detector.predict(image)[0].score, rel=1e-4)
 
 
-def test_no_images_give_no_detections(detector):
-    for none in ([], np.empty((0, 64, 64, 3), np.uint8), torch.empty((0, 3, 64, 64), dtype=torch.uint8)):
-        assert detector.predict(none) == []
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_batch_size_changes_no_more_than_rounding(detector, pixels, expected, batch_size):
-    found = [one.score for one in detector.predict(pixels, batch_size=np.int64(batch_size))]
+def test_the_batch_size_changes_no_more_than_rounding(detector, pixels, expected):
+    found = [one.score for one in detector.predict(pixels, batch_size=np.int64(3))]
     np.testing.assert_allclose(found, [one.score for one in expected], rtol=1e-4)
 
 
@@ -215,7 +199,7 @@ def test_what_is_no_image_is_named(detector, images, error, message):
         detector.predict(images)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 1.5, 8.0, "8", None, True])
+@pytest.mark.parametrize("batch_size", [0, 8.0, "8", None, True])
 def test_a_batch_size_that_is_no_whole_number_from_1_up_is_refused(detector, data_root, tmp_path, batch_size):
     category = open_category(data_root, "screw_bag")
     for call in (
@@ -228,31 +212,17 @@ def test_a_batch_size_that_is_no_whole_number_from_1_up_is_refused(detector, dat
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------ threads
-
-
-def test_threads_get_the_bits_of_a_single_one_and_leave_the_settings_as_they_were(detector, paths, pixels):
-    """Settings are the process's: threads that restored them out of order would compute in another precision."""
-    n_threads, n_calls = 4, 3
-    original = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+def test_threads_get_the_bits_of_a_single_one(detector, paths, pixels):
     work = [paths[:3], pixels[3:5], list(pixels[5:]), paths[::-1]]
-    torch.set_float32_matmul_precision("medium")
-    torch.backends.cudnn.allow_tf32 = True
-    try:
-        expected = [detector.predict(images) for images in work]
-        start = threading.Barrier(n_threads)
+    expected = [detector.predict(images) for images in work]
+    start = threading.Barrier(4)
 
-        def many(thread):
-            start.wait()
-            chosen = [(thread + call) % len(work) for call in range(n_calls)]
-            return [(i, detector.predict(work[i], batch_size=8)) for i in chosen]
+    def many(thread):
+        start.wait()
+        chosen = [(thread + call) % len(work) for call in range(3)]
+        return [(i, detector.predict(work[i], batch_size=8)) for i in chosen]
 
-        with ThreadPoolExecutor(n_threads) as pool:
-            for results in pool.map(many, range(n_threads)):
-                for i, found in results:
-                    assert_same(found, expected[i])
-        assert torch.get_float32_matmul_precision() == "medium"
-        assert torch.backends.cudnn.allow_tf32
-    finally:
-        torch.set_float32_matmul_precision(original[0])
-        torch.backends.cudnn.allow_tf32 = original[1]
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(many, range(4)):
+            for i, found in results:
+                assert_same(found, expected[i])

@@ -125,17 +125,14 @@ def test_tensors_are_loaded_as_saved_and_are_the_same_bytes_each_time(path, tmp_
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize("damage", ["changed byte", "cut"])
-def test_damage_is_noticed_wherever_it_is(path, damage):
+def test_damage_is_noticed_wherever_it_is(path):
     save_tensors(path, {"a": torch.arange(3.0), "b": torch.tensor([1], dtype=torch.uint8)}, STATE)
     content = path.read_bytes()
     for position in {*range(16), *range(16, len(content), 5), *range(len(content) - 16, len(content))}:
-        if damage == "cut":
-            path.write_bytes(content[:position])
-        else:
-            path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
-        with pytest.raises(UserError, match=r"state\.safetensors is damaged"):
-            load_tensors(path)
+        for rest in (b"", bytes([content[position] ^ 1]) + content[position + 1 :]):
+            path.write_bytes(content[:position] + rest)
+            with pytest.raises(UserError, match=r"state\.safetensors is damaged"):
+                load_tensors(path)
 
 
 def test_a_file_without_checksum_is_refused_and_a_missing_one_is_not_called_damaged(tmp_path):

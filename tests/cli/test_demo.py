@@ -7,13 +7,12 @@ import dskd_fast.cli.demo as demo
 from dskd_fast.data.synthetic.anomalies import LOGICAL, STRUCTURAL
 from dskd_fast.models.teacher import LITE
 
-TINY = {"n_train": 4, "n_validation": 2, "n_test_good": 4, "n_structural": 2, "n_logical": 1}
-
 
 @pytest.fixture
 def tiny(monkeypatch, tiny_options):
     """The demo with few images and the tiny teacher."""
-    monkeypatch.setattr(demo, "_COUNTS", TINY)
+    counts = {"n_train": 4, "n_validation": 2, "n_test_good": 4, "n_structural": 2, "n_logical": 1}
+    monkeypatch.setattr(demo, "_COUNTS", counts)
     monkeypatch.setattr(
         commands, "options_for_demo", lambda device, seed: tiny_options(device=device, seed=seed, image_size=32)
     )
@@ -48,14 +47,9 @@ def test_the_demo_walks_the_whole_way_once_and_says_so_when_called_again(tiny, c
     assert {path: path.stat().st_mtime_ns for path in (out / "data").rglob("*.png")} == drawn
 
 
-def test_the_recipe_needs_no_download_and_takes_device_and_seed():
+def test_the_recipe_needs_no_download_and_has_images_for_every_kind_of_defect_and_a_threshold():
     options = demo.options_for_demo("cpu", 7)
-    assert options.teacher == LITE
-    assert options.teacher_weights is None
-    assert (options.device, options.seed) == ("cpu", 7)
-
-
-def test_the_demo_has_enough_images_for_every_kind_of_defect_and_a_threshold():
+    assert (options.teacher, options.teacher_weights, options.device, options.seed) == (LITE, None, "cpu", 7)
     assert demo._COUNTS["n_structural"] >= len(STRUCTURAL)
     assert demo._COUNTS["n_logical"] >= len(LOGICAL)
     assert demo._COUNTS["n_validation"] >= 8

@@ -27,17 +27,27 @@ def figures(start):
     return {"auroc": as_numbers(auroc), "spro": numbers["0.05"], "spro_at": numbers}
 
 
-def printed(monkeypatch, table, width):
-    file = io.StringIO()
-    monkeypatch.setattr(display, "console", Console(file=file, width=width, markup=False, emoji=False))
+@pytest.fixture
+def screen(monkeypatch):
+    """A console of that width and what is printed to it: screen(80, ...) -> file."""
+
+    def make(width, **settings):
+        file = io.StringIO()
+        monkeypatch.setattr(display, "console", Console(file=file, width=width, markup=False, emoji=False, **settings))
+        return file
+
+    return make
+
+
+def printed(table, file):
     display.console.print(table)
     return file.getvalue()
 
 
 @pytest.mark.parametrize("width", [40, 100])
-def test_each_figure_stands_in_its_row_and_column_and_no_terminal_is_too_narrow(monkeypatch, width):
+def test_each_figure_stands_in_its_row_and_column_and_no_terminal_is_too_narrow(screen, width):
     columns = {name: figures(100 + 100 * i) for i, name in enumerate(("both students", "local alone", "global"))}
-    text = printed(monkeypatch, results_table("a title", columns), width)
+    text = printed(results_table("a title", columns), screen(width))
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     expected = {}
@@ -52,11 +62,11 @@ def test_each_figure_stands_in_its_row_and_column_and_no_terminal_is_too_narrow(
         assert {" ".join(row[:-3]): row[-3:] for row in words} == expected
 
 
-def test_an_absent_figure_is_a_dash_and_hides_no_other(monkeypatch):
+def test_an_absent_figure_is_a_dash_and_hides_no_other(screen):
     absent = dict.fromkeys(("structural", "logical", "mean"))
     spro_at = dict.fromkeys(LIMITS, absent) | {"0.3": absent | {"structural": 0.25}}
     values = {"auroc": absent | {"structural": 0.5}, "spro": absent, "spro_at": spro_at}
-    lines = printed(monkeypatch, results_table("t", {"maps": values}), 80).splitlines()
+    lines = printed(results_table("t", {"maps": values}), screen(80)).splitlines()
     rows = {" ".join(words[:2]): words[-1] for words in (line.split() for line in lines) if len(words) == 3}
     missing = [f"{measure} {kind}" for measure in ("AUROC", "sPRO@0.05") for kind in absent]
     assert rows == dict.fromkeys(missing, "-") | {"AUROC structural": "0.500", "sPRO@0.3 structural": "0.250"}
@@ -68,9 +78,8 @@ def states(steps):
 
 
 @pytest.mark.parametrize("steps", [1, 11, 999])
-def test_without_a_terminal_progress_is_at_most_ten_lines_and_shows_the_end(monkeypatch, steps):
-    file = io.StringIO()
-    monkeypatch.setattr(display, "console", Console(file=file, width=40, soft_wrap=True))
+def test_without_a_terminal_progress_is_at_most_ten_lines_and_shows_the_end(screen, steps):
+    file = screen(40, soft_wrap=True)
     with training_progress() as (report, status):
         status("reading 5 images")
         for state in states(steps):
@@ -85,9 +94,8 @@ def test_without_a_terminal_progress_is_at_most_ten_lines_and_shows_the_end(monk
     assert "\x1b" not in file.getvalue()
 
 
-def test_on_a_terminal_there_is_a_bar_with_both_losses_speed_and_time(monkeypatch):
-    file = io.StringIO()
-    monkeypatch.setattr(display, "console", Console(file=file, width=160, force_terminal=True))
+def test_on_a_terminal_there_is_a_bar_with_both_losses_speed_and_time(screen):
+    file = screen(160, force_terminal=True)
     with training_progress() as (report, _):
         for state in states(60):
             report(state)
@@ -97,16 +105,15 @@ def test_on_a_terminal_there_is_a_bar_with_both_losses_speed_and_time(monkeypatc
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_the_counter_shows_the_stage_on_a_terminal_alone(monkeypatch, is_terminal):
-    file = io.StringIO()
-    monkeypatch.setattr(display, "console", Console(file=file, width=100, force_terminal=is_terminal))
+def test_the_counter_shows_the_stage_on_a_terminal_alone(screen, is_terminal):
+    file = screen(100, force_terminal=is_terminal)
     with counter("starting") as progress:
         progress("reading images", 2, 7)
     assert ("reading images" in file.getvalue()) is ("2/7" in file.getvalue()) is is_terminal
     assert is_terminal or file.getvalue() == ""
 
 
-def test_names_neither_steer_the_terminal_nor_forge_a_line(capsys, monkeypatch):
+def test_names_neither_steer_the_terminal_nor_forge_a_line(capsys, screen):
     name = "Straße 北京 👩\u200d🔧 \x1b]0;x\x07\r\n0 anomalous\x9b2J\u202egnp.\u2066"
     shown = r"Straße 北京 👩‍🔧 \u001b]0;x\u0007\r\n0 anomalous\u009b2J\u202egnp.\u2066"
     display.print_line(name, style="red")
@@ -114,8 +121,7 @@ def test_names_neither_steer_the_terminal_nor_forge_a_line(capsys, monkeypatch):
         status("reading")
     assert capsys.readouterr().out == f"{shown}\n{shown}: reading\n"
     assert results_table(name, {"maps": figures(100)}).title == shown
-    file = io.StringIO()
-    monkeypatch.setattr(display, "console", Console(file=file, width=200, force_terminal=True))
+    file = screen(200, force_terminal=True)
     with counter(name) as progress:
         progress(name, 1, 2)
     assert shown in file.getvalue()

@@ -7,12 +7,18 @@ from dskd_fast.errors import UserError
 from dskd_fast.ops import dispatch
 
 
-def test_versions_name_what_matters():
+def test_versions_name_what_matters_and_what_is_missing(monkeypatch):
     found = doctor.versions()
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"dskd-fast", "Python", "triton", "CPU", "folder"} <= found.keys()
     assert all(isinstance(value, str) and value for value in found.values())
     assert ("GPU" in found) is not torch.cuda.is_available()
+
+    def missing(name):
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", missing)
+    assert doctor.versions()["triton"] == "not installed"
 
 
 def test_every_backend_answers_for_every_device():
@@ -51,14 +57,6 @@ def test_the_variable(monkeypatch):
     monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "quantum")
     with pytest.raises(UserError, match=r"DSKD_FAST_BACKEND=quantum is not known: use one of .*torch"):
         doctor.default_backend()
-
-
-def test_a_package_that_is_missing(monkeypatch):
-    def missing(name):
-        raise doctor.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(doctor.importlib.metadata, "version", missing)
-    assert doctor.versions()["triton"] == "not installed"
 
 
 def test_a_broken_triton_is_reported_and_does_no_harm(monkeypatch):

@@ -1,7 +1,7 @@
 import dataclasses
+import io
 import os
 import re
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +12,7 @@ import pytest
 import dskd_fast
 import dskd_fast.cli.commands as commands
 from dskd_fast.choices import DATA_ROOT_VARIABLE, HOLDOUT, MAX_PIXELS
+from dskd_fast.cli import main
 from dskd_fast.data.layout import default_data_root
 from dskd_fast.errors import UserError
 from dskd_fast.runs.options import TrainingOptions
@@ -26,11 +27,6 @@ def process(*arguments, program=(SCRIPT,), **options):
     return subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=120, check=False, **options)
 
 
-def test_the_version_from_outside():
-    result = process("--version")
-    assert (result.returncode, result.stdout, result.stderr) == (0, f"dskd-fast {dskd_fast.__version__}\n", "")
-
-
 def imported_by(*arguments, before="sys"):
     """The modules that a command line imports beyond those of `before`, by name."""
     code = (
@@ -41,7 +37,7 @@ def imported_by(*arguments, before="sys"):
     return process("-c", code, *map(str, arguments), program=(sys.executable,)).stderr.splitlines()[-1].split()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["predict"]])
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--help"], ["predict"]])
 def test_help_version_and_a_usage_error_import_nothing_heavy(arguments):
     found = imported_by(*arguments)
     assert "dskd_fast.cli.parser" in found
@@ -59,7 +55,9 @@ def test_a_prediction_imports_only_what_it_uses(tiny_run, data_root, tmp_path):
 
 
 def test_a_user_error_from_outside_is_one_sentence_and_code_2(tmp_path):
-    result = process("train", cwd=tmp_path, program=MODULE)
+    version = process("--version", program=MODULE)
+    assert (version.returncode, version.stdout, version.stderr) == (0, f"dskd-fast {dskd_fast.__version__}\n", "")
+    result = process("train", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith("dskd-fast: the data root mvtec_loco_anomaly_detection does not exist; ")
@@ -69,52 +67,23 @@ def test_a_user_error_from_outside_is_one_sentence_and_code_2(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_an_interrupt_from_outside_leaves_nothing_half_written(tmp_path, data_root, tiny_arguments):
-    arguments = ["train", "--data-root", str(data_root / "screw_bag"), *tiny_arguments, "--epochs", "1000000"]
-    training = subprocess.Popen(
-        [SCRIPT, *arguments, "--out", "run"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    try:
-        for line in training.stdout:
-            if line.startswith("building the networks"):
-                break
-        assert (tmp_path / "run" / "config.json").is_file()
-        training.send_signal(signal.SIGINT)
-        _, err = training.communicate(timeout=120)
-    finally:
-        training.kill()
-    assert training.returncode == 130
-    if (tmp_path / "run").exists():  # it had come to the training by then
-        assert "and saved: go on with `dskd-fast train --resume run`" in err
-    else:
-        assert err == "dskd-fast: interrupted; no file was left half written\n"
-        assert list(tmp_path.iterdir()) == []
+def test_a_reader_that_goes_away_is_no_error_message(tiny_run, fork):
+    def work():
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(write, 1)
+        with open(1, "w") as sys.stdout:
+            return main(["info", str(tiny_run)])
+
+    assert fork(work)() == 1
 
 
-@pytest.mark.slow
-def test_a_reader_that_goes_away_is_no_error_message(tiny_run):
-    reading = subprocess.Popen([SCRIPT, "info", tiny_run], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    reading.stdout.close()
-    err = reading.stderr.read()
-    reading.stderr.close()
-    assert reading.wait(timeout=60) == 1
-    assert err == ""
-
-
-@pytest.mark.slow
-def test_names_that_the_terminal_cannot_show_are_escaped(tiny_run, tmp_path, write_images):
-    write_images(tmp_path, 1)[0].rename(tmp_path / "größe.png")
-    (tmp_path / "größe 2.png").write_text("no image")
-    result = process("predict", tiny_run, ".", cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert result.returncode == 1
-    assert "gr\\xf6\\xdfe 2.png" in result.stdout
-    assert result.stderr == ""
+def test_names_that_the_terminal_cannot_show_are_escaped(tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "größe.png").write_text("no image")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main(["predict", str(tiny_run), str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert rb"gr\xf6\xdfe.png" in shown.buffer.getvalue()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
@@ -147,31 +116,20 @@ def test_incomplete_commands_show_the_usage(cli, arguments):
     assert err.startswith("usage: dskd-fast")
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        *(("--epochs", value) for value in ("0", "1.5", "many", "9" * 5000, "")),
-        *(("--lr", value) for value in ("0", "-0.1", "nan", "inf", "1e999")),
-        *(("--seed", value) for value in ("-1", str(2**63))),
-        *(("--bits", value) for value in ("8", "17")),
-        *(("--temperature", value) for value in ("0", "101", "nan")),
-        *(("--holdout", value) for value in ("1", "-0.1", "nan")),
-        ("--batch-size", "0"),
-        ("--image-size", "256x256"),
-        ("--gccb", "-1"),
-        ("--sigma", "0"),
-        ("--precision", "fp16"),
-        ("--device", "gpu"),
-        ("--local-loss", "l2"),
-        ("--stage4-init", "zeros"),
-        ("--schedule", "step"),
-    ],
-)
-def test_bad_option_values_are_named_before_anything_happens(cli, monkeypatch, option, value):
+BAD_VALUES = """
+    --epochs=0 --epochs=1.5 --epochs=many --epochs= --lr=0 --lr=-0.1 --lr=nan --lr=inf --lr=1e999 --seed=-1 --bits=8
+    --bits=17 --temperature=0 --temperature=101 --temperature=nan --holdout=1 --holdout=-0.1 --holdout=nan --gccb=-1
+    --image-size=256x256 --batch-size=0 --sigma=0 --precision=fp16 --device=gpu --local-loss=l2 --stage4-init=zeros
+    --schedule=step
+"""
+
+
+@pytest.mark.parametrize("given", [*BAD_VALUES.split(), f"--seed={2**63}", f"--epochs={'9' * 5000}"])
+def test_bad_option_values_are_named_before_anything_happens(cli, monkeypatch, given):
     monkeypatch.setattr(commands, "train", lambda _: pytest.fail("too late"))
-    code, out, err = cli("train", f"{option}={value}")
+    code, out, err = cli("train", given)
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1].startswith(f"dskd-fast train: error: argument {option}: ")
+    assert err.splitlines()[-1].startswith(f"dskd-fast train: error: argument {given.partition('=')[0]}: ")
 
 
 @pytest.mark.parametrize("command", [["predict", "run", "image.png"], ["evaluate", "run"]])
@@ -194,7 +152,6 @@ def test_a_threshold_is_any_finite_number(cli, monkeypatch, command):
         (KeyboardInterrupt(), 130, "interrupted; no file was left half written"),
         (MemoryError(), 2, "out of memory (no details): lower --batch-size or --image-size"),
         (RuntimeError("CUDA out of memory.\nTried"), 2, "out of memory (CUDA out of memory.): lower --batch-size or "),
-        (OSError(36, "File name too long", "aaa"), 2, "aaa cannot be used: File name too long"),
         (PermissionError(13, "Permission denied", "b.json"), 2, "b.json cannot be used: Permission denied"),
         (OSError("odd"), 2, "the system cannot be used: odd"),
     ],
@@ -210,13 +167,12 @@ def test_errors_become_one_line_and_a_code(cli, monkeypatch, error, code, messag
     assert result.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), ZeroDivisionError()])
-def test_a_fault_of_the_program_is_not_hidden(cli, monkeypatch, error):
+def test_a_fault_of_the_program_is_not_hidden(cli, monkeypatch):
     def failing(_):
-        raise error
+        raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(commands, "info", failing)
-    with pytest.raises(type(error)):
+    with pytest.raises(RuntimeError, match="shapes differ"):
         cli("info", "run")
 
 

@@ -63,11 +63,17 @@ def test_the_papers_rows_stand_above_ours():
     assert texts(details, "mean") == ["0.750", "0.350", "0.550", "0.700", "0.300", "0.500"]
 
 
-def test_the_spread_of_a_mean_is_that_of_the_seeds_means():
-    spro = tables_of(on_loco(seeds=2))[0]
+def test_the_spread_of_a_mean_is_that_of_the_seeds_means_and_a_seed_that_failed_is_left_out_and_counted():
+    found = on_loco(seeds=2)
+    spro = tables_of(found)[0]
     # Each seed's mean of both halves is 0.01 above the one before: a deviation of 0.01 / sqrt(2).
     assert texts(spro, "DSKD, here")[0] == "0.405 ±0.007"
     assert texts(spro, "DSKD, here")[-1] == "0.505 ±0.007"
+    del found._metrics[1, "pushpins", found.plan.pairs[0]]
+    contestant = found.plan.contestants[0]
+    assert found.of(found.plan.parts[2], contestant, "spro", "mean").seeds == 1
+    assert found.mean(contestant, "spro", "mean").seeds == 1
+    assert found.of(found.plan.parts[0], contestant, "spro", "mean").seeds == 2
 
 
 def test_mvtec_ads_logical_mean_is_over_the_categories_that_have_logical_images():
@@ -97,15 +103,6 @@ def test_a_missing_figure_leaves_no_mean_that_would_pass_for_one(how):
     assert texts(details, "cable")[3] == "0.500"
     notes = notes_on(found, ["wood: it is gone"] if how != "without masks" else [])
     assert any("wood: it is gone" in note or "wood: no sPRO of structural" in note for note in notes)
-
-
-def test_a_seed_that_failed_is_left_out_and_counted():
-    found = on_loco(seeds=3)
-    del found._metrics[1, "pushpins", found.plan.pairs[0]]
-    contestant = found.plan.contestants[0]
-    assert found.of(found.plan.parts[2], contestant, "spro", "mean").seeds == 2
-    assert found.mean(contestant, "spro", "mean").seeds == 2
-    assert found.of(found.plan.parts[0], contestant, "spro", "mean").seeds == 3
 
 
 def test_ablations_have_both_beside_each_other_and_the_misprint_marked():
@@ -155,16 +152,13 @@ def test_other_data_has_no_printed_figures_and_the_notes_say_so():
     assert "board: not used: 1 image file (formats that are not read): test/bad/a.gif." in notes
 
 
-def test_the_papers_own_categories_are_said_to_be_taken_for_them():
+def test_the_notes_tell_the_papers_categories_and_every_difference_of_the_recipe():
     notes = " ".join(notes_on(on_loco(), []))
     assert "Taken for categories of MVTec LOCO AD by their names" in notes
     assert "NOT" not in notes
     assert "ours over the" not in notes
     assert "seed 0 alone, so no spread" in notes
     assert "Recipe: the paper's (teacher wide_resnet50_2, image size 256, epochs 200, batch size 16, lr 0.005" in notes
-
-
-def test_a_recipe_that_is_not_the_papers_is_told_in_full():
     recipe = TrainingOptions("lite", image_size=128, epochs=8, lr=0.01, precision="bf16")
     found = results("loco", [part("x", is_papers=False)], {(0, "x"): metrics(0.6, 0.4)}, recipe=recipe)
     notes = " ".join(notes_on(found, []))

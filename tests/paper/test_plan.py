@@ -25,26 +25,21 @@ def losses_of(contestant):
     )
 
 
-@pytest.mark.parametrize("experiment", ["loco", "mvtec-ad"])
-def test_a_data_set_needs_the_papers_method_alone(experiment):
-    (contestant,) = contestants_of(experiment, RECIPE, PAPER)
-    assert contestant.pair == Pair()
-    assert [student.options(RECIPE) for student in contestant.pair] == [RECIPE, RECIPE]
+def test_a_data_set_needs_the_papers_method_alone():
+    for experiment in ("loco", "mvtec-ad"):
+        (contestant,) = contestants_of(experiment, RECIPE, PAPER)
+        assert contestant.pair == Pair()
+        assert [student.options(RECIPE) for student in contestant.pair] == [RECIPE, RECIPE]
 
 
 def test_the_students_are_those_that_the_paper_prints():
     rows = contestants_of("ablation-students", RECIPE, PAPER)
     assert [losses_of(row) for row in rows] == [(record["local"], record["global"]) for record in PAPER["students"]]
     assert [row.printed for row in rows] == PAPER["students"]
-    assert rows[0].label == "local Pi"
-    assert rows[3].label == "global CA"
-    assert rows[6].label == "local Pi + global CA"
+    assert [rows[i].label for i in (0, 3, 6)] == ["local Pi", "global CA", "local Pi + global CA"]
     # The whole method, and one student with the other's loss for each.
-    assert {student.run for row in rows for student in row.pair} == {
-        "dskd",
-        "local-contextual-affinity",
-        "global-cosine",
-    }
+    runs = {student.run for row in rows for student in row.pair}
+    assert runs == {"dskd", "local-contextual-affinity", "global-cosine"}
 
 
 def test_the_losses_are_each_alone_and_in_pairs():
@@ -59,16 +54,12 @@ def test_the_losses_are_each_alone_and_in_pairs():
     assert {row.pair for row in rows.values()} == {row.pair for row in rows.values() if row.of == "combined"}
 
 
-def test_the_papers_condensing_blocks():
+def test_condensing_blocks_are_the_papers_or_in_proportion_for_another_teacher():
     rows = by_label("ablation-gccb")
     assert list(rows) == ["w/o GCCB", "g = 512", "g = 768", "g = 1024", "g = 1280", "g = 2048"]
-    gs = [row.pair.global_.options(RECIPE).gccb for row in rows.values()]
-    assert gs == [0, 512, 768, None, 1280, 2048]
+    assert [row.pair.global_.options(RECIPE).gccb for row in rows.values()] == [0, 512, 768, None, 1280, 2048]
     assert {row.pair.local for row in rows.values()} == {Student("local")}
     assert [row.printed["g"] for row in rows.values()] == [0, 512, 768, 1024, 1280, 2048]
-
-
-def test_condensing_blocks_are_in_proportion_for_another_teacher():
     recipe = TrainingOptions("lite")
     rows = by_label("ablation-gccb", recipe)
     # Its embedding has 2 x 672 channels.
@@ -102,28 +93,20 @@ def test_categories_are_those_of_the_data_in_the_papers_order(experiment, tmp_pa
         write_images(tmp_path / name / "test" / "good", 1)
     plan = make_plan(experiment, tmp_path, None, RECIPE, 1)
     first = ["bottle", "cable"] if experiment == "mvtec-ad" else ["breakfast_box", "juice_bottle"]
-    assert [part.name for part in plan.parts][:2] == first
+    assert [part.name for part in plan.parts][:2] == [part.name for part in plan.parts if part.is_papers] == first
     assert sorted(part.name for part in plan.parts) == sorted(names)
-    assert [part.name for part in plan.parts if part.is_papers] == first
     assert not any(part.is_synthetic for part in plan.parts)
     chosen = make_plan(experiment, tmp_path, ["zebra", first[1], "zebra"], RECIPE, 1)
     assert [part.name for part in chosen.parts] == [first[1], "zebra"]
+    expected = MVTEC_AD_CATEGORIES if experiment == "mvtec-ad" else tuple(PAPER["loco"]["categories"])
+    assert papers_categories(experiment, PAPER) == expected
 
 
-def test_all_of_a_data_sets_categories_are_the_papers():
-    assert papers_categories("mvtec-ad", PAPER) == MVTEC_AD_CATEGORIES
-    for experiment in EXPERIMENTS:
-        assert len(papers_categories(experiment, PAPER)) == (15 if experiment == "mvtec-ad" else 5)
-
-
-def test_the_synthetic_category_is_not_the_papers(data_root):
+def test_the_synthetic_category_is_not_the_papers_and_one_that_is_not_there_is_named(data_root):
     (part,) = make_plan("loco", data_root, None, RECIPE, 1).parts
     assert part.name in PAPER["loco"]["categories"]
     assert (part.is_synthetic, part.is_papers) == (True, False)
     assert part.label == "screw_bag (synthetic)"
-
-
-def test_a_category_that_is_not_there_is_named(data_root):
     with pytest.raises(UserError, match=r"no category pushpins in .*; choose among: screw_bag"):
         make_plan("loco", data_root, ["screw_bag", "pushpins"], RECIPE, 1)
 

@@ -3,12 +3,9 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -80,12 +77,8 @@ def out(first, tmp_path):
 
 
 @pytest.fixture
-def two_categories(data_root, tmp_path):
-    """The synthetic category, and one more that passes for LOCO's juice bottle."""
-    for name in ("screw_bag", "juice_bottle"):
-        shutil.copytree(data_root / "screw_bag", tmp_path / "two" / name)
-    (tmp_path / "two" / "juice_bottle" / MANIFEST).unlink()
-    return tmp_path / "two"
+def own_data(data_root, tmp_path):
+    return shutil.copytree(data_root, tmp_path / "own data")
 
 
 def state(folder):
@@ -199,7 +192,6 @@ def test_a_pair_has_the_maps_of_its_students_which_do_not_depend_on_the_others_l
 
 
 DAMAGES = {
-    "no metrics": lambda run, _: (run / "metrics.json").unlink(),
     "broken metrics": lambda run, _: (run / "metrics.json").write_text('{"auroc": '),
     "evaluate": lambda run, _: main(["evaluate", str(run), "--threshold", "0"]),
     "no scores": lambda run, _: (run / "scores.csv").unlink(),
@@ -215,13 +207,13 @@ def blank(file):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_figures_are_computed_again_only_if_they_are_of_something_else(out, run_in, two_categories, damage):
+def test_figures_are_computed_again_only_if_they_are_of_something_else(out, run_in, own_data, damage):
     before = state(out)
-    DAMAGES[damage](out / RUN, two_categories / "screw_bag")
-    outcome, _, sentences = run_in(out, "loco", data_root=two_categories, categories=["screw_bag"])
+    DAMAGES[damage](out / RUN, own_data / "screw_bag")
+    outcome, _, sentences = run_in(out, "loco", data_root=own_data)
     if damage == "content of a mask":
         (failure,) = outcome.failures
-        assert failure.startswith(f"screw_bag: the mask {two_categories / 'screw_bag' / MASK} is unusable")
+        assert failure.startswith(f"screw_bag: the mask {own_data / 'screw_bag' / MASK} is unusable")
         assert sentences.pop(1) == f"failed: {failure}"
         assert outcome.tables[1].rows[-1].cells[1].value is not None  # AUROC of logical anomalies
     else:
@@ -234,32 +226,25 @@ def test_figures_are_computed_again_only_if_they_are_of_something_else(out, run_
     assert any("no sPRO of logical anomalies" in note for note in outcome.notes) == ("mask" in damage)
 
 
-def test_stopped_or_killed_in_the_middle_it_goes_on(command, cli, monkeypatch, tmp_path):
+def test_stopped_or_killed_in_the_middle_it_goes_on(first, command, cli, fork, monkeypatch, tmp_path):
     out = tmp_path / "out"
-    command = [*command[:-1], "--epochs", "10", "--out"]
-    assert cli(*command, tmp_path / "undisturbed").code == 0
 
-    @contextlib.contextmanager
-    def stopping(title):
-        yield lambda _: signal.raise_signal(signal.SIGTERM) if "seed 1" in title else None, lambda _: None
+    def sending(number):
+        @contextlib.contextmanager
+        def progress(title):
+            yield lambda _: signal.raise_signal(number) if "seed 1" in title else None, lambda _: None
+
+        return progress
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands, "training_progress", stopping)
+        patch.setattr(commands, "training_progress", sending(signal.SIGTERM))
         code, _, err = cli(*command, out)
-    assert code == 128 + signal.SIGTERM
-    assert err == "dskd-fast: stopped and saved: the same command goes on from there\n"
-    finished = {name: found for name, found in state(out).items() if "seed-0" in name}
-    assert len(finished) >= 5
-
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "dskd_fast", *command, str(out)], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            assert any(line.startswith("screw_bag, dskd, seed 1: step") for line in process.stdout)
-        finally:
-            process.kill()
-    assert process.returncode == -signal.SIGKILL
+        assert code == 128 + signal.SIGTERM
+        assert err == "dskd-fast: stopped and saved: the same command goes on from there\n"
+        finished = {name: found for name, found in state(out).items() if "seed-0" in name}
+        assert len(finished) >= 5
+        patch.setattr(commands, "training_progress", sending(signal.SIGKILL))
+        assert fork(lambda: main([*command, str(out)]))() == -signal.SIGKILL
     assert not (out / "table-loco.txt").exists()
     assert not (out / RUNS / "dskd" / "seed-1" / "weights.safetensors").exists()
 
@@ -269,32 +254,38 @@ def test_stopped_or_killed_in_the_middle_it_goes_on(command, cli, monkeypatch, t
     assert "seed 0: evaluated" not in printed
     assert "screw_bag, dskd, seed 1: trained" in printed
     assert {name: found for name, found in state(out).items() if "seed-0" in name} == finished
-    assert (out / "table-loco.csv").read_bytes() == (tmp_path / "undisturbed" / "table-loco.csv").read_bytes()
+    assert (out / "table-loco.csv").read_bytes() == (first[0] / "table-loco.csv").read_bytes()
     assert [path for path in out.rglob(".*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("bad", ["train/good/001.png", "test/good/001.png", "test"])
-def test_a_bad_category_does_not_stop_the_others(out, command, cli, two_categories, tmp_path, bad):
-    bad = two_categories / "juice_bottle" / bad
-    good = bad.rename(tmp_path / "good")
-    if good.is_file():
-        bad.write_bytes(good.read_bytes()[:300])
-    command = [*command[:-1], "--data-root", two_categories, "--seeds", "1", "--out", out]
+def test_a_bad_category_does_not_stop_the_others(out, command, cli, own_data, tmp_path):
+    bad = {"breakfast_box": "test", "pushpins": "test/good/001.png", "juice_bottle": "train/good/001.png"}
+    for name, place in bad.items():
+        shutil.copytree(own_data / "screw_bag", own_data / name)
+        (own_data / name / MANIFEST).unlink()  # so that it passes for the paper's
+        good = (own_data / name / place).rename(tmp_path / name)
+        if good.is_file():
+            (own_data / name / place).write_bytes(good.read_bytes()[:300])
+    command = [*command[:-1], "--data-root", own_data, "--seeds", "1", "--out", out]
     code, printed, err = cli(*command)
-    assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith("dskd-fast: juice_bottle: ")
-    assert str(bad if good.is_file() else bad.parent) in err
+    assert code == 2
     assert "DSKD, here" in printed
     content = json.loads((out / "table-loco.json").read_text())
-    assert content["failures"] == [err.removeprefix("dskd-fast: ").strip()]
-    assert f"Failed: {content['failures'][0]}" in content["notes"]
+    assert content["failures"] == [line.removeprefix("dskd-fast: ") for line in err.splitlines()]
+    for failure, (name, place) in zip(content["failures"], bad.items(), strict=True):
+        assert failure.startswith(f"{name}: ")
+        assert str(own_data / name) in failure
+        assert place in failure
+        assert f"Failed: {failure}" in content["notes"]
     figures = content["tables"][0]["rows"][-1]["figures"]
     assert [column for column, cell in figures.items() if cell["value"] is not None] == ["screw_bag (synthetic)"]
-    good.replace(bad)
+    for name, place in bad.items():
+        (tmp_path / name).replace(own_data / name / place)
     code, printed, _ = cli(*command)
     assert code == 0
-    assert ("juice_bottle, dskd, seed 0: trained" in printed) == (bad.parent.parent.name != "test")
-    assert "juice_bottle, dskd, seed 0: evaluated" in printed
+    for name in bad:
+        assert f"{name}, dskd, seed 0: {'was trained before' if name == 'pushpins' else 'trained'}\n" in printed
+        assert f"{name}, dskd, seed 0: evaluated" in printed
 
 
 def test_a_training_that_fails_leaves_its_rows_empty(ablations, run_in, monkeypatch, tmp_path):
@@ -341,24 +332,13 @@ def test_another_recipe_does_not_replace_the_tables(first, run_in, recipe, diffe
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["--categories", "pushpins"], "no category pushpins"),
-        (["--data-root", "nowhere"], "nowhere does not exist"),
-        (["--teacher", "nonsense"], "no model 'nonsense'"),
-        (["--out", "file/out"], "cannot write"),
-    ],
+    [(["--categories", "pushpins"], "no category pushpins"), (["--out", "file"], "cannot write")],
 )
 def test_mistakes_are_one_sentence(cli_error, command, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     assert message in cli_error(*command, "out", *arguments)
-    assert not (tmp_path / "out" / "runs").exists()
-
-
-def test_seeds_are_a_number(cli):
-    code, _, err = cli("reproduce", "loco", "--seeds", "0")
-    assert code == 2
-    assert "argument --seeds" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_temperatures_are_plotted(out, run_in, monkeypatch):

@@ -1,57 +1,83 @@
-"""Training in several processes: the command line under torchrun, on the CPU."""
+"""Training in several processes, on the CPU: all but one test fork them, since importing PyTorch takes seconds."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 import dskd_fast.training.train as train_module
+from dskd_fast.cli import main
 from dskd_fast.data.layout import open_category
 from dskd_fast.files import load_tensors
+from dskd_fast.models import DSKD
 from dskd_fast.runs.folder import load_run
+from dskd_fast.training import distributed
 from dskd_fast.training.distributed import ALONE, Group, launched_as
 from dskd_fast.training.trainer import Trainer
 
-SCRIPT = Path(sys.executable).with_name("dskd-fast")
-GRADIENTS = Path(__file__).parent / "distributed_gradients.py"
 
+@pytest.fixture
+def in_two(fork, tmp_path):
+    """Does some work in two processes, as torchrun starts them: in_two(work) -> their exit codes, and what they say."""
 
-def torchrun(*command, **settings):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([*launcher, *map(str, command)], env=environment, **streams, **settings)
+    def run(work):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        ends, texts = [], [tmp_path / f"process {rank}.txt" for rank in range(2)]
+        for rank, text in enumerate(texts):
 
+            def child(rank=rank, text=text):
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+                os.environ["TORCHELASTIC_RUN_ID"] = "test"
+                with text.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                    return work()
 
-def finish(process):
-    try:
-        return process.communicate(timeout=240)
-    finally:
-        process.kill()
+            ends.append(fork(child))
+        return [end() for end in ends], [text.read_text() for text in texts]
 
-
-def wait_for_line(process, start):
-    assert any(line.startswith(start) for line in process.stdout)
+    return run
 
 
 @pytest.fixture
 def train(tiny_arguments, data_root):
+    """The command line of a training into a folder."""
+
     def arguments(out, *more):
-        return ["train", "--data-root", data_root / "screw_bag", *tiny_arguments, "--out", out, *more]
+        given = ["train", "--data-root", data_root / "screw_bag", *tiny_arguments, "--out", out, *more]
+        return [str(argument) for argument in given]
 
     return arguments
 
 
-def test_gradients_and_batch_norm_are_those_of_one_process(tmp_path, tiny_weights):
-    """Of a batch that cannot be shared equally."""
-    subprocess.run([sys.executable, GRADIENTS, tiny_weights, tmp_path], check=True, timeout=240)
+def step_of(group, options, weights, out):
+    """One training step on five fixed images, which cannot be shared equally; in float64."""
+    torch.manual_seed(group.rank)  # the first one's weights count
+    model = DSKD("test_resnet", image_size=64, gccb=8, teacher_weights=weights)
+    trainer = Trainer(model.double().to(memory_format=torch.channels_last), options, group)
+    batch = torch.rand(5, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    part = batch[group.share(5)].contiguous(memory_format=torch.channels_last)
+    trainer.step(part, group.size * len(part) / 5)
+    if group.is_first:
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        torch.save(found | {name: x for name, x in model.named_buffers() if "running" in name}, out)
+
+
+def test_gradients_and_batch_norm_are_those_of_one_process(in_two, tmp_path, tiny_weights, tiny_options):
+    def work():
+        with distributed.group(torch.device("cpu")) as group:
+            step_of(group, tiny_options(), tiny_weights, tmp_path / "two.pt")
+
+    assert in_two(work) == ([0, 0], ["", ""])
+    step_of(ALONE, tiny_options(), tiny_weights, tmp_path / "one.pt")
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert one.keys() == two.keys()
     assert sum("running" not in name for name in one) > 100
@@ -60,13 +86,13 @@ def test_gradients_and_batch_norm_are_those_of_one_process(tmp_path, tiny_weight
         assert (one[name] - two[name]).norm() <= 1e-9 * one[name].norm(), name
 
 
-def test_two_processes_train_what_one_trains(train, tmp_path, cli, below):
+def test_two_processes_train_what_one_trains(in_two, train, tmp_path, cli, below):
     recipe = ["--epochs", "2", "--lr", "0.0001", "--batch-size", "5"]
-    process = torchrun(*train(tmp_path / "two", *recipe))
-    out, err = finish(process)
-    assert process.returncode == 0, err
+    codes, (first, second) = in_two(lambda: main(train(tmp_path / "two", *recipe)))
+    assert codes == [0, 0]
     # Only the first of them speaks.
-    assert out.count("reading the images") == out.count("next: ") == 1
+    assert first.count("reading the images") == first.count("next: ") == 1
+    assert second == ""
     assert cli(*train(tmp_path / "one", *recipe)).code == 0
     assert below(tmp_path / "two") == below(tmp_path / "one")
     histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two")]
@@ -78,48 +104,58 @@ def test_two_processes_train_what_one_trains(train, tmp_path, cli, below):
     assert load_run(tmp_path / "two", "cpu")[0].calibration.threshold.n_images == 4
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_signal_to_one_stops_both_and_a_dead_one_leaves_no_other_behind(
+    in_two, train, tmp_path, cli, monkeypatch, killed
+):
+    original, steps = Trainer.step, []
+
+    def step(*arguments):
+        steps.append(1)
+        if len(steps) == 4 and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL if killed else signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    codes, (first, second) = in_two(lambda: main(train(tmp_path / "run", "--epochs", "9")))
+    assert second == ""
+    if killed:
+        assert codes == [1, -signal.SIGKILL]
+        assert "Traceback" not in first
+        assert not (tmp_path / "run").exists()
+        return
+    assert codes == [128 + signal.SIGTERM, 1]
+    assert first.count("stopped after step 4 of 27, in epoch 2, and saved: go on with") == 1
+    # One process goes on where two stopped.
+    assert cli("train", "--resume", tmp_path / "run", "--epochs", 2).code == 0
+    assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == 2
+
+
+def test_an_error_of_all_is_one_message(in_two, train, tmp_path):
+    codes, (first, second) = in_two(lambda: main(train(tmp_path / "run", "--batch-size", "11")))
+    assert codes == [2, 1]
+    assert "12 training images in batches of 11 leave a last batch of 1 for 2 processes" in first.splitlines()[-1]
+    assert second == ""
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
-def test_an_interrupted_group_saves_and_goes_on(train, tmp_path, cli):
-    process = torchrun(*train(tmp_path / "run", "--epochs", "100"), start_new_session=True)
-    try:
-        wait_for_line(process, "step")
-        # As a terminal does: the signal goes to all of them.
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
+def test_ctrl_c_under_torchrun_saves(train, tmp_path):
+    """As a terminal does: the signal goes to all of them, and torchrun passes it on once more."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, Path(sys.executable).with_name("dskd-fast"), *train(tmp_path / "run", "--epochs", "5")]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **streams) as process:
+        try:
+            assert any(line.startswith("step") for line in process.stdout)
+            os.killpg(process.pid, signal.SIGINT)
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode != 0
     assert err.count("go on with `dskd-fast train --resume") == 1
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.safetensors", "config.json"]
-    done = len(load_tensors(tmp_path / "run" / "checkpoint.safetensors")[1]["at"]["history"])
-    # One process goes on where two stopped.
-    assert cli("train", "--resume", tmp_path / "run", "--epochs", done + 1).code == 0
-    assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == done + 1
-
-
-@pytest.mark.slow
-def test_a_dead_worker_ends_the_training(train, tmp_path):
-    process = torchrun(*train(tmp_path / "run", "--epochs", "1000000"))
-    try:
-        wait_for_line(process, "reading")
-        workers = psutil.Process(process.pid).children()
-        next(worker for worker in workers if worker.environ()["RANK"] == "1").kill()
-        process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode != 0
-    _, alive = psutil.wait_procs(workers, timeout=60)
-    assert alive == []
-
-
-@pytest.mark.slow
-def test_an_error_of_all_is_one_message(train, tmp_path):
-    process = torchrun(*train(tmp_path / "run", "--batch-size", "11"))
-    _, err = finish(process)
-    assert process.returncode != 0
-    assert err.count("12 training images in batches of 11 leave a last batch of 1 for 2 processes") == 1
-    assert "cli/main.py" not in err  # torchrun has a traceback of its own
-    assert not (tmp_path / "run").exists()
+    assert load_tensors(tmp_path / "run" / "checkpoint.safetensors")
 
 
 @pytest.fixture
@@ -128,32 +164,29 @@ def all_categories(data_root, tiny_arguments, tmp_path):
     for name in ("a", "bad", "c"):
         shutil.copytree(data_root / "screw_bag", tmp_path / "data" / name)
     (tmp_path / "data" / "bad" / "train" / "good" / "000.png").write_text("no image")
-    return ["train", "--data-root", tmp_path / "data", "--all-categories", *tiny_arguments, "--out"]
+    return ["train", "--data-root", str(tmp_path / "data"), "--all-categories", *tiny_arguments, "--out"]
 
 
-@pytest.mark.slow
-def test_all_categories_are_shared_out(all_categories, tmp_path, cli, below):
-    """One that is bad ends neither its own process nor, through torchrun, the other's."""
-    process = torchrun(*all_categories, tmp_path / "shared")
-    out, err = finish(process)
-    assert process.returncode != 0
-    assert err.count("dskd-fast: ") == err.count("dskd-fast: bad: ") == 1
-    assert cli(*all_categories, tmp_path / "alone").code == 2
-    assert below(tmp_path / "shared") == below(tmp_path / "alone")
-    for name in ("a", "c"):
-        assert f"{name}: trained on 12 images" in out, err
-        shared, alone = ((tmp_path / run / name / "weights.safetensors").read_bytes() for run in ("shared", "alone"))
-        assert shared == alone
-
-
-def test_all_categories_one_after_the_other_go_on_where_they_were(all_categories, data_root, tmp_path, cli, cli_error):
-    command = [*all_categories, tmp_path / "all"]
+def test_all_categories_are_trained_but_the_bad_one_alone_and_shared_out(
+    in_two, all_categories, data_root, tmp_path, cli, cli_error, below
+):
+    """What is wrong with one ends neither its own process nor, through torchrun, the other's."""
+    codes, (first, second) = in_two(lambda: main([*all_categories, str(tmp_path / "shared")]))
+    assert codes == [2, 2]
+    assert "a: trained on 12 images" in first
+    assert "c: trained on 12 images" in first
+    assert (first + second).count("dskd-fast: ") == second.count("dskd-fast: bad: ") == 1
+    command = [*all_categories, tmp_path / "alone"]
     code, out, err = cli(*command)
     assert code == 2
-    # What is wrong with one category does not stop the others.
     assert err.startswith("dskd-fast: bad: ")
     assert err.count("\n") == 1
     assert "c: trained on 12 images" in out
+    assert below(tmp_path / "shared") == below(tmp_path / "alone")
+    for name in ("a", "c"):
+        shared, alone = ((tmp_path / run / name / "weights.safetensors").read_bytes() for run in ("shared", "alone"))
+        assert shared == alone
+    # Called again, it goes on where it was.
     shutil.copy(data_root / "screw_bag" / "train" / "good" / "000.png", tmp_path / "data" / "bad" / "train" / "good")
     code, out, err = cli(*command)
     assert (code, err) == (0, "")
@@ -174,7 +207,6 @@ def test_a_batch_is_shared_whole_and_nearly_equally(n, size):
 def test_without_torchrun_a_process_is_alone(monkeypatch):
     monkeypatch.setenv("RANK", "3")  # of some other launcher
     assert launched_as() == (0, 1)
-    assert ALONE.is_first
     assert ALONE.of_first("mine") == "mine"
     assert ALONE.agree(lambda: 5) == 5
 
