@@ -19,6 +19,7 @@ from dskd_fast.cli.display import (
     backends_table,
     console,
     counter,
+    messages,
     print_line,
     print_metrics,
     print_next,
@@ -102,11 +103,9 @@ def _resume(given: dict[str, Any], options: dict[str, Any]) -> int:
             f"{', '.join('--' + name.replace('_', '-') for name in ('data_root', *CHANGEABLE))} can be given"
         )
     device = options.get("device") or runs.read_options(folder, runs.read_config(folder))[0].device
-    with group(resolve_device(device)) as processes, training_progress() as (report, status):
+    with group(resolve_device(device)) as processes, training_progress() as report:
         console.quiet = not processes.is_first
-        detector = resume_run(
-            folder, options, data_root=given.get("data_root"), report=report, status=status, group=processes
-        )
+        detector = resume_run(folder, options, data_root=given.get("data_root"), report=report, group=processes)
         if processes.is_first:
             print_trained(folder, detector, runs.read_config(folder)["n_images"]["train"])
     category = find_category(folder, runs.read_config(folder), given.get("data_root"))
@@ -130,8 +129,8 @@ def _train_all(
                 category = open_named(name)
                 options = options_for(category)
                 use_gpu(resolve_device(options.device))
-                with training_progress(name) as (report, status):
-                    if ensure_run(out / name, category, options, holdout=holdout, report=report, status=status):
+                with training_progress(name) as report:
+                    if ensure_run(out / name, category, options, holdout=holdout, report=report):
                         print_line(f"{name}: trained on {len(category.train)} images, run in {out / name}")
                     else:
                         print_line(f"{name}: was trained before, run in {out / name}")
@@ -180,7 +179,7 @@ def predict(arguments: argparse.Namespace) -> int:
             arguments.out,
             threshold=threshold,
             save_maps=arguments.save_maps,
-            progress=lambda done, total: progress("predicting", done, total),
+            progress=progress,
         )
     print_predictions(predictions, threshold, arguments.out)
     return 1 if any(p.error is not None for p in predictions) else 0
@@ -281,17 +280,17 @@ def reproduce(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     recipe = TrainingOptions(**_options_in(given))
     try:
-        outcome = reproduce_table(
-            arguments.experiment,
-            given.get("data_root") or default_data_root(),
-            arguments.out,
-            recipe,
-            categories=given.get("categories"),
-            seeds=arguments.seeds,
-            training=training_progress,
-            evaluation=counter,
-            tell=print_line,
-        )
+        with messages():
+            outcome = reproduce_table(
+                arguments.experiment,
+                given.get("data_root") or default_data_root(),
+                arguments.out,
+                recipe,
+                categories=given.get("categories"),
+                seeds=arguments.seeds,
+                training=training_progress,
+                evaluation=counter,
+            )
     except TrainingStopped as stopped:
         raise TrainingStopped("stopped and saved: the same command goes on from there", stopped.signal) from None
     lines = to_text(outcome.tables, outcome.notes, console.width).splitlines()
@@ -315,8 +314,8 @@ def doctor(arguments: argparse.Namespace) -> int:
 def _train_into(
     out: Path, category: Category, options: TrainingOptions, holdout: float, processes: Group = ALONE
 ) -> None:
-    with training_progress() as (report, status):
-        detector = start_run(out, category, options, holdout=holdout, report=report, status=status, group=processes)
+    with training_progress() as report:
+        detector = start_run(out, category, options, holdout=holdout, report=report, group=processes)
     if processes.is_first:
         print_trained(out, detector, len(category.train))
 

@@ -1,5 +1,6 @@
 """What people see: progress bars, tables and sentences."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from dskd_fast.detection.detector import Detector, calibration_of
 from dskd_fast.detection.predict import Prediction
 from dskd_fast.files import in_shell, printable
 from dskd_fast.metrics.spro import FPR_LIMITS
-from dskd_fast.runs.history import Progress as TrainingState
+from dskd_fast.progress import Progress, log, silent
+from dskd_fast.runs.history import TrainingState
 from dskd_fast.training.distributed import is_launched
 
 if TYPE_CHECKING:
@@ -30,16 +32,34 @@ def print_line(text: str = "", style: str | None = None) -> None:
     console.print(printable(text), style=style)
 
 
+class _Printer(logging.Handler):
+    def __init__(self, prefix: str) -> None:
+        super().__init__(logging.INFO)
+        self.prefix = prefix
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_line(self.prefix + record.getMessage())
+
+
 @contextmanager
-def training_progress(title: str = "") -> Iterator[tuple[Callable[[TrainingState], None], Callable[[str], None]]]:
-    """Yields (report, status) for `train`: a bar on a terminal, a line now and then elsewhere.
+def messages(title: str = "") -> Iterator[None]:
+    """Print what the library logs, each line beginning with `title`; of nested calls the innermost prints."""
+    handlers, level = log.handlers, log.level
+    log.handlers = [_Printer(f"{title}: " if title else "")]
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.handlers = handlers
+        log.setLevel(level)
+
+
+@contextmanager
+def training_progress(title: str = "") -> Iterator[Callable[[TrainingState], None]]:
+    """Yields report for `train`: a bar on a terminal, a line now and then elsewhere.
 
     Several processes share one terminal: they write lines, which begin with `title`.
     """
-    prefix = f"{title}: " if title else ""
-
-    def status(text: str) -> None:
-        print_line(prefix + text)
 
     def losses_of(state: TrainingState) -> str:
         figures = [] if state.local_loss is None else [f"local {state.local_loss:.4f}"]
@@ -53,28 +73,22 @@ def training_progress(title: str = "") -> Iterator[tuple[Callable[[TrainingState
             nonlocal tenth
             if state.step * 10 // state.steps > tenth:
                 tenth = state.step * 10 // state.steps
-                status(f"step {state.step}/{state.steps}  epoch {state.epoch}  {losses_of(state)}")
+                log.info("step %d/%d  epoch %d  %s", state.step, state.steps, state.epoch, losses_of(state))
 
-        yield report_in_lines, status
+        with messages(title):
+            yield report_in_lines
         return
 
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as columns
 
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[losses]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
+    bar = columns.Progress(
+        columns.TextColumn("{task.description}", markup=False),
+        columns.BarColumn(),
+        columns.MofNCompleteColumn(),
+        columns.TextColumn("{task.fields[losses]}"),
+        columns.TimeElapsedColumn(),
+        columns.TextColumn("left"),
+        columns.TimeRemainingColumn(elapsed_when_finished=False),
         console=console,
     )
     task = None
@@ -85,24 +99,24 @@ def training_progress(title: str = "") -> Iterator[tuple[Callable[[TrainingState
             task = bar.add_task("training", total=state.steps, losses="")
         bar.update(task, completed=state.step, losses=losses_of(state), description=f"epoch {state.epoch}")
 
-    with bar:
-        yield report_in_bar, status
+    with messages(title), bar:
+        yield report_in_bar
 
 
 @contextmanager
-def counter(title: str) -> Iterator[Callable[[str, int, int], None]]:
+def counter(title: str) -> Iterator[Progress]:
     """Yields progress(stage, done, total): one bar, restarted for each stage; nothing where there is no terminal."""
     if not console.is_terminal:
-        yield lambda *_: None
+        yield silent
         return
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich import progress as columns
 
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+    bar = columns.Progress(
+        columns.TextColumn("{task.description}", markup=False),
+        columns.BarColumn(),
+        columns.MofNCompleteColumn(),
+        columns.TimeRemainingColumn(),
         console=console,
         transient=True,
     )

@@ -1,7 +1,7 @@
 """Images that are decoded and resized once and served in batches."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 
 from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import ImageError, read_image_and_peak, resize_square
+from dskd_fast.progress import Progress, silent
 
 # Pillow releases the interpreter lock while it decodes and resizes; more threads would only hold more native
 # images.
@@ -28,7 +29,7 @@ class ImageStore:
         size: side in pixels.
         memory_limit: bytes the resized images may take; 0 keeps none.
         bits: of values of more than 8 bits, see `dskd_fast.data.images.read_image`.
-        progress: called as ``progress(done, total)`` from the constructing thread after each decoded image.
+        progress: called after each decoded image, from the constructing thread.
 
     Attributes:
         paths: the image files.
@@ -50,7 +51,7 @@ class ImageStore:
         *,
         memory_limit: int = 2 * 2**30,
         bits: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress = silent,
     ):
         if size < 1:
             raise ValueError(f"size must be at least 1 pixel, not {size}")
@@ -92,7 +93,7 @@ class ImageStore:
         image, peak = read_image_and_peak(self.paths[index], bits=self.bits)
         return torch.from_numpy(resize_square(image, self.size)).permute(2, 0, 1), image.shape[:2], peak
 
-    def _decode_all(self, progress: Callable[[int, int], None] | None) -> list[tuple[tuple[int, int], int | None]]:
+    def _decode_all(self, progress: Progress) -> list[tuple[tuple[int, int], int | None]]:
         """Native size and peak of each image."""
 
         def decode(index: int) -> tuple[tuple[int, int], int | None] | ImageError:
@@ -114,8 +115,7 @@ class ImageStore:
                     failures.extend(result.failures)
                 else:
                     decoded.append(result)
-                if progress is not None:
-                    progress(done, len(self.paths))
+                progress("reading images", done, len(self.paths))
         if failures:
             raise ImageError(*failures)
         return decoded

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from dskd_fast.detection.overlay import full_colour, overlay
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.maps import save_map
+from dskd_fast.progress import Progress, silent
 
 # A batch for the networks ends where its photographs, held until they are drawn, take so many bytes. Large ones so go
 # through them singly, which costs less than to read them twice.
@@ -52,7 +53,7 @@ def predict(
     threshold: float | None,
     save_maps: bool = False,
     batch_size: int = 8,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    progress: Progress = silent,
 ) -> list[Prediction]:
     """Score images and write predictions.csv, predictions.jsonl and an overlay per image.
 
@@ -64,7 +65,7 @@ def predict(
         threshold: of the decisions; None makes none.
         save_maps: also write maps/NAME.tiff, float32 at the image's size.
         batch_size: images per pass.
-        progress: called as progress(done, total).
+        progress: called as progress(stage, done, total).
 
     Returns:
         One entry per image, in order. An image that cannot be read, or whose pictures cannot be written, has its
@@ -92,7 +93,7 @@ def predict(
         for start in range(0, len(named), batch_size):
             batch = named[start : start + batch_size]
             predictions += _predict_batch(detector, batch, out, threshold, save_maps)
-            progress(start + len(batch), len(named))
+            progress("predicting", start + len(batch), len(named))
     finally:
         # Also when interrupted: what has been scored should not have to be scored again.
         others += _left_over(earlier, out, predictions, others)

@@ -1,7 +1,7 @@
 """Evaluation on a category's test images: AUROC, sPRO, and the decisions at the run's threshold."""
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from dskd_fast.detection.inputs import check_batch_size
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.metrics.maps import ScoredMap, save_map, score_maps
+from dskd_fast.progress import Progress, silent
 
 
 class ScoredImages(NamedTuple):
@@ -49,7 +50,7 @@ def evaluate(
     batch_size: int = 16,
     save_maps: Path | None = None,
     scores_file: Path | None = None,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Score every test image, and the maps where there are masks.
 
@@ -64,7 +65,7 @@ def evaluate(
 
     Returns:
         "category"; "auroc", "spro", "spro_at" as `dskd_fast.metrics.maps.score_maps` gives them, for the combined maps
-        and again under "local" and "global" for each student alone (None for one that there is not); "n_images" per
+        and again under "local" and "global" for each student alone (None for a missing one); "n_images" per
         kind; "decisions" per kind: how many images were called anomalous at "threshold"; "suspects" per kind: how many
         were called suspect instead, whose scores count in the figures like all others; "absent": why a figure is None;
         "warnings": what makes the figures doubtful; "bad_masks": a sentence for each mask that cannot be used, which
@@ -107,9 +108,7 @@ def evaluate(
     return result
 
 
-def score_images(
-    detector: Detector, category: Category, batch_size: int, progress: Callable[[str, int, int], None]
-) -> ScoredImages:
+def score_images(detector: Detector, category: Category, batch_size: int, progress: Progress) -> ScoredImages:
     """Maps and scores of every test image, from which all figures are made.
 
     Raises:
@@ -123,7 +122,7 @@ def score_images(
         [item.path for item in category.test],
         detector.model.image_size,
         bits=detector.bits,
-        progress=lambda done, total: progress("reading images", done, total),
+        progress=progress,
     )
     maps = _all_maps(detector, images, batch_size, progress)
     scores = {variant: detector.image_scores(found) for variant, found in maps.existing.items()}
@@ -135,7 +134,7 @@ def scored_maps(
     truth: GroundTruth,
     test: ScoredImages,
     variant: Variant,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> Iterator[ScoredMap]:
     """The maps of one variant at native size, one at a time, as `score_maps` takes them."""
     maps = test.maps.existing[variant]
@@ -190,13 +189,11 @@ def _warnings(category: Category) -> list[str]:
     first = found[0].relative_to(category.root).as_posix()
     return [
         f"copies of training or validation images among the {len(category.test)} test images: {len(found)}, such as "
-        f"{first}; they tell little of new images, so take them out"
+        f"{first}; they say little about new images, so take them out"
     ]
 
 
-def _all_maps(
-    detector: Detector, images: ImageStore, batch_size: int, progress: Callable[[str, int, int], None]
-) -> Maps:
+def _all_maps(detector: Detector, images: ImageStore, batch_size: int, progress: Progress) -> Maps:
     shape = len(images), detector.model.image_size, detector.model.image_size
     students = detector.model.students
     maps = Maps(

@@ -43,6 +43,7 @@ from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.auroc import roc_curve
 from dskd_fast.metrics.maps import score_maps
 from dskd_fast.metrics.spro import SPRO
+from dskd_fast.progress import Progress, silent
 from dskd_fast.runs.folder import find_category, load_run, read_finished
 from dskd_fast.runs.options import TrainingOptions
 
@@ -77,7 +78,7 @@ def write_report(
     threshold: float | None = None,
     data_root: Path | None = None,
     device: str = "auto",
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = silent,
     remark: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Path:
     """Score the test images of runs and write the page.
@@ -105,17 +106,17 @@ def write_report(
     images: dict[Any, dict[str, Any]] = {}
     many_categories = len({source.category.name for source in sources}) > 1
     for number, source in enumerate(sources):
-        told = f"{source.name}: " if len(sources) > 1 else ""
+        title = f"{source.name}: " if len(sources) > 1 else ""
 
-        def tell(stage: str, done: int, total: int, told: str = told) -> None:
-            progress(told + stage, done, total)
+        def titled(stage: str, done: int, total: int, title: str = title) -> None:
+            progress(title + stage, done, total)
 
         detector, options, config = load_run(source.folder, device)
         decided = threshold_of(detector, threshold)
         category = source.category
-        test = score_images(detector, category, options.batch_size, tell)
+        test = score_images(detector, category, options.batch_size, titled)
         truth = GroundTruth(category)
-        runs.append(_describe_run(source, truth, detector, options, config, test, decided, tell))
+        runs.append(_describe_run(source, truth, detector, options, config, test, decided, titled))
         remark(remarks(category, truth))
         for i, item in enumerate(category.test):
             # Runs with the same images share their photographs.
@@ -129,7 +130,7 @@ def write_report(
                     "runs": [None] * len(sources),
                 }
             images[key]["runs"][number] = _describe_result(detector, test, i, decided)
-            tell("drawing", i + 1, len(category.test))
+            titled("drawing", i + 1, len(category.test))
     page = render(
         {
             "version": dskd_fast.__version__,
@@ -197,7 +198,7 @@ def _describe_run(
     config: dict[str, Any],
     test: ScoredImages,
     threshold: float | None,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> dict[str, Any]:
     kinds = np.array([item.kind for item in source.category.test])
     decisions = test.decisions(threshold)
@@ -232,7 +233,7 @@ def _describe_variant(
     variant: Variant,
     kinds: NDArray[np.str_],
     threshold: float | None,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> dict[str, Any]:
     spro = SPRO()
     figures = score_maps(scored_maps(detector, truth, test, variant, progress), spro)

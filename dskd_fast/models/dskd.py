@@ -29,7 +29,7 @@ def branches_of(students: str) -> tuple[Branch, ...]:
 
 
 class Features(NamedTuple):
-    """Feature maps of one batch, three per network, finest first; None for a student that there is not."""
+    """Feature maps of one batch, three per network, finest first; None for a missing student."""
 
     teacher: list[Tensor]
     local_student: list[Tensor] | None
@@ -183,7 +183,7 @@ class DSKD(nn.Module):
             align_corners: of the upsampling, on which the paper is silent.
 
         Returns:
-            Local map and global map, each (B, S, S), float32; None for a student that there is not.
+            Local map and global map, each (B, S, S), float32; None for a missing student.
 
         Raises:
             TypeError: `images` is no tensor.

@@ -12,7 +12,7 @@ from dskd_fast.runs.options import TrainingOptions
 FIGURES = ("structural", "logical", "mean")
 MEASURES = {"auroc": "AUROC", "spro": "sPRO@0.05"}
 
-# What is told of a recipe. Where it runs, and what differs between the trainings of a table, are no part of it.
+# What is said of a recipe. Where it runs, and what differs between the trainings of a table, are no part of it.
 _RECIPE = ("teacher", "image_size", "epochs", "batch_size", "lr", "schedule", "precision")
 
 
@@ -114,7 +114,9 @@ def _printed(record: dict[str, Any], figures: Sequence[tuple[str, str | None]]) 
 
     def remark(measure: str, which: str | None) -> str | None:
         misprint = record.get("misprint")
-        return misprint["told"] if misprint and (misprint["measure"], misprint["figure"]) == (measure, which) else None
+        if misprint is None or (misprint["measure"], misprint["figure"]) != (measure, which):
+            return None
+        return misprint["remark"]
 
     return [Cell(record.get(measure, {}).get(which), remark=remark(measure, which)) for measure, which in figures]
 
@@ -184,7 +186,7 @@ def notes_on(results: Results, failures: Sequence[str]) -> list[str]:
 
 def _notes_on_data(plan: Plan) -> list[str]:
     others = [part for part in plan.parts if not part.is_papers]
-    notes = [f"Run here: {plan.data_root.absolute()}: {'; '.join(map(_told, plan.parts))}."]
+    notes = [f"Run here: {plan.data_root.absolute()}: {'; '.join(map(_describe, plan.parts))}."]
     if len(others) == len(plan.parts):
         notes.append(f"{plan.data_set} was NOT run here: the paper's figures are of other images than ours.")
     elif others:
@@ -199,7 +201,7 @@ def _notes_on_data(plan: Plan) -> list[str]:
         )
     for part in plan.parts:
         if part.category is not None:
-            notes += [f"{part.label}: {told}." for told in unused_sentences(part.category.unused_summary)]
+            notes += [f"{part.label}: {sentence}." for sentence in unused_sentences(part.category.unused_summary)]
     seeds = f"mean ± sample standard deviation over the seeds 0 to {plan.seeds - 1}"
     notes.append(f"Ours: {seeds if plan.seeds > 1 else 'seed 0 alone, so no spread'}.")
     if any(part.category is not None and not part.category.validation for part in plan.parts):
@@ -207,7 +209,7 @@ def _notes_on_data(plan: Plan) -> list[str]:
     return notes
 
 
-def _told(part: Part) -> str:
+def _describe(part: Part) -> str:
     if part.category is None:
         return f"{part.label}, which failed"
     counts = {split.removeprefix("test/"): n for split, n in part.category.n_images.items()}
@@ -221,12 +223,12 @@ def _recipe(recipe: TrainingOptions) -> str:
     papers = TrainingOptions(DEFAULT_TEACHER)
     others = [name for name in _RECIPE if getattr(recipe, name) != getattr(papers, name)]
 
-    def told(options: TrainingOptions, names: Sequence[str]) -> str:
+    def settings(options: TrainingOptions, names: Sequence[str]) -> str:
         return ", ".join(f"{name.replace('_', ' ')} {getattr(options, name)}" for name in names)
 
     if not others:
-        return f"Recipe: the paper's ({told(papers, _RECIPE)}); what it leaves open, as augmentation, is ours."
-    return f"Recipe here: {told(recipe, others)}. That is NOT the paper's, which has {told(papers, others)}."
+        return f"Recipe: the paper's ({settings(papers, _RECIPE)}); what it leaves open, as augmentation, is ours."
+    return f"Recipe here: {settings(recipe, others)}. That is NOT the paper's, which has {settings(papers, others)}."
 
 
 def _notes_on_experiment(plan: Plan) -> list[str]:
@@ -243,13 +245,13 @@ def _notes_on_experiment(plan: Plan) -> list[str]:
         "trainings."
     )
     if plan.experiment == "ablation-gccb":
-        told = "The paper prints the mean alone."
+        remark = "The paper prints the mean alone."
         if plan.recipe.teacher != DEFAULT_TEACHER:
-            told += (
+            remark += (
                 f" Its g is out of {EMBEDDING} channels; here it is in the same proportion to the channels that the "
                 f"teacher {plan.recipe.teacher} gives."
             )
-        return [told, together]
+        return [remark, together]
     if plan.experiment == "ablation-temperature":
         return [f"{plan.paper['temperature']}.", together]
     return [

@@ -175,7 +175,7 @@ def contestants_of(experiment: str, recipe: TrainingOptions, paper: dict[str, An
 
 
 def _with_losses(local: str | None, global_: str | None, record: dict[str, Any] | None) -> Contestant:
-    told = [f"{name} {_SYMBOLS[loss]}" for name, loss in (("local", local), ("global", global_)) if loss]
+    names = [f"{name} {_SYMBOLS[loss]}" for name, loss in (("local", local), ("global", global_)) if loss]
     # A student alone has its figures from its pair with one of the same loss, which both tables have.
     losses = {"local": local or global_, "global": global_ or local}
     pair = Pair(
@@ -183,7 +183,7 @@ def _with_losses(local: str | None, global_: str | None, record: dict[str, Any] 
         Student("global") if losses["global"] == _GLOBAL_LOSS else Student("global", "global_loss", losses["global"]),
     )
     of: Variant = "combined" if local and global_ else "local" if local else "global"
-    return Contestant(" + ".join(told), pair, of, record)
+    return Contestant(" + ".join(names), pair, of, record)
 
 
 def _condensing(record: dict[str, Any], recipe: TrainingOptions) -> Contestant:

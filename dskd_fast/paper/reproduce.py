@@ -44,15 +44,16 @@ from dskd_fast.paper.comparison import FIGURES, MEASURES, Results, notes_on, tab
 from dskd_fast.paper.figures import draw_examples, plot_temperatures, stack
 from dskd_fast.paper.plan import HOLDOUT, TEMPERATURES, Pair, Part, Plan, Student, make_plan
 from dskd_fast.paper.tables import Table, to_csv, to_json, to_markdown, to_text
+from dskd_fast.progress import Progress, log, silent
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.options import TrainingOptions
-from dskd_fast.training.session import Report, Status, ensure_run
+from dskd_fast.training.session import Report, ensure_run
 
 _TEXT_WIDTH = 80
 
 # Contexts in which a training or an evaluation with a title shows how far it is.
-TrainingDisplay = Callable[[str], AbstractContextManager[tuple[Report, Status]]]
-EvaluationDisplay = Callable[[str], AbstractContextManager[Callable[[str, int, int], None]]]
+TrainingDisplay = Callable[[str], AbstractContextManager[Report]]
+EvaluationDisplay = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,8 @@ def reproduce(
     *,
     categories: Sequence[str] | None = None,
     seeds: int = 3,
-    training: TrainingDisplay = lambda _: contextlib.nullcontext((lambda _: None, lambda _: None)),
-    evaluation: EvaluationDisplay = lambda _: contextlib.nullcontext(lambda *_: None),
-    tell: Callable[[str], None] = lambda _: None,
+    training: TrainingDisplay = lambda _: contextlib.nullcontext(lambda _: None),
+    evaluation: EvaluationDisplay = lambda _: contextlib.nullcontext(silent),
 ) -> Outcome:
     """Train and evaluate what an experiment needs and is not there yet, then write its tables and figures.
 
@@ -86,8 +86,7 @@ def reproduce(
         recipe: of all trainings; seed and augmentation are set for each.
         categories: names; None takes all of the data root.
         seeds: how often each is trained, with the seeds 0, 1, ...
-        training, evaluation: called with a title; see above.
-        tell: called with a sentence when something is done or has failed.
+        training, evaluation: called with a title; see above. What is done or has failed goes to the logger "dskd_fast".
 
     Raises:
         UserError: before anything is trained: data, options or an `out` that do not fit, weights that cannot be had.
@@ -99,7 +98,7 @@ def reproduce(
     plan = make_plan(experiment, data_root, categories, recipe, seeds)
     recipe_file, record = out / "recipe.json", _record_of(recipe)
     _check_recipe(recipe_file, record)
-    work = _Work(plan, out, training, evaluation, tell)
+    work = _Work(plan, out, training, evaluation)
     work.check_networks()
     runs.write_json(recipe_file, record)
     for seed in range(seeds):
@@ -154,7 +153,6 @@ class _Work:
         out: Path,
         training: TrainingDisplay,
         evaluation: EvaluationDisplay,
-        tell: Callable[[str], None],
     ) -> None:
         self.plan = plan
         self.out = out
@@ -162,7 +160,6 @@ class _Work:
         self.failures: list[str] = []
         self._training = training
         self._evaluation = evaluation
-        self._tell = tell
         self._trained: set[Path] = set()
 
     def check_networks(self) -> None:
@@ -212,7 +209,7 @@ class _Work:
     def _fail(self, sentence: str) -> None:
         if sentence not in self.failures:
             self.failures.append(sentence)
-            self._tell(f"failed: {sentence}")
+            log.error("failed: %s", sentence)
 
     def _run(self, part: Part, student: Student, seed: int) -> Path:
         return self.out / "runs" / part.name / student.run / f"seed-{seed}"
@@ -228,12 +225,10 @@ class _Work:
         folder = self._run(part, student, recipe.seed)
         if folder in self._trained:
             return
-        with self._training(title) as (report, status):
-            is_new = ensure_run(
-                folder, part.category, student.options(recipe), holdout=HOLDOUT, report=report, status=status
-            )
+        with self._training(title) as report:
+            is_new = ensure_run(folder, part.category, student.options(recipe), holdout=HOLDOUT, report=report)
         self._trained.add(folder)
-        self._tell(f"{title}: {'trained' if is_new else 'was trained before'}")
+        log.info("%s: %s", title, "trained" if is_new else "was trained before")
 
     def _evaluate(self, title: str, part: Part, pair: Pair, recipe: TrainingOptions) -> None:
         assert part.category is not None  # see `do`
@@ -260,7 +255,7 @@ class _Work:
         metrics["evaluated"] = fingerprint
         runs.write_json(place / runs.METRICS, metrics)
         self._keep(part, pair, recipe.seed, metrics)
-        self._tell(f"{title}: evaluated")
+        log.info("%s: evaluated", title)
 
     def _keep(self, part: Part, pair: Pair, seed: int, metrics: dict[str, Any]) -> None:
         self.metrics[seed, part.name, pair] = metrics
@@ -352,8 +347,8 @@ def _medians(category: Category, scores_file: Path) -> Iterator[tuple[int, float
 def _plot(path: Path, results: Results) -> list[Path]:
     contestants = results.plan.contestants
     figures = {
-        told: {kind: [results.mean(contestant, measure, kind) for contestant in contestants] for kind in FIGURES}
-        for measure, told in reversed(MEASURES.items())
+        title: {kind: [results.mean(contestant, measure, kind) for contestant in contestants] for kind in FIGURES}
+        for measure, title in reversed(MEASURES.items())
     }
     return plot_temperatures(path, TEMPERATURES, figures, ", ".join(part.label for part in results.plan.parts))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch's mean losses and speed; the loss of a student that there is not is None."""
+    """One epoch's mean losses and speed; the loss of a missing student is None."""
 
     local_loss: float | None
     global_loss: float | None
@@ -13,8 +13,8 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """State after a step, for a progress bar."""
+class TrainingState:
+    """After a step, for a progress bar."""
 
     step: int
     steps: int

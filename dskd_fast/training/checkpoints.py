@@ -141,7 +141,7 @@ class Checkpoints:
                 "another place"
             )
 
-    def told(self) -> str:
+    def last_saved(self) -> str:
         """What to add to the news of a failure."""
         kept = self.path is not None and self.path.exists()
         return f" (the last good state is kept in {self.path})" if kept else ""

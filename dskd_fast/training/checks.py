@@ -56,7 +56,7 @@ def warning_on_copies(category: Category) -> str | None:
 def is_sound(model: DSKD, images: torch.Tensor) -> bool:
     """Whether the students still give finite features, so that their state is worth keeping.
 
-    The loss of the step just taken does not tell: it was computed before the weights changed.
+    The loss of the step just taken does not show it: it was computed before the weights changed.
     """
     model.eval()
     with torch.inference_mode(), numerics("fp32", images.device):
@@ -93,12 +93,12 @@ def clear_errors(options: TrainingOptions, group: Group) -> Iterator[None]:
         if is_out_of_memory(error):
             size = options.batch_size
             smaller = f"--batch-size {size // 2}" if size > 1 else "a smaller --image-size"
-            told = f"the memory is too small for a training step with batches of {size}: try {smaller}"
+            message = f"the memory is too small for a training step with batches of {size}: try {smaller}"
         elif options.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            told = f"torch.compile cannot compile the training here ({reason}): leave --compile out"
+            message = f"torch.compile cannot compile the training here ({reason}): leave --compile out"
         else:
             raise
-        raise UserError(told) from None
+        raise UserError(message) from None
 
 
 def grown_loss(first: Epoch, last: Epoch) -> str | None:

@@ -10,15 +10,15 @@ from typing import Any
 from dskd_fast.data.category import Category, unused_sentences
 from dskd_fast.detection.detector import Detector
 from dskd_fast.errors import UserError
+from dskd_fast.progress import log
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.folder import find_category
-from dskd_fast.runs.history import Progress
+from dskd_fast.runs.history import TrainingState
 from dskd_fast.runs.options import CHANGEABLE, TrainingOptions
 from dskd_fast.training.distributed import ALONE, Group
 from dskd_fast.training.train import train
 
-Report = Callable[[Progress], None]
-Status = Callable[[str], None]
+Report = Callable[[TrainingState], None]
 
 
 def start_run(
@@ -28,14 +28,13 @@ def start_run(
     *,
     holdout: float,
     report: Report = lambda _: None,
-    status: Status = lambda _: None,
     group: Group = ALONE,
 ) -> Detector:
     """Train into a new run folder.
 
     Args:
         folder: must not exist, or be empty.
-        category, options, report, status, group: see `dskd_fast.training.train.train`, whose errors it raises.
+        category, options, report, group: see `dskd_fast.training.train.train`, whose errors it raises.
         holdout: the share of training images with which `category` was opened.
     """
     with contextlib.ExitStack() as stack:
@@ -46,7 +45,7 @@ def start_run(
                 runs.begin_run(folder, options, category, holdout)
 
         group.agree(claim)
-        return _train_and_save(folder, category, options, report, status, group)
+        return _train_and_save(folder, category, options, report, group)
 
 
 def resume_run(
@@ -55,7 +54,6 @@ def resume_run(
     *,
     data_root: Path | None = None,
     report: Report = lambda _: None,
-    status: Status = lambda _: None,
     group: Group = ALONE,
 ) -> Detector:
     """Go on with a training that was killed, stopped or failed, as if nothing had happened.
@@ -64,7 +62,7 @@ def resume_run(
         folder: of the run.
         changes: options to change from here on, of `CHANGEABLE`; config.json lists them.
         data_root: where the data is now.
-        report, status, group: see `dskd_fast.training.train.train`, whose errors it raises.
+        report, group: see `dskd_fast.training.train.train`, whose errors it raises.
 
     Raises:
         UserError: the training has finished, the images are others by name or content, or an option cannot be changed.
@@ -82,7 +80,7 @@ def resume_run(
                 stack.enter_context(runs.claimed(folder, is_new=False))
             options, holdout = runs.read_options(folder, config)
             category = find_category(folder, config, data_root, holdout=holdout, seed=options.seed)
-            if not _has_same_images(folder, config, category, status):
+            if not _has_same_images(folder, config, category):
                 raise UserError(
                     f"the training and validation images in {category.root} are not those with which {folder} began "
                     f"({_count(config['n_images'])} then, {_count(category.n_images)} now; names and contents are "
@@ -109,7 +107,7 @@ def resume_run(
             return category, options
 
         category, options = group.agree(claim)
-        return _train_and_save(folder, category, options, report, status, group)
+        return _train_and_save(folder, category, options, report, group)
 
 
 def ensure_run(
@@ -119,7 +117,6 @@ def ensure_run(
     *,
     holdout: float,
     report: Report = lambda _: None,
-    status: Status = lambda _: None,
 ) -> bool:
     """Have a finished run: start it, go on with it, or find that it is there. True unless it was there.
 
@@ -127,7 +124,7 @@ def ensure_run(
         UserError: the folder holds a run with other options or images, which are compared by name and content.
     """
     if not (folder / runs.CONFIG).exists():
-        start_run(folder, category, options, holdout=holdout, report=report, status=status)
+        start_run(folder, category, options, holdout=holdout, report=report)
         return True
     config = runs.read_config(folder)
     there, _ = runs.read_options(folder, config)
@@ -142,32 +139,33 @@ def ensure_run(
             f"{folder} holds a run with {others[0]} {getattr(there, others[0])!r}, not "
             f"{getattr(options, others[0])!r}: choose another folder, or move it away"
         )
-    if not _has_same_images(folder, config, category, status):
+    if not _has_same_images(folder, config, category):
         raise UserError(f"{folder} was trained on other images than {category.root} has: move it away to train again")
     if runs.is_finished(folder):
         return False
-    resume_run(folder, data_root=category.root, report=report, status=status)
+    resume_run(folder, data_root=category.root, report=report)
     return True
 
 
-def _has_same_images(folder: Path, config: dict[str, Any], category: Category, status: Status) -> bool:
+def _has_same_images(folder: Path, config: dict[str, Any], category: Category) -> bool:
     """Whether a category has the images of a run, as well as the run's config.json can tell."""
     recorded = config.get("images")
     if isinstance(recorded, str) and ":" not in recorded:
-        status(
-            f"{folder} was begun by an earlier version, which recorded names and sizes of the images alone: other "
-            "contents would not be noticed"
+        log.warning(
+            "%s was begun by an earlier version, which recorded names and sizes of the images alone: other contents "
+            "would not be noticed",
+            folder,
         )
         return category.names_and_sizes == recorded
     return category.fingerprint == recorded
 
 
 def _train_and_save(
-    folder: Path, category: Category, options: TrainingOptions, report: Report, status: Status, group: Group
+    folder: Path, category: Category, options: TrainingOptions, report: Report, group: Group
 ) -> Detector:
     for sentence in unused_sentences(category.unused_summary):
-        status(sentence)
-    detector, history = train(category, options, report, status, checkpoint=folder / runs.CHECKPOINT, group=group)
+        log.warning(sentence)
+    detector, history = train(category, options, report, checkpoint=folder / runs.CHECKPOINT, group=group)
     if group.is_first:
         runs.save_run(folder, detector, options, history)
     return detector

@@ -21,7 +21,8 @@ from dskd_fast.device import (
 )
 from dskd_fast.errors import PeerFailed, TrainingStopped, UserError
 from dskd_fast.models import DSKD
-from dskd_fast.runs.history import Epoch, Progress
+from dskd_fast.progress import log
+from dskd_fast.runs.history import Epoch, TrainingState
 from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.checkpoints import Checkpoints, Position, owners, stopping_signal
 from dskd_fast.training.checks import (
@@ -39,8 +40,7 @@ from dskd_fast.training.trainer import Trainer
 def train(
     category: Category,
     options: TrainingOptions,
-    report: Callable[[Progress], None] = lambda _: None,
-    status: Callable[[str], None] = lambda _: None,
+    report: Callable[[TrainingState], None] = lambda _: None,
     *,
     checkpoint: Path | None = None,
     group: Group = ALONE,
@@ -50,8 +50,7 @@ def train(
     Args:
         category: from `dskd_fast.data.layout.open_category`.
         options: the recipe.
-        report: called after every step.
-        status: called with a sentence when a stage starts.
+        report: called after every step. Stages and warnings go to the logger "dskd_fast".
         checkpoint: file in a run folder that keeps the state of the training, rewritten now and then, and from which
             it goes on if it is there. SIGINT and SIGTERM then end the training after the step it is in.
         group: the processes that train together. Each takes its part of every batch; the result is the one of a single
@@ -73,11 +72,11 @@ def train(
     if device.type == "cpu":
         keep_freed_memory()
     if options.precision == "bf16" and not has_fast_bf16(device):
-        status("this processor has no bf16 multiplication: in fp32 the training would be faster")
+        log.warning("this processor has no bf16 multiplication: in fp32 the training would be faster")
 
     def prepare() -> tuple[DSKD, ImageStore, Checkpoints]:
         checkpoints = Checkpoints(checkpoint, *owners(category, options))
-        status(f"building the networks with the teacher {options.teacher}")
+        log.info("building the networks with the teacher %s", options.teacher)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             model = options.networks(pretrained=checkpoints.found is None)
@@ -85,10 +84,11 @@ def train(
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_batches(model, len(category.train), options, group)
         checkpoints.check_room(model)
-        status(f"reading the images: {len(category.train)} to train on, {len(category.validation)} to validate with")
+        n_train, n_validation = len(category.train), len(category.validation)
+        log.info("reading the images: %d to train on, %d to validate with", n_train, n_validation)
         images = ImageStore([*category.train, *category.validation], options.image_size, bits=options.bits)
         if (notice := notice_on_bits(images.peaks, options.bits)) is not None:
-            status(notice)
+            log.warning(notice)
         return model, images, checkpoints
 
     model, images, checkpoints = group.agree(prepare)
@@ -100,14 +100,14 @@ def train(
     detector = Detector(model.eval(), options.scoring, bits=options.bits)
     if group.is_first:
         source: Literal["validation", "train"] = "validation" if validation_indices else "train"
-        status(f"calibrating on the {source} images")
+        log.info("calibrating on the %s images", source)
         batches = Batches(images, validation_indices or train_indices, options.batch_size)
         detector.calibrate(batches, source, images.exposures)
         calibration = calibration_of(detector)
         if (copied := warning_on_copies(category)) is not None:
             calibration.warnings.append(copied)
         for warning in calibration.warnings:
-            status(f"warning: {warning}")
+            log.warning("warning: %s", warning)
     return detector, history
 
 
@@ -116,7 +116,7 @@ def _fit(
     images: ImageStore,
     indices: list[int],
     options: TrainingOptions,
-    report: Callable[[Progress], None],
+    report: Callable[[TrainingState], None],
     checkpoints: Checkpoints,
     group: Group,
     signal_number: Callable[[], int],
@@ -140,9 +140,9 @@ def _fit(
         return {"local_loss": by_name.get("local"), "global_loss": by_name.get("global")}
 
     def diverged(what: str) -> UserError:
-        step = math.ceil(at.seen / options.batch_size)
+        where = f"epoch {len(at.history) + 1}, step {math.ceil(at.seen / options.batch_size)}{checkpoints.last_saved()}"
         return UserError(
-            f"{what} at epoch {len(at.history) + 1}, step {step}{checkpoints.told()}: lower --lr (now {options.lr:g})"
+            f"{what} at {where}: lower --lr (now {options.lr:g})"
             + (" or use --precision fp32" if options.precision != "fp32" else "")
         )
 
@@ -168,7 +168,7 @@ def _fit(
             at.seconds = time.perf_counter() - started
             steps_done = len(at.history) * steps_per_epoch + math.ceil(at.seen / options.batch_size)
             report(
-                Progress(
+                TrainingState(
                     steps_done,
                     options.epochs * steps_per_epoch,
                     len(at.history) + 1,

@@ -6,7 +6,8 @@ from rich.console import Console
 
 import dskd_fast.cli.display as display
 from dskd_fast.cli.display import counter, results_table, training_progress
-from dskd_fast.runs.history import Progress
+from dskd_fast.progress import log
+from dskd_fast.runs.history import TrainingState
 
 LIMITS = ("0.01", "0.05", "0.1", "0.3", "1.0")
 
@@ -74,14 +75,14 @@ def test_an_absent_figure_is_a_dash_and_hides_no_other(screen):
 
 
 def states(steps):
-    return [Progress(step, steps, 1 + step // 50, 0.5 / step, 0.25 / step, 31.5) for step in range(1, steps + 1)]
+    return [TrainingState(step, steps, 1 + step // 50, 0.5 / step, 0.25 / step, 31.5) for step in range(1, steps + 1)]
 
 
 @pytest.mark.parametrize("steps", [1, 11, 999])
 def test_without_a_terminal_progress_is_at_most_ten_lines_and_shows_the_end(screen, steps):
     file = screen(40, soft_wrap=True)
-    with training_progress() as (report, status):
-        status("reading 5 images")
+    with training_progress() as report:
+        log.info("reading 5 images")
         for state in states(steps):
             report(state)
     first, *lines = file.getvalue().splitlines()
@@ -96,7 +97,7 @@ def test_without_a_terminal_progress_is_at_most_ten_lines_and_shows_the_end(scre
 
 def test_on_a_terminal_there_is_a_bar_with_both_losses_speed_and_time(screen):
     file = screen(160, force_terminal=True)
-    with training_progress() as (report, _):
+    with training_progress() as report:
         for state in states(60):
             report(state)
     last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").splitlines()[-1]
@@ -117,8 +118,8 @@ def test_names_neither_steer_the_terminal_nor_forge_a_line(capsys, screen):
     name = "Straße 北京 👩\u200d🔧 \x1b]0;x\x07\r\n0 anomalous\x9b2J\u202egnp.\u2066"
     shown = r"Straße 北京 👩‍🔧 \u001b]0;x\u0007\r\n0 anomalous\u009b2J\u202egnp.\u2066"
     display.print_line(name, style="red")
-    with training_progress(name) as (_, status):
-        status("reading")
+    with display.messages(), training_progress(name):
+        log.info("reading")
     assert capsys.readouterr().out == f"{shown}\n{shown}: reading\n"
     assert results_table(name, {"maps": figures(100)}).title == shown
     file = screen(200, force_terminal=True)

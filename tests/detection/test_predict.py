@@ -81,7 +81,7 @@ def test_without_a_threshold_there_are_no_decisions_and_the_batch_size_does_not_
     states = []
     paths = write_images(tmp_path, 5)
     expected = [p.score for p in predicted(*paths)]
-    predictions = predicted(*paths, threshold=None, batch_size=2, progress=lambda *state: states.append(state))
+    predictions = predicted(*paths, threshold=None, batch_size=2, progress=lambda *state: states.append(state[1:]))
     np.testing.assert_allclose([p.score for p in predictions], expected, rtol=1e-4)
     assert all(p.overlay is not None for p in predictions)
     assert {(p.threshold, p.decision) for p in predictions} == {(None, None)}
@@ -315,7 +315,7 @@ def test_an_input_without_images_stops_before_anything_is_written(tiny_detector,
 def test_what_was_scored_before_an_interrupt_is_written(tiny_detector, out, write_images, tmp_path):
     write_images(tmp_path / "images", 5)
 
-    def interrupt(done, _):
+    def interrupt(_, done, __):
         if done == 4:
             raise KeyboardInterrupt
 

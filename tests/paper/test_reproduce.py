@@ -3,6 +3,7 @@ import csv
 import dataclasses
 import io
 import json
+import logging
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import evaluate
 from dskd_fast.models.teacher import WeightsUnavailable
 from dskd_fast.paper.reproduce import join, reproduce
+from dskd_fast.progress import log
 from dskd_fast.runs.folder import load_run
 from dskd_fast.training.session import start_run
 
@@ -56,9 +58,18 @@ def run_in(data_root, recipe):
     """Reproduces into a folder: run_in(out, "loco", ...) -> (outcome, runs that were trained, all sentences)."""
 
     def run(out, experiment, **different):
-        sentences = []
-        given = {"data_root": data_root, "recipe": recipe, "seeds": 1, "tell": sentences.append}
-        outcome = reproduce(experiment, out=out, **given | different)
+        records = []
+        handler = logging.Handler(logging.INFO)
+        handler.emit = records.append
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        try:
+            given = {"data_root": data_root, "recipe": recipe, "seeds": 1}
+            outcome = reproduce(experiment, out=out, **given | different)
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(logging.NOTSET)
+        sentences = [record.getMessage() for record in records if record.module == "reproduce"]
         return outcome, [s.split(", ")[1] for s in sentences if s.endswith(": trained")], sentences
 
     return run
@@ -232,7 +243,7 @@ def test_stopped_or_killed_in_the_middle_it_goes_on(first, command, cli, fork, m
     def sending(number):
         @contextlib.contextmanager
         def progress(title):
-            yield lambda _: signal.raise_signal(number) if "seed 1" in title else None, lambda _: None
+            yield lambda _: signal.raise_signal(number) if "seed 1" in title else None
 
         return progress
 

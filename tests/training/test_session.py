@@ -292,7 +292,7 @@ def test_other_images_are_refused(stopped, own_data, where):
 
 
 def test_a_run_of_a_version_that_compared_names_and_sizes_and_whose_data_moved(
-    stopped, category, own_data, reference, edit
+    stopped, category, own_data, reference, edit, caplog
 ):
     gone = str(own_data.parent / "gone")
     edit(stopped / "config.json", lambda config: config.update(images=category.names_and_sizes, data_root=gone))
@@ -306,10 +306,9 @@ def test_a_run_of_a_version_that_compared_names_and_sizes_and_whose_data_moved(
     (own_data / "train" / "good" / "more.gif").touch()
     with pytest.raises(UserError, match="say where it is with --data-root"):
         resume_run(stopped)
-    messages = []
-    resume_run(stopped, data_root=own_data, status=messages.append)
-    assert "recorded names and sizes of the images alone" in messages[0]
-    assert "not used: 1 image file (formats that are not read): train/good/more.gif" in messages
+    resume_run(stopped, data_root=own_data)
+    assert "recorded names and sizes of the images alone" in caplog.messages[0]
+    assert "not used: 1 image file (formats that are not read): train/good/more.gif" in caplog.messages
     same_result(stopped, reference)
     # From here on it is known by its contents.
     config = json.loads((stopped / "config.json").read_text())

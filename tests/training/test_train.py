@@ -142,16 +142,17 @@ def test_every_training_image_is_seen_once_per_epoch_in_a_new_order_and_no_valid
     assert sorted(chain(*calibrated)) == sorted([8, 9, 10] * 2)
 
 
-def test_validation_images_that_are_trained_on_and_unused_bits_are_warned_of(write_images, tiny_options, tmp_path):
+def test_validation_images_that_are_trained_on_and_unused_bits_are_warned_of(
+    write_images, tiny_options, tmp_path, caplog
+):
     images = write_images(tmp_path / "part" / "train", 3)
     validation = write_images(tmp_path / "part" / "validation", 3, seed=1)
     shutil.copy(images[2], validation[1])
-    messages = []
-    detector, _ = train(open_category(tmp_path / "part", None), tiny_options(bits=12), status=messages.append)
-    assert notice_on_bits([], 12) in messages
+    detector, _ = train(open_category(tmp_path / "part", None), tiny_options(bits=12))
+    assert notice_on_bits([], 12) in caplog.messages
     (warning,) = detector.calibration.warnings
     assert "copies of training images among the 3 validation images: 1, such as 001.png" in warning
-    assert f"warning: {warning}" in messages
+    assert f"warning: {warning}" in caplog.messages
 
 
 def test_without_validation_images_some_are_held_out_or_the_training_images_set_no_threshold(
