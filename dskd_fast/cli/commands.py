@@ -45,7 +45,7 @@ from dskd_fast.device import resolve_device
 from dskd_fast.errors import TrainingStopped, UserError
 from dskd_fast.evaluation.evaluate import count_kinds, remarks, threshold_of
 from dskd_fast.evaluation.evaluate import evaluate as evaluate_detector
-from dskd_fast.evaluation.report import write_report
+from dskd_fast.evaluation.page import write_report
 from dskd_fast.files import printable
 from dskd_fast.metrics.maps import maps_without_image, read_maps, score_maps
 from dskd_fast.runs import folder as runs

@@ -13,7 +13,7 @@ from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
 from dskd_fast.detection.overlay import colours
-from dskd_fast.evaluation.report import render, write_report
+from dskd_fast.evaluation.page import render, write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(

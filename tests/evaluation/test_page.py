@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from scipy.integrate import trapezoid
 
-import dskd_fast.evaluation.report as report_module
+import dskd_fast.evaluation.page as page_module
 from dskd_fast.cli import main
 from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.data.layout import open_category
@@ -22,7 +22,7 @@ from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.overlay import colours
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import evaluate
-from dskd_fast.evaluation.report import Path, render, write_report
+from dskd_fast.evaluation.page import Path, render, write_report
 
 KINDS = ("good", "structural", "logical")
 VARIANTS = ("combined", "local", "global")
@@ -129,7 +129,7 @@ def test_what_is_left_out_of_a_curve_would_not_be_seen(width):
         rng = np.random.default_rng(n)
         x, y = (np.sort(np.append(rng.random(n) ** 3, [0, 1])) for _ in range(2))
         x *= width
-        drawn = np.array(report_module._points((x, y), width))
+        drawn = np.array(page_module._points((x, y), width))
         assert drawn.shape[1] <= min(n + 2, 2 * 2 * 401)
         assert drawn[:, [0, -1]].T.tolist() == [[0, 0], [width, 1]]
         assert (np.diff(drawn, axis=1) >= 0).all()
@@ -149,7 +149,7 @@ def test_what_is_left_out_of_a_curve_would_not_be_seen(width):
     ],
 )
 def test_bins_hold_all_scores_on_a_logarithmic_axis_if_these_spread_widely(scores, threshold, ends, logarithmic):
-    histogram = report_module._histogram({"good": np.array(scores), "logical": np.array([])}, threshold)
+    histogram = page_module._histogram({"good": np.array(scores), "logical": np.array([])}, threshold)
     edges = np.array(histogram["edges"])
     assert histogram["logarithmic"] is logarithmic
     assert np.ptp(np.diff(np.log(edges) if logarithmic else edges)) < 1e-9
@@ -165,10 +165,10 @@ def test_photographs_are_jpegs_of_limited_size_with_their_own_aspect(page, categ
         assert np.abs(np.asarray(photo).astype(int) - read_image(item.path)).mean() < 5
     noise = np.random.default_rng(0).integers(0, 256, (500, 1000, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    found = report_module._photograph(dataclasses.replace(category.test[0], path=tmp_path / "noise.png"))
+    found = page_module._photograph(dataclasses.replace(category.test[0], path=tmp_path / "noise.png"))
     assert image_in(found["photo"]).size == (found["width"], found["height"]) == (360, 180)
     Image.fromarray(noise[:, :500]).save(tmp_path / "noise.png")
-    found = report_module._photograph(dataclasses.replace(category.test[0], path=tmp_path / "noise.png"))
+    found = page_module._photograph(dataclasses.replace(category.test[0], path=tmp_path / "noise.png"))
     assert 20_000 < len(found["photo"]) <= 32_000
 
 
@@ -181,10 +181,10 @@ def test_maps_are_grey_from_the_normal_mean_to_full_colour_and_of_limited_size(p
             assert (grey.format, grey.mode, grey.size) == ("PNG", "L", (64, 64))
             expected = 255 * np.clip(maps.of(variant)[i] / page.data["runs"][0]["full_colour"], 0, 1)
             np.testing.assert_allclose(np.asarray(grey), expected, atol=0.51)
-    grey = image_in(report_module._map_png(tiny_detector, np.full((256, 256), 3, np.float32), 10.0))
+    grey = image_in(page_module._map_png(tiny_detector, np.full((256, 256), 3, np.float32), 10.0))
     assert (grey.size, grey.getextrema()) == ((128, 128), (round(0.3 * 255),) * 2)
     noise = np.random.default_rng(0).random((128, 128), np.float32)
-    assert 20_000 < len(report_module._map_png(tiny_detector, noise, 1.0)) <= 23_000
+    assert 20_000 < len(page_module._map_png(tiny_detector, noise, 1.0)) <= 23_000
 
 
 def test_the_colours_are_those_of_the_overlays(page):
@@ -250,10 +250,10 @@ def test_names_of_runs_are_as_long_as_tells_them_apart_and_one_that_is_named_twi
         "/a/x/run /b/x/run": "a/x/run b/x/run",
         "/run /b/run": "/run b/run",
     }.items():
-        assert report_module._names([Path(folder) for folder in folders.split()]) == names.split()
+        assert page_module._names([Path(folder) for folder in folders.split()]) == names.split()
     monkeypatch.chdir(tiny_run.parent)
     (tmp_path / "link").symlink_to(tiny_run)
-    (source,) = report_module._open([tiny_run, Path("run"), Path("run/../run"), tmp_path / "link"], None)
+    (source,) = page_module._open([tiny_run, Path("run"), Path("run/../run"), tmp_path / "link"], None)
     assert (source.name, source.folder) == ("run", tiny_run)
 
 
@@ -305,7 +305,7 @@ def test_a_run_with_one_student_has_what_there_is(data_root, tiny_arguments, tmp
 def test_what_cannot_be_read_or_written_is_known_before_any_scoring(
     tiny_run, own_data, own_run, edit, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(report_module, "load_run", lambda *_: pytest.fail("began to score"))
+    monkeypatch.setattr(page_module, "load_run", lambda *_: pytest.fail("began to score"))
     shutil.rmtree(own_data / "test")
     edit(own_run / "config.json", lambda config: config.update(data_root=str(own_data)))
     (tmp_path / "file").write_text("")
