@@ -75,17 +75,22 @@ def _is_imagej_rgb(tiff: tifffile.TiffFile, pages: list[tifffile.TiffPage]) -> b
     )
 
 
-def _decode_page(data: bytes, page: tifffile.TiffPage) -> Picture:
-    # A damaged tag may hold a text, whose multiple could fill the memory.
-    check_pixels(int(page.imagewidth), int(page.imagelength))
+def check_parts(page: tifffile.TiffPage) -> None:
+    """Raise Unusable if strips or tiles are missing, which decoders take for black or for the file's first bytes."""
     n_present = sum(
         offset > 0 and size > 0 for offset, size in zip(page.dataoffsets, page.databytecounts, strict=False)
     )
-    # Both decoders take what is missing for black, or the file's first bytes for it. (An old JPEG has no such parts.)
+    # An old JPEG has no such parts.
     if n_present < math.prod(page.chunked) and page.compression != tifffile.COMPRESSION.OJPEG:
         raise Unusable(
             f"it is damaged or truncated ({math.prod(page.chunked) - n_present} of its strips or tiles missing)"
         )
+
+
+def _decode_page(data: bytes, page: tifffile.TiffPage) -> Picture:
+    # A damaged tag may hold a text, whose multiple could fill the memory.
+    check_pixels(int(page.imagewidth), int(page.imagelength))
+    check_parts(page)
     bits, n_channels = page.bitspersample, page.samplesperpixel
     n_colours = _TIFF_COLOURS.get(page.photometric, 1)
     # What says grey, but has three values per pixel, is RGB to all but Pillow.

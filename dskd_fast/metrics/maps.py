@@ -13,8 +13,9 @@ import numpy as np
 import tifffile
 
 from dskd_fast.data.category import Category, GroundTruth
-from dskd_fast.data.decoding import load_image, open_image
+from dskd_fast.data.decoding import Unusable, load_image, open_image
 from dskd_fast.data.ground_truth import ANOMALY_KINDS, KINDS, Defect, LabelledImage
+from dskd_fast.data.tiff import check_parts
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.metrics.auroc import auroc
@@ -80,9 +81,13 @@ def read_map(path: str | os.PathLike) -> np.ndarray:
             scores.
     """
     try:
-        scores = tifffile.imread(path)
+        with tifffile.TiffFile(path) as tiff:
+            check_parts(tiff.pages.first)
+            scores = tiff.asarray()
     except FileNotFoundError:
         raise UserError(f"there is no anomaly map at {path}") from None
+    except Unusable as error:
+        raise UserError(f"the anomaly map {path} cannot be used: {error}") from None
     # A broken file can make the reader fail in any way: TiffFileError, ValueError, struct.error, zlib.error.
     except Exception as error:
         # Some compressions, LZW among them, tifffile leaves to a package of codecs; Pillow brings its own.

@@ -81,6 +81,12 @@ def test_what_cannot_be_read_is_named(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"the anomaly map .*a\.tiff"):
             read_map(path)
+    # tifffile reads a missing strip as zeros.
+    tifffile.imwrite(path, np.ones((40, 50), np.float32), rowsperstrip=10)
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags["StripByteCounts"].overwrite([2000, 0, 2000, 2000])
+    with pytest.raises(UserError, match=r"a\.tiff cannot be used: .*1 of its strips or tiles missing"):
+        read_map(path)
     Image.new("L", (4, 4)).save(path, format="PNG")
     with pytest.raises(UserError, match=r"a\.tiff cannot be read"):
         read_map(path)
