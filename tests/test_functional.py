@@ -169,7 +169,8 @@ def test_precision_follows_the_setting_for_float32_products(spy, restore_precisi
     torch.set_float32_matmul_precision(setting)
     for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)):
         contextual_affinity(random(1, 4, 3, dtype=dtypes[0]), random(1, 4, 3, seed=1, dtype=dtypes[1]))
-    assert [call[1] for call in spy] == [precision] * 3
+    contextual_affinity(random(1, 4, 3), random(1, 4, 3, seed=1), precision="ieee")
+    assert [call[1] for call in spy] == [precision] * 3 + ["ieee"]
     assert torch.get_float32_matmul_precision() == setting
 
 

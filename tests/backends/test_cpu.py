@@ -103,19 +103,6 @@ def test_other_tensors_are_refused(cpu):
         assert refusal(good, good.to(dtype), None) == f"it does not take {str(dtype).removeprefix('torch.')}"
 
 
-def test_the_operators_check_what_they_are_given(cpu):
-    x, kl = torch.ones(1, 2, 3, 3), torch.ones(1, 3, 3)
-    operator = torch.ops.dskd_fast_cpu.contextual_affinity
-    for student, teacher, precision, message in (
-        (x, x[..., :2], "ieee", "the same shape"),
-        (x[0], x[0], "ieee", r"\(B, C, H, W\)"),
-        (x.int(), x, "ieee", "takes float32"),
-        (x, x, "bf17", "precision"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            operator(student, teacher, 1.0, precision, kl, None)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_half_precision_number_is_read_as_it_is(cpu, dtype):
     """Subnormal numbers, infinities and NaN included; the distance to the direction (1, 1) tells which was read."""

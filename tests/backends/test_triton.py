@@ -154,8 +154,7 @@ def test_the_host_only_allocates_and_launches(
     assert set(watch.operations) <= {"aten::empty", "aten::empty_like"}
 
 
-@pytest.mark.parametrize("with_gradient", [False, True])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "with_gradient"), [("fp16", True), ("ieee", False)])
 def test_memory_goes_with_the_number_of_positions(triton_backend, make_features, monkeypatch, precision, with_gradient):
     n, c = 1024, 256
     used = {}
