@@ -154,6 +154,41 @@ def test_a_gpu_takes_triton():
         assert choose("auto", x, x, precision) == ("triton", {})
 
 
+def test_what_the_cuda_backend_refuses(monkeypatch):
+    """On a GPU made up: of capability 7.5, with the kernels built, and a trial that fails."""
+    module, capability, trials = dispatch.load("cuda"), [(7, 5)], []
+
+    def fail(*call):
+        trials.append(call)
+        raise RuntimeError("no kernel image\nand more")
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # it needs a driver
+    monkeypatch.setattr(torch, "ones", lambda shape, device: of(torch.float32, device, shape))
+    monkeypatch.setattr(native_build, "load", lambda name: None)
+    monkeypatch.setattr(module, "_REFUSALS", {})
+    monkeypatch.setattr(module, "cosine_distance", fail)
+    x, most = of(torch.float32, "cuda"), module.MAX_POSITIONS
+    failed = "a trial on cuda:0 failed: no kernel image"
+    for shape, precision, reason in (
+        ((1, 2, 3, 4), "ieee", failed),
+        ((1, 2, 2, most // 2), "bf16", failed),
+        ((1, 2, 1, most + 1), "bf16", f"it takes at most {most} positions, not {most + 1}"),
+        ((1, 2, 1, most + 1), None, failed),
+        ((1 << 26, 2, 32, 32), None, f"it takes at most {32 * module.MAX_BLOCKS} positions of all images together"),
+    ):
+        tensor = of(torch.float32, "cuda", shape)
+        assert refusal("cuda", tensor, tensor, precision) == reason
+    assert len(trials) == 1
+    assert refusal("cuda", x, of(torch.float64, "cuda"), None) == "it does not take float64"
+    assert refusal("cuda", of(torch.float32), of(torch.float32), None) == "it does not run on cpu devices"
+    capability[0] = (7, 0)
+    assert refusal("cuda", x, x, None) == "it needs compute capability 7.5, and 7.0 is what this GPU has"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert refusal("cuda", x, x, None) == "it runs on NVIDIA's GPUs"
+
+
 # A backend by its name
 
 
