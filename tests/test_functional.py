@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -48,54 +49,18 @@ def expected(function, student, teacher):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_rows_agree_with_the_textbook(function):
-    student, teacher = random(2, 15, 7, seed=1).requires_grad_(), random(2, 15, 7, seed=2)
-    values = function(student, teacher)
-    assert values.shape == (2, 15)
+@pytest.mark.parametrize("image", [None, (3, 5)])
+def test_rows_and_maps_in_reading_order_agree_with_the_textbook(function, image):
+    rows = random(2, 15, 7, seed=1), random(2, 15, 7, seed=2)
+    student, teacher = (x.mT.unflatten(2, image) if image else x.clone() for x in rows)
+    values = function(student.requires_grad_(), teacher)
+    assert values.shape == (2, *(image or (15,)))
     assert values.dtype == torch.float32
     values.sum().backward()
-    true_values, true_gradient = expected(function, student, teacher)
-    torch.testing.assert_close(values.double(), true_values, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(student.grad.double(), true_gradient, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_maps_are_rows_with_positions_in_reading_order(function):
-    student, teacher = random(2, 7, 3, 5, seed=1).requires_grad_(), random(2, 7, 3, 5, seed=2)
-    values = function(student, teacher)
-    assert values.shape == (2, 3, 5)
-    values.sum().backward()
-    rows = [x.detach().permute(0, 2, 3, 1).reshape(2, 15, 7) for x in (student, teacher)]
+    gradient = student.grad.flatten(2).mT if image else student.grad
     true_values, true_gradient = expected(function, *rows)
-    torch.testing.assert_close(values.double().reshape(2, 15), true_values, rtol=1e-5, atol=1e-7)
-    true_gradient = true_gradient.reshape(2, 3, 5, 7).permute(0, 3, 1, 2)
-    torch.testing.assert_close(student.grad.double(), true_gradient, rtol=1e-5, atol=1e-6)
-
-
-LAYOUTS = {
-    "contiguous": lambda: random(2, 6, 4, 5, seed=3),
-    "channels last": lambda: random(2, 6, 4, 5, seed=3).to(memory_format=torch.channels_last),
-    "transposed": lambda: random(2, 6, 5, 4, seed=3).mT,
-    "every other": lambda: random(4, 12, 8, 5, seed=3)[::2, ::2, ::2],
-    "a part of a larger": lambda: random(2, 9, 6, 7, seed=3)[:, 2:8, 1:5, 1:6],
-    "flipped batch": lambda: random(2, 6, 4, 5, seed=3).flip(0).transpose(0, 1).contiguous().transpose(0, 1),
-    "expanded batch": lambda: random(1, 6, 4, 5, seed=3).expand(2, 6, 4, 5),
-    "expanded positions": lambda: random(2, 6, 1, 1, seed=3).expand(2, 6, 4, 5),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_strides_do_not_matter(function, layout):
-    odd, plain = LAYOUTS[layout](), random(2, 6, 4, 5, seed=4)
-    for student, teacher in ((odd, plain), (plain, odd)):
-        leaf, contiguous_leaf = (x.detach().requires_grad_() for x in (student, student.clone().contiguous()))
-        values = function(leaf, teacher)
-        contiguous_values = function(contiguous_leaf, teacher.contiguous())
-        torch.testing.assert_close(values, contiguous_values, rtol=1e-5, atol=1e-7)
-        gradient = torch.autograd.grad(values.square().sum(), leaf)[0]
-        contiguous_gradient = torch.autograd.grad(contiguous_values.square().sum(), contiguous_leaf)[0]
-        torch.testing.assert_close(gradient, contiguous_gradient, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(values.double().flatten(1), true_values, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -127,84 +92,42 @@ def test_empty_inputs(function, shape):
     assert student.grad.shape == shape
 
 
-def test_a_single_position_has_no_context():
-    student = random(3, 5, 1, 1, seed=1).requires_grad_()
-    values = contextual_affinity(student, random(3, 5, 1, 1, seed=2), 0.1)
-    assert torch.equal(values, torch.zeros(3, 1, 1))
-    values.sum().backward()
-    assert torch.equal(student.grad, torch.zeros(3, 5, 1, 1))
-
-
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("student_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("teacher_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtypes_may_differ(function, student_dtype, teacher_dtype):
-    student = random(2, 9, 5, seed=1, dtype=student_dtype).requires_grad_()
-    teacher = random(2, 9, 5, seed=2, dtype=teacher_dtype)
-    values = function(student, teacher)
-    assert values.dtype == (torch.float64 if torch.float64 in (student_dtype, teacher_dtype) else torch.float32)
-    true_values, true_gradient = expected(function, student, teacher)
-    half = student_dtype == teacher_dtype and student_dtype.itemsize == 2  # then operands are rounded, too
-    torch.testing.assert_close(values.double(), true_values, rtol=3e-2 if half else 1e-5, atol=1e-6)
-    values.sum().backward()
-    assert student.grad.dtype == student_dtype
-    rounding = torch.finfo(student_dtype).eps
-    torch.testing.assert_close(student.grad.double(), true_gradient, rtol=2 * rounding + 1e-5, atol=8 * rounding + 1e-6)
-
-
-def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient():
-    teacher = random(2, 6, 5, 5)
-    for temperature in (0.01, 1, 100):
-        student = teacher.clone().requires_grad_()
-        values = contextual_affinity(student, teacher, temperature)
+def test_dtypes_may_differ(function):
+    for student_dtype, teacher_dtype in itertools.product(
+        (torch.float16, torch.bfloat16, torch.float32, torch.float64), repeat=2
+    ):
+        student = random(2, 9, 5, seed=1, dtype=student_dtype).requires_grad_()
+        teacher = random(2, 9, 5, seed=2, dtype=teacher_dtype)
+        values = function(student, teacher)
+        assert values.dtype == (torch.float64 if torch.float64 in (student_dtype, teacher_dtype) else torch.float32)
+        true_values, true_gradient = expected(function, student, teacher)
+        half = student_dtype == teacher_dtype and student_dtype.itemsize == 2  # then operands are rounded, too
+        torch.testing.assert_close(values.double(), true_values, rtol=3e-2 if half else 1e-5, atol=1e-6)
         values.sum().backward()
-        assert torch.equal(values, torch.zeros(2, 5, 5))
-        assert torch.equal(student.grad, torch.zeros_like(student))
-
-
-def test_inputs_are_left_alone():
-    student, teacher = random(2, 6, 5, 5, seed=1), random(2, 6, 5, 5, seed=2)
-    before = student.clone(), teacher.clone()
-    leaf = student.requires_grad_()
-    for function in FUNCTIONS:
-        function(leaf, teacher).sum().backward()
-    assert torch.equal(student, before[0])
-    assert torch.equal(teacher, before[1])
+        assert student.grad.dtype == student_dtype
+        rounding = torch.finfo(student_dtype).eps
+        torch.testing.assert_close(
+            student.grad.double(), true_gradient, rtol=2 * rounding + 1e-5, atol=8 * rounding + 1e-6
+        )
 
 
 # Gradients
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.08, 1, 100])
+@pytest.mark.parametrize("temperature", [0.01, 0.08, 1, 100, None])
 def test_gradient_is_that_of_finite_differences(temperature):
+    def function(student):
+        if temperature is None:
+            return cosine_distance(student, teacher)
+        return contextual_affinity(student, teacher, temperature) / temperature**2
+
     student = random(2, 4, 3, 2, seed=1, dtype=torch.float64).requires_grad_()
     teacher = random(2, 4, 3, 2, seed=2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: contextual_affinity(x, teacher, temperature), student)
+    assert torch.autograd.gradcheck(function, student)
     # Close to the teacher the map takes its series.
-    close = (teacher + 1e-2 * temperature * student.detach()).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: contextual_affinity(x, teacher, temperature) / temperature**2, close, eps=1e-7, atol=1e-6
-    )
-
-
-def test_gradient_of_the_cosine_distance_is_that_of_finite_differences():
-    student = random(2, 4, 3, 2, seed=1, dtype=torch.float64).requires_grad_()
-    teacher = random(2, 4, 3, 2, seed=2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: cosine_distance(x, teacher), student)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_any_grad_output_and_backward_twice(function):
-    student, teacher = random(2, 7, 3, 4, seed=1).requires_grad_(), random(2, 7, 3, 4, seed=2)
-    weights = random(2, 3, 4, seed=3)
-    values = function(student, teacher)
-    (first,) = torch.autograd.grad(values, student, weights, retain_graph=True)
-    (second,) = torch.autograd.grad(values, student, weights, retain_graph=True)
-    (negative,) = torch.autograd.grad(values, student, -2 * weights, retain_graph=True)
-    (plain,) = torch.autograd.grad(values.sum(), student)
-    assert torch.equal(first, second)
-    assert torch.equal(negative, -2 * first)
-    torch.testing.assert_close(first, plain * weights[:, None])
+    close = (teacher + 1e-2 * (temperature or 1) * student.detach()).requires_grad_()
+    assert torch.autograd.gradcheck(function, close, eps=1e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -246,21 +169,9 @@ def test_precision_follows_the_setting_for_float32_products(spy, restore_precisi
     torch.set_float32_matmul_precision(setting)
     for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)):
         contextual_affinity(random(1, 4, 3, dtype=dtypes[0]), random(1, 4, 3, seed=1, dtype=dtypes[1]))
-    assert [call[1] for call in spy] == [precision] * 3
+    contextual_affinity(random(1, 4, 3), random(1, 4, 3, seed=1), precision="ieee")
+    assert [call[1] for call in spy] == [precision] * 3 + ["ieee"]
     assert torch.get_float32_matmul_precision() == setting
-
-
-@pytest.mark.parametrize(("setting", "precision"), [("ieee", "ieee"), ("bf16", "bf16")])
-def test_precision_follows_the_newer_setting_too(spy, setting, precision):
-    """`torch.get_float32_matmul_precision` raises once this has been set."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = setting
-    try:
-        contextual_affinity(random(1, 4, 3), random(1, 4, 3, seed=1))
-        assert torch.backends.mkldnn.matmul.fp32_precision == setting
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
-    assert [call[1] for call in spy] == [precision]
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
@@ -278,23 +189,6 @@ def test_precision_follows_autocast_and_half_inputs(spy, dtype, precision):
     assert [call[1] for call in spy] == [precision, "ieee", "ieee", "ieee", precision, "ieee"]
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16", "fp16"])
-def test_a_forced_precision_is_deaf_to_settings(restore_precision, precision):
-    student, teacher = random(2, 64, 32, seed=1), random(2, 64, 32, seed=2)
-    plain = contextual_affinity(student, teacher, precision=precision)
-    torch.set_float32_matmul_precision("medium")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(contextual_affinity(student, teacher, precision=precision), plain)
-    assert torch.get_float32_matmul_precision() == "medium"
-
-
-def test_backends_by_name():
-    student, teacher = random(1, 4, 3), random(1, 4, 3, seed=1)
-    for function in FUNCTIONS:
-        chosen = dispatch.choose("auto", student, teacher, "ieee").name
-        assert torch.equal(function(student, teacher, backend=chosen), function(student, teacher))
-
-
 # Errors
 
 
@@ -304,12 +198,7 @@ def test_backends_by_name():
     [
         ([1.0], random(1, 4, 3), TypeError, "student is a list: pass a floating-point tensor"),
         (random(1, 4, 3), np.zeros((1, 4, 3)), TypeError, "teacher is a ndarray: pass a floating-point tensor"),
-        (
-            torch.ones(1, 4, 3, dtype=torch.int64),
-            random(1, 4, 3),
-            TypeError,
-            "student has dtype torch.int64: .*floating",
-        ),
+        (torch.ones(1, 4, 3).long(), random(1, 4, 3), TypeError, "student has dtype torch.int64: .*floating"),
         (random(1, 4, 3), torch.ones(1, 4, 3, dtype=torch.bool), TypeError, "teacher has dtype torch.bool: .*floating"),
         (random(1, 4, 3).cfloat(), random(1, 4, 3), TypeError, "student has dtype torch.complex64: .*floating"),
         (random(4, 3), random(4, 3), ValueError, r"student has shape \(4, 3\): pass \(B, C, H, W\) or \(B, N, C\)"),
@@ -319,12 +208,8 @@ def test_backends_by_name():
         (random(1, 4, 3), random(1, 4, 2), ValueError, r"teacher has shape \(1, 4, 2\) and student \(1, 4, 3\)"),
         (random(1, 4, 3), random(2, 4, 3), ValueError, "must be the same"),
         (random(1, 4, 3), random(1, 4, 3, 1), ValueError, "must be the same"),
-        (
-            random(1, 4, 3),
-            random(1, 4, 3).to("meta"),
-            ValueError,
-            "teacher is on meta and student on cpu: .*same device",
-        ),
+        (random(1, 4, 3).to_sparse(), random(1, 4, 3), TypeError, r"student has layout torch.sparse_coo: .*dense"),
+        (random(1, 4, 3), random(1, 4, 3).to("meta"), ValueError, "teacher is on meta and student on cpu: .*same"),
         (random(1, 4, 3), random(1, 4, 3).requires_grad_(), ValueError, r"teacher requires grad.*teacher\.detach\(\)"),
     ],
 )
@@ -352,11 +237,7 @@ def test_unsuitable_temperatures(temperature):
     [
         (torch.tensor([1.0]), ValueError, r"temperature has shape \(1,\): pass a number or a tensor of shape \(\)"),
         (torch.tensor(1), TypeError, "temperature has dtype torch.int64: pass a number or a floating-point tensor"),
-        (
-            torch.tensor(1.0, device="meta"),
-            ValueError,
-            "temperature is on meta and student on cpu: pass it on that dev",
-        ),
+        (torch.tensor(1.0, device="meta"), ValueError, "temperature is on meta and student on cpu: pass it on that"),
         (torch.tensor(1.0, requires_grad=True), ValueError, r"temperature requires grad.*pass temperature\.detach\(\)"),
     ],
 )
@@ -379,27 +260,3 @@ def test_a_temperature_may_be_a_tensor(dtype):
         for found, expected in zip(*results, strict=True):
             assert torch.equal(found, expected)
         assert torch.equal(temperature, torch.tensor(value, dtype=dtype))
-
-
-@pytest.mark.parametrize("temperature", [0.01, 100, 1, np.float64(0.5)])
-def test_temperatures_at_the_ends_of_the_range(temperature):
-    x = random(1, 4, 3)
-    assert torch.isfinite(contextual_affinity(x, x + 1, temperature)).all()
-
-
-@pytest.mark.parametrize("precision", ["fp32", "IEEE", "", "ambient", torch.bfloat16, 1])
-def test_unknown_precisions(precision):
-    x = random(1, 4, 3)
-    with pytest.raises(ValueError, match=r"use None or one of 'ieee', 'tf32', 'bf16', 'fp16'") as raised:
-        contextual_affinity(x, x, precision=precision)
-    assert f"precision={precision!r}" in str(raised.value)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("backend", ["nonsense", "Torch", "", None])
-def test_unknown_backends(function, backend):
-    x = random(1, 4, 3)
-    with pytest.raises(ValueError, match="is not known: use one of 'auto', ") as raised:
-        function(x, x, backend=backend)
-    assert f"backend={backend!r}" in str(raised.value)
-    assert all(repr(name) in str(raised.value) for name in dispatch.BACKENDS)

@@ -23,12 +23,12 @@ class Truth:
     a sum of positive terms. `test_truth_*` compare it with 120-digit arithmetic and with the textbook.
     """
 
-    def __call__(self, student, teacher, temperature):
-        """(B, N, C) tensors -> KL (B, N) and d KL_i / d student_i (B, N, C), numpy, float64."""
-        pairs = [self._image(*self._directions(s, t), temperature) for s, t in zip(student, teacher, strict=True)]
+    def __call__(self, student, teacher, temperature, rows=None):
+        """(B, N, C) tensors -> KL (B, N) and d KL_i / d student_i (B, N, C), numpy, float64; or of the first `rows`."""
+        pairs = [self._image(*self._directions(s, t, rows), temperature) for s, t in zip(student, teacher, strict=True)]
         return tuple(np.stack(x) for x in zip(*pairs, strict=True))
 
-    def limits(self, student, teacher, temperature, precision, draws=8):
+    def limits(self, student, teacher, temperature, precision, draws=8, rows=None):
         """What rounding alone does to the two: root mean square errors, KL (B, N) and gradient (B, N).
 
         A backend rounds the operands of its products (t_i or k_i, which give the same softmax; s_i - t_i, k_j, and the
@@ -48,7 +48,7 @@ class Truth:
 
         kl_limits, gradient_limits = [], []
         for raw_s, raw_t in zip(student, teacher, strict=True):
-            s, t, keys, delta, inverse_norm = self._directions(raw_s, raw_t)
+            s, t, keys, delta, inverse_norm = self._directions(raw_s, raw_t, rows)
             kl, gradient = self._image(s, t, keys, delta, inverse_norm, temperature)
             sizes = [np.linalg.norm(x, axis=1, keepdims=True) for x in (t, delta, keys)]
             accumulation = math.sqrt(s.shape[1]) * working * sizes[2].T / temperature
@@ -56,7 +56,7 @@ class Truth:
             for _ in range(draws):
                 # The subtractions s - t and t - mean t are themselves exact to a rounding of unit vectors in float64.
                 k = off(keys, u * np.abs(keys) + FLOAT64)
-                a = off(t, u * np.maximum(np.abs(t), np.abs(keys))) @ k.T / temperature
+                a = off(t, u * np.maximum(np.abs(t), np.abs(keys[:rows]))) @ k.T / temperature
                 a = off(a, 4 * working + accumulation * sizes[0])
                 d = off(delta, u * np.abs(delta) + FLOAT64) @ k.T / temperature
                 d = off(d, accumulation * sizes[1])
@@ -68,7 +68,7 @@ class Truth:
                 squares += (noisy_kl - kl) ** 2, ((noisy - gradient) ** 2).sum(1)
             kl_limit, gradient_limit = np.sqrt(squares / draws)
             # Weights below float32's normal range have no digits left.
-            smallest = 0 if double else float(np.finfo(np.float32).tiny) * len(kl)
+            smallest = 0 if double else float(np.finfo(np.float32).tiny) * len(keys)
             kl_limits.append(kl_limit + smallest * max(1, temperature**2))
             gradient_limits.append(gradient_limit + smallest * max(1, temperature) * (1 + inverse_norm[:, 0]))
         return np.stack(kl_limits), np.stack(gradient_limits)
@@ -88,10 +88,10 @@ class Truth:
             assert error[worst] <= 12 * limit[worst], f"{name} at {worst}"
 
     @staticmethod
-    def _directions(student, teacher):
+    def _directions(student, teacher, rows):
         s, inverse_norm = _normalise(student.detach().double().numpy())
         t, _ = _normalise(teacher.double().numpy())
-        return s, t, t - t.mean(0), s - t, inverse_norm
+        return s[:rows], t[:rows], t - t.mean(0), (s - t)[:rows], inverse_norm[:rows]
 
     @classmethod
     def _image(cls, s, t, keys, delta, inverse_norm, temperature):

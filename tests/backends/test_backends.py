@@ -69,32 +69,28 @@ CASES = crossing(
 def test_error_is_no_more_than_rounding_makes_it(backend, truth, make_features, size, form, noise, kind):
     temperature, k = form
     student, teacher = make_features(*size, noise, kind)
-    exact = truth(student, teacher, temperature)
-    for precision in backend.some(PRECISIONS, k):
-        result = backend.affinity(student, teacher, temperature, precision)
-        truth.check(result, exact, truth.limits(student, teacher, temperature, precision))
+    result = backend.affinity(student, teacher, temperature, PRECISIONS[k])
+    limits = truth.limits(student, teacher, temperature, PRECISIONS[k])
+    truth.check(result, truth(student, teacher, temperature), limits)
 
 
 class Case:
     """N = 1000 and C = 256, with what is known about it."""
 
-    def __init__(self, truth, make_features, kind, temperature, noise):
-        self.temperature = temperature
+    def __init__(self, truth, make_features, kind, temperature, noise, precision):
         self.student, self.teacher = make_features(1000, 256, noise, kind)
         self.exact = truth(self.student, self.teacher, temperature)
-        self._limits = functools.cache(
-            lambda precision: truth.limits(self.student, self.teacher, temperature, precision, draws=2)
-        )
-
-    def limits(self, precision):
-        """Norms relative to those of the exact results; fp16 has as many digits as tf32."""
-        limits = self._limits("tf32" if precision == "fp16" else precision)
-        return [np.linalg.norm(limit) / np.linalg.norm(exact) for limit, exact in zip(limits, self.exact, strict=True)]
+        digits = "tf32" if precision == "fp16" else precision  # which has as many
+        limits = truth.limits(self.student, self.teacher, temperature, digits, draws=2)
+        self.floor = [
+            np.linalg.norm(limit) / np.linalg.norm(exact) for limit, exact in zip(limits, self.exact, strict=True)
+        ]
+        self.textbook_errors = self.errors(self._textbook(temperature, precision))
 
     def errors(self, result):
         return [relative_error(got, true) for got, true in zip(result, self.exact, strict=True)]
 
-    def textbook(self, precision):
+    def _textbook(self, temperature, precision):
         """The formulas as printed, in float32, with the operands of the forward's products rounded."""
         rounding = {
             "ieee": lambda x: x,
@@ -105,82 +101,59 @@ class Case:
         leaf = self.student.clone().requires_grad_()
         s, t = reference.normalise(leaf), reference.normalise(self.teacher)
         s, t = (x + (rounding(x) - x).detach() for x in (s, t))
-        log_p_teacher, log_p_student = (torch.log_softmax(x @ t.mT / self.temperature, -1) for x in (t, s))
-        kl = self.temperature**2 * (log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(-1)
+        log_p_teacher, log_p_student = (torch.log_softmax(x @ t.mT / temperature, -1) for x in (t, s))
+        kl = temperature**2 * (log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(-1)
         kl.sum().backward()
         return kl.detach(), leaf.grad
 
 
 @pytest.fixture(scope="module")
 def real_size(truth, make_features):
-    """Cases at a real size, each made once for all backends and precisions."""
+    """Cases at a real size, each made once for all backends."""
     return functools.cache(functools.partial(Case, truth, make_features))
-
-
-@pytest.fixture
-def few_tiles(backend, request):
-    """Interpreted, all rows at once; sums over the keys still have as many parts as with the tables' tiles."""
-    if backend.is_interpreted:
-        request.getfixturevalue("set_tiles")(1024, 64)
 
 
 # Promised relative errors of the KL map and of the gradient.
 PROMISED = {"ieee": (2e-5, 1e-4), "tf32": (3e-4, 1e-3), "fp16": (3e-4, 1e-3), "bf16": (2e-3, 5e-3)}
 
 
-def check_at_real_size(backend, all_backends, case, precision):
-    result = backend.affinity(case.student, case.teacher, case.temperature, precision, image=(25, 40))
-    plain = all_backends[f"torch-{backend.device}"].affinity(case.student, case.teacher, case.temperature, precision)
+@pytest.mark.parametrize(
+    ("kind", "temperature", "noise", "precision"),
+    [
+        ("rectified", 1, 1, "tf32"),
+        ("rectified", 1, 0.1, "fp16"),
+        ("rectified", 1, 0.01, "bf16"),
+        ("rectified", 1, 0.001, "ieee"),
+        ("rectified", 0.1, 1, "bf16"),
+        ("normal", 0.1, 0.01, "ieee"),
+        ("clustered", 1, 1, "fp16"),
+        ("clustered", 0.1, 0.01, "tf32"),
+        ("rectified", 1, 30, "ieee"),
+    ],
+)
+def test_errors_at_a_real_size(backend, all_backends, real_size, request, kind, temperature, noise, precision):
+    if backend.is_interpreted:  # all rows at once; sums over the keys still have as many parts as in the table
+        request.getfixturevalue("set_tiles")(1024, 64)
+    case = real_size(kind, temperature, noise, precision)
+    result = backend.affinity(case.student, case.teacher, temperature, precision, image=(25, 40))
+    plain = all_backends[f"torch-{backend.device}"].affinity(case.student, case.teacher, temperature, precision)
     for error, promised, of_torch, of_textbook, floor in zip(
-        case.errors(result),
-        PROMISED[precision],
-        case.errors(plain),
-        case.errors(case.textbook(precision)),
-        case.limits(precision),
-        strict=True,
+        case.errors(result), PROMISED[precision], case.errors(plain), case.textbook_errors, case.floor, strict=True
     ):
         assert error <= promised
         assert error <= 2 * of_torch + floor
         assert error <= of_textbook + floor
 
 
-@pytest.mark.parametrize("noise", [1, 0.1, 0.01, 0.001])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_errors_at_a_real_size(backend, all_backends, real_size, few_tiles, precision, noise):
-    check_at_real_size(backend, all_backends, real_size("rectified", 1, noise), precision)
+def test_the_textbook_in_float32_fails_where_the_backends_keep_their_digits(real_size):
+    assert real_size("rectified", 1, 0.001, "ieee").textbook_errors[0] > 1
 
 
-@pytest.mark.parametrize(
-    ("k", "kind", "temperature", "noise"),
-    [
-        (2, "rectified", 0.1, 1),
-        (0, "normal", 0.1, 0.01),
-        (3, "clustered", 1, 1),
-        (1, "clustered", 0.1, 0.01),
-        (0, "rectified", 1, 30),
-    ],
-)
-def test_errors_at_a_real_size_of_other_features(
-    backend, all_backends, real_size, few_tiles, k, kind, temperature, noise
-):
-    for precision in backend.some(PRECISIONS, k):
-        check_at_real_size(backend, all_backends, real_size(kind, temperature, noise), precision)
-
-
-@pytest.mark.parametrize("noise", [0.01, 0.001])
-def test_the_textbook_in_float32_fails_where_the_backends_keep_their_digits(real_size, noise):
-    case = real_size("rectified", 1, noise)
-    textbook = reference.contextual_affinity(case.student, case.teacher, 1.0)
-    assert relative_error(textbook, case.exact[0]) > 1
-
-
-@pytest.mark.parametrize("teacher_type", HALVES_AND_FLOAT)
-@pytest.mark.parametrize("student_type", HALVES_AND_FLOAT)
-def test_inputs_of_any_types(backend, truth, make_features, student_type, teacher_type):
+@pytest.mark.parametrize("k", range(4))
+def test_inputs_of_any_types(backend, truth, make_features, k):
     """Half-precision inputs are not rounded again, nor subtracted in half precision."""
     student, teacher = make_features(33, 20, 0.01)
-    student, teacher = student.to(student_type), teacher.to(teacher_type)
-    k = HALVES_AND_FLOAT.index(student_type) + 2 * HALVES_AND_FLOAT.index(teacher_type)
+    student, teacher = student.to(HALVES_AND_FLOAT[k % 3]), teacher.to(HALVES_AND_FLOAT[(k + 1 + k // 3) % 3])
     for precision in backend.some(PRECISIONS, k):
         result = backend.affinity(student, teacher, 0.1, precision)
         assert [x.dtype for x in result] == [torch.float32] * 2
@@ -194,9 +167,20 @@ def test_inputs_of_any_types(backend, truth, make_features, student_type, teache
 # Hostile values
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("temperature", [0.01, 0.02, math.nextafter(1 / 32, 0), 1 / 32, 0.1, 1, 4, 100])
-def test_students_that_are_far_off(backend, truth, make_features, temperature, precision):
+@pytest.mark.parametrize(
+    ("temperature", "precisions"),
+    [
+        (0.01, PRECISIONS),
+        (0.02, ("bf16", "fp16")),
+        (math.nextafter(1 / 32, 0), ("ieee", "tf32")),
+        (1 / 32, ("tf32", "fp16")),
+        (0.1, ("ieee", "bf16")),
+        (1, ("bf16", "fp16")),
+        (4, ("ieee", "fp16")),
+        (100, ("tf32", "bf16")),
+    ],
+)
+def test_students_that_are_far_off(backend, truth, make_features, temperature, precisions):
     """Opposite, unrelated, zero and close vectors in one image: exp(d) over- and underflows at the low temperatures."""
     close, teacher = make_features(65, 16, 0.01, "normal")
     unrelated, _ = make_features(65, 16, 0.01, "normal", seed=1)
@@ -205,11 +189,11 @@ def test_students_that_are_far_off(backend, truth, make_features, temperature, p
     student[:, 20:40] = unrelated[:, 20:40]
     student[:, 40:45] = 0
     student[:, 45:50] = teacher[:, 46:51]
-    kl, gradient = backend.affinity(student, teacher, temperature, precision)
-    assert torch.isfinite(kl).all()
-    assert torch.isfinite(gradient).all()
-    exact, limits = truth(student, teacher, temperature), truth.limits(student, teacher, temperature, precision)
-    truth.check((kl, gradient), exact, limits)
+    exact = truth(student, teacher, temperature)
+    for precision in precisions:
+        result = backend.affinity(student, teacher, temperature, precision)
+        assert all(torch.isfinite(x).all() for x in result)
+        truth.check(result, exact, truth.limits(student, teacher, temperature, precision))
 
 
 # 0.01 as float32 has it, a little below.
@@ -230,7 +214,7 @@ def test_a_temperature_in_the_devices_memory(backend, truth, make_features, k, t
         truth.check(result, exact, truth.limits(student, teacher, temperature, precision))
 
 
-@pytest.mark.parametrize(("k", "temperature"), list(enumerate((0.0099, 100.1, 0, -1, math.nan, math.inf))))
+@pytest.mark.parametrize(("k", "temperature"), list(enumerate((0.0099, 100.1, math.nan))))
 def test_a_temperature_in_memory_that_is_out_of_range_gives_nan(backend, make_features, k, temperature):
     if backend.module.__name__.endswith(".cpu"):
         pytest.skip("a CPU's memory is the host's: the operator has read and refused the temperature")
@@ -241,7 +225,7 @@ def test_a_temperature_in_memory_that_is_out_of_range_gives_nan(backend, make_fe
             assert x.isnan().all()
 
 
-@pytest.mark.parametrize("temperature", [math.nextafter(4, 0), 4, math.nextafter(4, 5), 4.1])
+@pytest.mark.parametrize("temperature", [math.nextafter(4, 0), 4])
 def test_opposite_students_where_no_difference_is_large_any_more(backend, truth, make_features, temperature):
     """At T = 4, |s_i - t_i| |t_j - t_i| / T is 1 at the most, and here exactly that."""
     teacher = make_features(21, 13, 0.1, "normal")[1]
@@ -261,20 +245,19 @@ def test_positions_far_off_but_still_alike_keep_their_digits(backend, truth, mak
     truth.check(backend.affinity(student, teacher, 0.01), exact, truth.limits(student, teacher, 0.01, "ieee"))
 
 
-@pytest.mark.parametrize("k", range(4))
-def test_a_large_common_shift_of_the_student_keeps_the_digits(backend, truth, k):
+@pytest.mark.parametrize("precision", ["ieee", "fp16"])
+def test_a_large_common_shift_of_the_student_keeps_the_digits(backend, truth, precision):
     """Within one material all d_ij are nearly the same; their common part must not drown the KL."""
     random = torch.Generator().manual_seed(0)
     material = torch.randn(8, 64, generator=random)[torch.arange(96) % 8]
     teacher = (material + 0.02 * torch.randn(96, 64, generator=random))[None]
     student = teacher - 0.3 * material
     student = student + 0.3 * torch.randn(1, 1, 64, generator=random)
-    precision = PRECISIONS[k]
     result = backend.affinity(student, teacher, 0.1, precision)
     truth.check(result, truth(student, teacher, 0.1), truth.limits(student, teacher, 0.1, precision))
 
 
-@pytest.mark.parametrize(("k", "temperature"), list(enumerate((0.01, 0.02, 1 / 32, 0.05, 1, 4, 100))))
+@pytest.mark.parametrize(("k", "temperature"), list(enumerate((0.01, 0.1, 1, 100))))
 def test_student_equal_to_teacher_gives_exactly_zero(backend, make_features, k, temperature):
     _, teacher = make_features(63, 48, 0.0)
     teacher[0, :3] = 0
@@ -288,13 +271,10 @@ def test_student_equal_to_teacher_gives_exactly_zero(backend, make_features, k, 
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(0, 0.05), (1, 0.01), (2, 1), (3, 100)])
-@pytest.mark.parametrize("who", ["student", "teacher", "both"])
-def test_zero_vectors(backend, truth, make_features, who, k, temperature):
+def test_zero_vectors(backend, truth, make_features, k, temperature):
     student, teacher = make_features(17, 9, 0.1)
-    if who != "teacher":
-        student[:, [0, 5, 16]] = 0
-    if who != "student":
-        teacher[:, [0, 6]] = 0
+    student[:, [0, 5, 16]] = 0
+    teacher[:, [0, 6]] = 0
     textbook = reference.contextual_affinity(student.double(), teacher.double(), temperature)
     lost = 2.0**-50 * temperature**2 * (1 + 1 / temperature)
     for precision in backend.some(PRECISIONS, k):
@@ -306,7 +286,7 @@ def test_zero_vectors(backend, truth, make_features, who, k, temperature):
         assert (error <= 12 * limits[0] + lost).all()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["ieee", "fp16"])
 def test_all_vectors_zero(backend, precision):
     zeros = torch.zeros(2, 5, 3)
     kl, gradient = backend.affinity(zeros, zeros, 0.5, precision)
@@ -314,7 +294,7 @@ def test_all_vectors_zero(backend, precision):
     assert torch.equal(gradient, zeros)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["ieee", "fp16"])
 def test_only_directions_count(backend, make_features, precision):
     """Powers of two move no digit, so a student of any magnitude gives the same bits, and gradients in proportion."""
     student, teacher = make_features(33, 12, 0.1)
@@ -334,8 +314,9 @@ def test_subnormal_features(backend, make_features):
     assert torch.isfinite(backend.affinity(student, tiny, 1.0)[0]).all()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize(("k", "temperature"), [(0, 0.02), (1, 0.05), (2, 1), (3, 4)])
+@pytest.mark.parametrize(
+    ("k", "temperature", "bad"), [(0, 0.02, math.nan), (1, 0.05, math.inf), (2, 1, math.nan), (3, 4, math.inf)]
+)
 def test_a_student_that_is_not_finite_spoils_its_own_position_alone(backend, truth, make_features, k, temperature, bad):
     student, teacher = make_features(17, 9, 0.1, batch=2)
     exact = truth(student, teacher, temperature)
@@ -351,8 +332,10 @@ def test_a_student_that_is_not_finite_spoils_its_own_position_alone(backend, tru
         truth.check((kl, gradient), exact, limits[precision])
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize(("k", "temperature", "n"), [(0, 0.5, 17), (1, 0.02, 17), (2, 4, 17), (3, 0.02, 300)])
+@pytest.mark.parametrize(
+    ("k", "temperature", "n", "bad"),
+    [(0, 0.5, 17, math.inf), (1, 0.02, 17, math.nan), (2, 4, 17, math.nan), (3, 0.02, 300, math.inf)],
+)
 def test_a_teacher_that_is_not_finite_spoils_its_own_image_alone(backend, make_features, k, temperature, n, bad):
     """Its vector is a key of every position there, be it one of those that are averaged for the centre or not."""
     student, teacher = make_features(n, 9, 0.1, batch=3)
@@ -392,20 +375,30 @@ def as_rows(x):
     return x.flatten(2).mT.cpu()
 
 
-@pytest.mark.parametrize("k", range(3))
-def test_any_strides(backend, truth, make_features, layouts, k):
-    shape = b, c, h, w = ((2, 5, 4, 6), (2, 3, 1, 7), (2, 4, 7, 1))[k]
-    maps = [x.to(backend.device).mT.unflatten(2, (h, w)).contiguous() for x in make_features(h * w, c, 0.1, batch=b)]
-    student, teacher = (layout(x) for layout, x in zip(layouts, maps, strict=True))
-    assert student.shape == teacher.shape == shape
+def test_any_strides(backend, truth, make_features, layouts):
+    for shape in backend.some(((2, 5, 4, 6), (2, 3, 1, 7), (2, 4, 7, 1)), 0):
+        b, c, h, w = shape
+        maps = [
+            x.to(backend.device).mT.unflatten(2, (h, w)).contiguous() for x in make_features(h * w, c, 0.1, batch=b)
+        ]
+        student, teacher = (layout(x) for layout, x in zip(layouts, maps, strict=True))
+        assert student.shape == teacher.shape == shape
+        check_maps(backend, truth, student, teacher)
+
+
+def check_maps(backend, truth, student, teacher):
     s, t = as_rows(student), as_rows(teacher)
     kl, gradient = backend.affinity_of_maps(student, teacher, 0.1)
     truth.check((as_rows(kl[:, None])[..., 0], as_rows(gradient)), truth(s, t, 0.1), truth.limits(s, t, 0.1, "ieee"))
     distance, cosine_gradient = backend.cosine_of_maps(student, teacher)
-    exact = reference.cosine_distance(s.double(), t.double())
-    torch.testing.assert_close(as_rows(distance[:, None])[..., 0].double(), exact, rtol=1e-6, atol=1e-12)
+    leaf = s.double().requires_grad_()
+    exact = reference.cosine_distance(leaf, t.double())
+    exact.sum().backward()
+    torch.testing.assert_close(as_rows(distance[:, None])[..., 0].double(), exact.detach(), rtol=1e-6, atol=1e-12)
+    of_cosine = as_rows(cosine_gradient).double()
+    torch.testing.assert_close(of_cosine, leaf.grad, rtol=1e-6, atol=1e-6 * leaf.grad.abs().max().item())
     for values, of_student in ((kl, gradient), (distance, cosine_gradient)):
-        assert values.shape == (b, h, w)
+        assert values.shape == (len(student), *student.shape[2:])
         assert values.is_contiguous()
         assert of_student.stride() == torch.empty_like(student).stride()
         assert values.dtype == of_student.dtype == torch.float32
@@ -414,25 +407,19 @@ def test_any_strides(backend, truth, make_features, layouts, k):
 @pytest.fixture(scope="module")
 def huge_storage():
     """2^31 elements and a few more; only the pages that are written to are ever there."""
-    return functools.cache(lambda device: torch.empty(2**31 + 24, dtype=torch.float16, device=device))
+    return functools.cache(lambda device: torch.empty(2**31 + 48, dtype=torch.float16, device=device))
 
 
 @pytest.mark.parametrize("dimension", range(4))
-@pytest.mark.parametrize("who", [0, 1], ids=["student", "teacher"])
-def test_offsets_beyond_32_bits(backend, truth, make_features, huge_storage, who, dimension):
+def test_offsets_beyond_32_bits(backend, truth, make_features, huge_storage, dimension):
     """Two steps of 2^30 along one dimension: the stride still is a 32-bit number, the offsets are not."""
     b, c, h, w = (3 if d == dimension else 2 for d in range(4))
     maps = [x.half().mT.unflatten(2, (h, w)).contiguous() for x in make_features(h * w, c, 0.1, batch=b)]
-    maps = [x.to(backend.device) for x in maps]
     strides = list(maps[0].stride())
     strides[dimension] = 2**30
-    maps[who] = huge_storage(backend.device).as_strided((b, c, h, w), strides).copy_(maps[who])
-    s, t = (as_rows(x) for x in maps)
-    kl, gradient = backend.affinity_of_maps(*maps, 0.1)
-    truth.check((as_rows(kl[:, None])[..., 0], as_rows(gradient)), truth(s, t, 0.1), truth.limits(s, t, 0.1, "ieee"))
-    distance, _ = backend.cosine_of_maps(*maps)
-    exact = reference.cosine_distance(s.double(), t.double())
-    torch.testing.assert_close(as_rows(distance[:, None])[..., 0].double(), exact, rtol=1e-6, atol=1e-12)
+    storage = huge_storage(backend.device)
+    maps = [storage[24 * k :].as_strided((b, c, h, w), strides).copy_(x) for k, x in enumerate(maps)]
+    check_maps(backend, truth, *maps)
 
 
 @pytest.fixture
@@ -491,9 +478,10 @@ def test_autocast_does_not_round_the_operands_of_a_backend(backend, make_feature
 # Cosine distance
 
 
-@pytest.mark.parametrize("noise", [1, 0.1, 0.001])
-@pytest.mark.parametrize(("n", "c"), [(65, 48), (1, 5000), (127, 3), (33, 300)])
-def test_cosine_distance_keeps_its_digits(backend, make_features, noise, n, c):
+@pytest.mark.parametrize(
+    ("n", "c", "noise"), [(65, 48, 0.001), (65, 48, 1), (1, 5000, 0.1), (127, 3, 0.001), (33, 300, 1)]
+)
+def test_cosine_distance_keeps_its_digits(backend, make_features, n, c, noise):
     """1 - cos is 1e-6 at 0.1 % noise, of which float32 knows one digit if 1 is subtracted."""
     student, teacher = make_features(n, c, noise, batch=2)
     leaf = student.double().requires_grad_()

@@ -303,9 +303,6 @@ def test_the_order_of_threads_changes_no_bit_nor_does_the_gradient(emulation, tm
 
 # The compiler
 
-# Bytes of shared memory that a block may have; nvcc checks what is declared, not what a launch asks for.
-SHARED_MEMORY = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
-
 
 @pytest.mark.parametrize("architecture", [80, *_slow(75, 90, 120)])
 def test_nothing_spills_and_tensor_cores_are_used(tmp_path, architecture):
@@ -341,15 +338,3 @@ def check_instructions(toolkit, cubin, architecture):
     assert re.search(r"(?<![.\w])(RED|ATOM|ATOMS|ATOMG)\b", text) is None  # BAR.RED is a barrier's vote
     found = {name: re.search(rf"\b{name}\b", text) is not None for name in ("HMMA", "LDGSTS")}
     assert set(found.values()) == {architecture >= 80}
-
-
-@pytest.mark.parametrize(("architecture", "stages"), [(75, 1), (80, 2), (90, 2), (120, 2)])
-def test_blocks_fit_into_shared_memory(architecture, stages):
-    """As affinity.cu's shared_bytes(): per stage three matrices of 64 rows of 36 words, and the weights."""
-    bytes_of = {
-        "halves": stages * 3 * 64 * 36 * 4 + 64 * (32 + 4) * 4,
-        "floats": stages * 3 * 64 * 36 * 4 + 64 * 68 * 4,
-    }
-    text = (native_build.csrc_folder() / "cuda" / "affinity.cu").read_text(encoding="utf-8")
-    assert "kPieceWords = 32, kStrideWords = kPieceWords + 4" in text
-    assert max(bytes_of.values()) <= SHARED_MEMORY[architecture]

@@ -21,13 +21,6 @@ def affinity(student, teacher, temperature, precision="ieee"):
     return kl.squeeze(-1), gradient.squeeze(-1).mT
 
 
-def test_every_call_is_served():
-    x = torch.zeros(1, 2, 3, 4, dtype=torch.float64)
-    for precision in (*PRECISIONS, None):
-        assert torch_tiled.refusal(x, x, precision) is None
-        assert torch_tiled.refusal(x.to("meta"), x.to("meta"), precision) is None
-
-
 # Both ways through a slab
 
 
@@ -50,33 +43,29 @@ def either_path(request):
         request.getfixturevalue("general_path")
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("temperature", [0.01, 0.05, 0.0999, 1, 100])
+@pytest.mark.parametrize(("k", "temperature"), list(enumerate((0.01, 0.05, 0.0999, 1, 100))))
 @pytest.mark.parametrize(
     ("n", "c", "noise", "kind"),
     [(129, 48, 0.001, "rectified"), (63, 130, 0.1, "normal"), (15, 3, 1, "clustered"), (1, 1024, 0.01, "normal")],
 )
-def test_close_students_on_the_general_path(
-    truth, make_features, general_path, n, c, noise, kind, temperature, precision
-):
+def test_close_students_on_the_general_path(truth, make_features, general_path, n, c, noise, kind, k, temperature):
     student, teacher = make_features(n, c, noise, kind)
+    precision = PRECISIONS[(k + n // 16) % 4]
     exact, limits = truth(student, teacher, temperature), truth.limits(student, teacher, temperature, precision)
     truth.check(affinity(student, teacher, temperature, precision), exact, limits)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("k", range(4))
 @pytest.mark.parametrize("temperature", [0.01, 0.05, 1, 100])
-def test_hostile_vectors_on_the_general_path(truth, make_features, general_path, temperature, precision):
+def test_hostile_vectors_on_the_general_path(truth, make_features, general_path, temperature, k):
     student, teacher = make_features(40, 9, 0.1, "normal", batch=2)
     student[0, :5], student[0, 5:10], student[0, 10:15] = 0, -teacher[0, 5:10], teacher[0, 10:15]
     teacher[0, 20:23] = 0
+    precision = PRECISIONS[k]
     exact, limits = truth(student, teacher, temperature), truth.limits(student, teacher, temperature, precision)
     student[1, 4, 2] = math.nan
     kl, gradient = affinity(student, teacher, temperature, precision)
-    spoiled = torch.zeros(2, 40, dtype=torch.bool)
-    spoiled[1, 4] = True
-    assert torch.equal(kl.isnan(), spoiled)
-    assert torch.equal(gradient.isnan().any(-1), spoiled)
+    assert kl.isnan().nonzero().tolist() == gradient.isnan().any(-1).nonzero().tolist() == [[1, 4]]
     kl[1, 4], gradient[1, 4] = (torch.as_tensor(x[1, 4]) for x in exact)
     truth.check((kl, gradient), exact, limits)
     for result in affinity(teacher, teacher, temperature, precision):
@@ -109,7 +98,7 @@ def test_cosine_distance_of_a_small_angle(angle):
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1])
-@pytest.mark.parametrize("slab", [1, 37, 5 * 37, 36 * 37, 2 * 37 * 37, 10**6])
+@pytest.mark.parametrize("slab", [1, 5 * 37, 36 * 37, 2 * 37 * 37])
 def test_results_do_not_depend_on_the_slab(monkeypatch, truth, make_features, slab, temperature):
     """From one row at a time, over rows that do not divide N, to several images at once (3 = 2 + 1)."""
     student, teacher = make_features(37, 21, 0.1, batch=3)
@@ -120,7 +109,7 @@ def test_results_do_not_depend_on_the_slab(monkeypatch, truth, make_features, sl
         truth.check(affinity(student, teacher, temperature, precision), exact, limits)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
 def test_no_matrix_of_all_pairs_is_stored(make_features, precision):
     n = 4096
     student, teacher = make_features(n, 8, 0.5)
@@ -171,6 +160,7 @@ def test_settings_neither_change_the_result_nor_are_changed(truth, make_features
     assert matmul_settings() == settings
 
 
+@pytest.mark.parametrize("global_precision", ["medium"], indirect=True)
 def test_settings_survive_calls_from_several_threads(make_features, global_precision):
     student, teacher = make_features(65, 17, 0.1)
     alone = {precision: affinity(student, teacher, 0.1, precision) for precision in PRECISIONS}

@@ -25,12 +25,24 @@ def pytest_make_parametrize_id(val):
     return f"{val.backend} on {val.device}" if isinstance(val, Place) else None
 
 
-@pytest.fixture(
-    params=[pytest.param(place, marks=pytest.mark.gpu if place.device == "cuda" else ()) for place in PLACES]
-)
+def _parameters(places):
+    return [pytest.param(place, marks=pytest.mark.gpu if place.device == "cuda" else ()) for place in places]
+
+
+@pytest.fixture(params=_parameters(PLACES))
 def place(request) -> Place:
     """A backend and a device for its tensors."""
-    backend, device = request.param
+    return _available(request.param)
+
+
+@pytest.fixture(params=_parameters([PLACES[0], Place("triton", "cuda")]))
+def any_place(request) -> Place:
+    """One for each device: for what the operators do around the backends, of which the others know no more."""
+    return _available(request.param)
+
+
+def _available(place):
+    backend, device = place
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     if backend in native_build.EXTENSIONS:
@@ -47,4 +59,11 @@ def place(request) -> Place:
         reason = dispatch.refusal("triton", one, one, None) or ""
         if "does not work with numpy" in reason:
             pytest.skip(reason)
-    return Place(backend, device)
+    return place
+
+
+@pytest.fixture
+def restore_precision():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)

@@ -1,23 +1,18 @@
-import copy
 import functools
-import os
-import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.export import Dim
 from torch.torch_version import TorchVersion
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dskd_fast import ContextualAffinityLoss, CosineDistanceLoss, functional, reference
-from dskd_fast.ops import dispatch, operators
+from dskd_fast.ops import dispatch
 from dskd_fast.ops.dispatch import AMBIENT, BACKEND_VARIABLE, PRECISIONS
 
 affinity = torch.ops.dskd_fast.contextual_affinity.tensor
@@ -49,24 +44,12 @@ PAIRS = {
     "transposed": lambda: (random(1, 5, 4, 3, seed=1).mT, random(1, 5, 4, 3, seed=2).mT),
     "sliced": lambda: (random(3, 7, 5, 8, seed=1)[2:, 1:6, 2:, ::2], random(1, 10, 6, 4, seed=2)[:, ::2, ::2]),
     "expanded batch": lambda: (plain(1).expand(2, 5, 3, 4), plain(2, batch=2)),
-    "expanded positions": lambda: (random(1, 5, 1, 4, seed=1).expand(1, 5, 3, 4), plain(2)),
     "rows": lambda: tuple(random(1, 12, 5, seed=seed).mT.unsqueeze(-1) for seed in (1, 2)),
-    "one position": lambda: (random(1, 5, 1, 1, seed=1), random(1, 5, 1, 1, seed=2)),
-    "one channel": lambda: (random(1, 1, 3, 4, seed=1), random(1, 1, 3, 4, seed=2)),
     "no images": lambda: (random(0, 5, 3, 4), random(0, 5, 3, 4)),
-    "no positions": lambda: (random(1, 5, 0, 4), random(1, 5, 0, 4)),
     "mixed types": lambda: (plain(1, torch.bfloat16), plain(2).to(memory_format=torch.channels_last)),
     "half precision": lambda: (plain(1, torch.float16), plain(2, torch.float16)),
     "float64": lambda: (plain(1, torch.float64), plain(2)),
 }
-
-
-@pytest.fixture(params=PAIRS)
-def pair(request, place):
-    """A student and a teacher that the place's backend serves."""
-    if request.param == "float64" and place.backend == "triton":
-        pytest.skip("the triton backend does not take float64")
-    return on(place, *PAIRS[request.param]())
 
 
 @pytest.fixture
@@ -79,59 +62,46 @@ def pristine_compiler():
 # What the operators promise to PyTorch
 
 
-ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-# The interpreter takes seconds for a trace, which no layout and no precision changes, and is much the same without
-# a gradient.
-INTERPRETER = ("triton", "cpu")
-FEWER = {True: ALL[:3], False: ALL[2:3]}
+REGISTRATION = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-@pytest.mark.parametrize("with_gradient", [True, False])
-def test_registration(place, pair, with_gradient):
+@pytest.mark.parametrize("pair", PAIRS)
+def test_registration(place, pair):
     """Schema, autograd and fake tensors, strides included, and tracing, against what the operator really does."""
-    student, teacher = pair
-    student = student.detach().requires_grad_(with_gradient)
-    checks = FEWER[with_gradient] if place == INTERPRETER else ALL
-    call = student, teacher, torch.tensor(0.5, device=place.device), "ieee", place.backend, with_gradient
-    torch.library.opcheck(affinity, call, test_utils=checks)
-    torch.library.opcheck(cosine, (student, teacher, place.backend, with_gradient), test_utils=checks)
-
-
-@pytest.mark.parametrize("precision", [*PRECISIONS, AMBIENT])
-def test_registration_at_every_precision(place, precision):
-    student, teacher = on(place, *PAIRS["transposed"]())
-    checks = FEWER[True] if place == INTERPRETER and precision != AMBIENT else ALL
-    call = student.requires_grad_(), teacher, torch.tensor(0.05), precision, place.backend, True
-    torch.library.opcheck(affinity, call, test_utils=checks)
-
-
-@pytest.mark.parametrize("with_gradient", [False, True])
-def test_the_operators_return_the_map_and_the_gradient_or_nothing(place, with_gradient):
-    student, teacher = on(place, *PAIRS["transposed"]())
-    for values, gradient in (
-        affinity(student, teacher, torch.tensor(1.0), "ieee", place.backend, with_gradient),
-        cosine(student, teacher, place.backend, with_gradient),
+    if place.backend == "triton" and (
+        pair == "float64" or (place.device == "cpu" and pair not in ("sliced", "no images"))
     ):
-        assert values.shape == (1, 3, 4)
-        assert values.is_contiguous()
-        assert gradient.shape == ((1, 5, 3, 4) if with_gradient else (0,))
+        pytest.skip("it does not take float64, and under the interpreter other layouts take seconds")
+    student, teacher = on(place, *PAIRS[pair]())
+    temperature = torch.tensor(0.5, device=place.device)
+    traced = ("test_aot_dispatch_dynamic",) if place.backend == "torch" and pair == "channels last" else ()
+    for with_gradient, checks in ((True, REGISTRATION + traced), (False, REGISTRATION[2:])):
+        student = student.detach().requires_grad_(with_gradient)
+        call = student, teacher, temperature, "ieee", place.backend, with_gradient
+        torch.library.opcheck(affinity, call, test_utils=checks)
+        torch.library.opcheck(cosine, (student, teacher, place.backend, with_gradient), test_utils=checks)
 
 
-def test_only_the_student_gets_a_gradient(place):
-    student, teacher = (x.requires_grad_() for x in on(place, *PAIRS["contiguous"]()))
-    values, gradient = affinity(student, teacher, torch.tensor(1.0), "ieee", place.backend, True)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_the_types_of_every_precision(backend, precision):
+    """float64 of float64 unless it is rounded."""
+    student, teacher = PAIRS["float64"]()
+    call = student.requires_grad_(), teacher, torch.tensor(0.05), precision, backend, True
+    torch.library.opcheck(affinity, call, test_utils=REGISTRATION)
+
+
+def test_only_the_student_gets_a_gradient_and_one_that_was_not_asked_for_is_an_error():
+    student, teacher = (x.requires_grad_() for x in PAIRS["contiguous"]())
+    values, _ = affinity(student, teacher, torch.tensor(1.0), "ieee", "torch", False)
+    with pytest.raises(RuntimeError, match="computed without its gradient"):
+        values.sum().backward()
+    assert student.grad is None
+    values, gradient = affinity(student, teacher, torch.tensor(1.0), "ieee", "torch", True)
     assert not gradient.requires_grad
     values.sum().backward()
     assert student.grad is not None
     assert teacher.grad is None
-
-
-def test_a_gradient_that_was_not_asked_for_is_an_error_never_a_wrong_one(place):
-    student, teacher = on(place, *PAIRS["contiguous"]())
-    values, _ = affinity(student.requires_grad_(), teacher, torch.tensor(1.0), "ieee", place.backend, False)
-    with pytest.raises(RuntimeError):
-        values.sum().backward()
-    assert student.grad is None
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -145,25 +115,6 @@ def test_shapes_without_data(function):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
-def test_what_is_no_float_does_not_reach_the_operators(monkeypatch, function, dtype):
-    reached = []
-    monkeypatch.setattr(operators, function.__name__, lambda *call: reached.append(call))
-    x = torch.ones(1, 2, 3, 4)
-    for name, call in (("student", (x.to(dtype), x)), ("teacher", (x, x.to(dtype)))):
-        with pytest.raises(TypeError, match=f"{name} has dtype {dtype}: pass a floating-point tensor"):
-            function(*call)
-    assert reached == []
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_sparse_tensors_are_refused(function):
-    x = torch.ones(1, 2, 3, 4)
-    with pytest.raises(TypeError, match=r"student has layout torch.sparse_coo: pass a dense tensor, x.to_dense\(\)"):
-        function(x.to_sparse(), x)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
 def test_forward_mode_is_refused(function):
     """It would come out as a derivative of zero. (By torch.func: below.)"""
     x = random(1, 2, 3, 4)
@@ -172,64 +123,18 @@ def test_forward_mode_is_refused(function):
         function(torch.autograd.forward_ad.make_dual(x, x), x)
 
 
-class Recorder(TorchDispatchMode):
-    """Operators of torch that are run while it is entered."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        with self:  # `bool(x)` is one operator until it is taken apart
-            result = function.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
-        self.seen.append(function)
-        return function(*args, **kwargs)
-
-    def stalling(self):
-        """Those whose result or its shape the host has to know."""
-        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-        return [function for function in self.seen if tags & set(function.tags)]
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("noise", [1e-3, 1.0])
-def test_kernels_never_read_a_value_back(place, monkeypatch, function, noise):
-    """It would stall a GPU's queue. Near and far students, whose kernels differ; the temperature where they are."""
-    module, name, recorder = dispatch.load(place.backend), function.__name__, Recorder()
-    original = getattr(module, name)
-
-    def watched(*call):  # what an operator runs is hidden from a mode that is entered outside
-        with recorder:
-            return original(*call)
-
-    monkeypatch.setattr(module, name, watched)
-    teacher, other = on(place, *PAIRS["contiguous"]())
-    student = (teacher + noise * other).requires_grad_()
-    temperature = [torch.ones((), device=place.device)] if name == "contextual_affinity" else []
-    with recorder:
-        function(student, teacher, *temperature, backend=place.backend).mean().backward()
-    assert (affinity if name == "contextual_affinity" else cosine) in recorder.seen
-    assert torch.ops.aten.empty_like.default in recorder.seen
-    if place.backend != "torch":
-        assert recorder.stalling() == []
-    elif place.device == "cpu" and name == "contextual_affinity":
-        assert torch.ops.aten._local_scalar_dense.default in recorder.stalling()  # the test would see it
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_call_can_be_captured_in_a_cuda_graph(function):
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_call_can_be_captured_in_a_cuda_graph(backend, function):
     """Which refuses every synchronisation, and everything that depends on what the first call found out."""
     student, teacher = (x.cuda() for x in PAIRS["contiguous"]())
     student.requires_grad_()
     temperature = [torch.ones((), device="cuda")] if function is functional.contextual_affinity else []
 
     def call():
-        return torch.autograd.grad(function(student, teacher, *temperature, backend="triton").sum(), student)[0]
+        return torch.autograd.grad(function(student, teacher, *temperature, backend=backend).sum(), student)[0]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -251,10 +156,10 @@ def test_a_call_can_be_captured_in_a_cuda_graph(function):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_any_grad_output_and_backward_twice(place, function):
-    student, teacher = on(place, *PAIRS["channels last"]())
-    weights = random(2, 3, 4, seed=3).to(place.device)
-    values = function(student.requires_grad_(), teacher, backend=place.backend)
+def test_any_grad_output_and_backward_twice(any_place, function):
+    student, teacher = on(any_place, *PAIRS["channels last"]())
+    weights = random(2, 3, 4, seed=3).to(any_place.device)
+    values = function(student.requires_grad_(), teacher, backend=any_place.backend)
     first, second, negative, none = (
         torch.autograd.grad(values, student, factor * weights, retain_graph=True)[0] for factor in (1, 1, -2, 0)
     )
@@ -264,16 +169,6 @@ def test_any_grad_output_and_backward_twice(place, function):
     (ones,) = torch.autograd.grad(values.sum(), student)
     assert torch.equal(first, weights[:, None] * ones)
     assert ones.abs().max() > 0
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_gradients_of_several_backwards_add_up(place, function):
-    student, teacher = on(place, *PAIRS["contiguous"]())
-    loss = function(student.requires_grad_(), teacher, backend=place.backend).mean()
-    loss.backward(retain_graph=True)
-    once = student.grad.clone()
-    loss.backward()
-    assert torch.equal(student.grad, 2 * once)
 
 
 LOSSES = {
@@ -301,28 +196,28 @@ def assert_same(got, expected):
 
 
 @pytest.mark.parametrize("loss", ["affinity", "cosine", "flattened cosine"])
-def test_micro_batches_accumulate_to_the_whole_batch(place, loss):
+def test_micro_batches_accumulate_to_the_whole_batch(any_place, loss):
     """Images do not know of each other: each has in a batch the share that it has alone."""
-    module = LOSSES[loss](backend=place.backend)
+    module = LOSSES[loss](backend=any_place.backend)
     # Float64, where it is had, leaves rounding far below the difference that a wrong share of an image would make.
-    dtype = torch.float64 if place.backend == "torch" else torch.float32
-    student, teacher = ([random(2, 5, 3, 4, seed=seed).to(place.device, dtype)] for seed in (1, 2))
+    dtype = torch.float64 if any_place.backend == "torch" else torch.float32
+    student, teacher = ([random(2, 5, 3, 4, seed=seed).to(any_place.device, dtype)] for seed in (1, 2))
     parts = [
         loss_and_gradients(module, [s], [t]) for s, t in zip(student[0].split(1), teacher[0].split(1), strict=True)
     ]
     _, whole = loss_and_gradients(module, student, teacher)
     accumulated = torch.cat([gradient for _, gradient in parts]) / len(parts)
-    if place.backend == "triton":  # a program works on one image alone
+    if any_place.backend == "triton":  # a program works on one image alone
         assert torch.equal(accumulated, whole)
     else:
         assert (accumulated - whole).norm() <= torch.finfo(torch.float32).eps * whole.norm()
     assert whole.norm() > 0
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["affinity", "cosine"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_changes_nothing(place, loss, use_reentrant):
-    module = LOSSES[loss](backend=place.backend)
+def test_checkpointing_changes_nothing(any_place, loss, use_reentrant):
+    module = LOSSES[loss](backend=any_place.backend)
 
     def first_level(student, teacher):
         return module(student.tanh(), teacher)
@@ -330,7 +225,7 @@ def test_checkpointing_changes_nothing(place, loss, use_reentrant):
     def checkpointed(student, teacher):
         return checkpoint(first_level, student[0], teacher[0], use_reentrant=use_reentrant)
 
-    student, teacher = levels(place, 1)[:1], levels(place, 2)[:1]
+    student, teacher = levels(any_place, 1)[:1], levels(any_place, 2)[:1]
     assert_same(
         loss_and_gradients(checkpointed, student, teacher),
         loss_and_gradients(lambda s, t: first_level(s[0], t[0]), student, teacher),
@@ -341,51 +236,34 @@ def test_checkpointing_changes_nothing(place, loss, use_reentrant):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_rounds_the_operands_of_products_not_the_inputs(place, dtype):
+def test_autocast_rounds_the_operands_of_products_not_the_inputs(any_place, dtype):
     """Of a student at 0.1 % noise, the inputs rounded to bfloat16 would leave nothing but rounding."""
     teacher = random(2, 32, 8, 8, seed=1).relu()
     student = teacher + 1e-3 * random(2, 32, 8, 8, seed=2)
     rows = [x.flatten(2).mT.double() for x in (student, teacher)]
     exact = reference.contextual_affinity(*rows).unflatten(1, (8, 8))
-    student, teacher, exact = on(place, student, teacher, exact)
+    student, teacher, exact = on(any_place, student, teacher, exact)
 
     def error(student, teacher, **options):
-        values = functional.contextual_affinity(student, teacher, backend=place.backend, **options)
+        values = functional.contextual_affinity(student, teacher, backend=any_place.backend, **options)
         assert values.dtype == torch.float32
         return (values - exact).norm() / exact.norm()
 
     # A KL is of second order in the difference: two factors, each with two rounded operands.
     rounding = 4 * torch.finfo(dtype).eps / 2
-    with torch.autocast(place.device, dtype=dtype):
+    with torch.autocast(any_place.device, dtype=dtype):
         assert error(student, teacher) <= rounding
     assert error(student.to(dtype), teacher.to(dtype), precision="ieee") > rounding
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
-def test_precision_follows_autocast(place, dtype, precision):
-    student, teacher = on(place, random(1, 32, 8, 8, seed=1), random(1, 32, 8, 8, seed=2))
-
-    def values(**options):
-        return functional.contextual_affinity(student, teacher, backend=place.backend, **options)
-
-    exact, rounded = values(precision="ieee"), values(precision=precision)
-    assert not torch.equal(exact, rounded)
-    with torch.autocast(place.device, dtype=dtype):
-        assert torch.equal(values(), rounded)
-        assert torch.equal(values(precision="ieee"), exact)
-        with torch.autocast(place.device, enabled=False):
-            assert torch.equal(values(), exact)
-    assert torch.equal(values(), exact)
-
-
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_the_backward_may_run_outside_autocast(place, function):
-    student, teacher = on(place, *PAIRS["contiguous"]())
+def test_the_backward_may_run_outside_autocast(any_place, function):
+    student, teacher = on(any_place, *PAIRS["contiguous"]())
     student.requires_grad_()
     gradients = []
     for inside in (False, True):
-        with torch.autocast(place.device, dtype=torch.bfloat16):
-            loss = function(student, teacher, backend=place.backend).mean()
+        with torch.autocast(any_place.device, dtype=torch.bfloat16):
+            loss = function(student, teacher, backend=any_place.backend).mean()
             if inside:
                 gradients += torch.autograd.grad(loss, student)
         if not inside:
@@ -395,16 +273,16 @@ def test_the_backward_may_run_outside_autocast(place, function):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_scaled_loss_carries_gradients_into_the_range_of_half_precision(place, function):
+def test_a_scaled_loss_carries_gradients_into_the_range_of_half_precision(any_place, function):
     """The scale is applied before the gradient becomes float16, in which it would be lost."""
     teacher = plain(2, torch.float16)
     student = (teacher + 1e-2 * plain(1)).half()
-    student, teacher = on(place, student, teacher)
+    student, teacher = on(any_place, student, teacher)
     weight, scale = 2.0**-4, 2.0**20
 
     def gradient(x, factor):
         leaf = x.clone().requires_grad_()
-        (factor * weight * function(leaf, teacher.float(), backend=place.backend).mean()).backward()
+        (factor * weight * function(leaf, teacher.float(), backend=any_place.backend).mean()).backward()
         return leaf.grad
 
     exact = gradient(student.float(), 1.0)
@@ -415,19 +293,19 @@ def test_a_scaled_loss_carries_gradients_into_the_range_of_half_precision(place,
     assert (scale * exact).abs().median() > smallest
 
 
-def test_a_gradient_scaler_changes_no_step_and_leaves_out_one_that_overflows(place):
-    teacher, other = on(place, *PAIRS["contiguous"]())
+def test_a_gradient_scaler_changes_no_step_and_leaves_out_one_that_overflows(any_place):
+    teacher, other = on(any_place, *PAIRS["contiguous"]())
     weights = []
     for scale in (None, 2.0**10, 2.0**127):
         student = torch.nn.Parameter((teacher + other).clone())
         optimiser = torch.optim.SGD([student], lr=1.0)
-        with torch.autocast(place.device, dtype=torch.bfloat16):
-            loss = 100 * functional.contextual_affinity(student, teacher, 0.1, backend=place.backend).sum()
+        with torch.autocast(any_place.device, dtype=torch.bfloat16):
+            loss = 100 * functional.contextual_affinity(student, teacher, 0.1, backend=any_place.backend).sum()
         if scale is None:
             loss.backward()
             optimiser.step()
         else:
-            scaler = torch.amp.GradScaler(place.device, init_scale=scale)
+            scaler = torch.amp.GradScaler(any_place.device, init_scale=scale)
             scaler.scale(loss).backward()
             scaler.step(optimiser)
             scaler.update()
@@ -442,57 +320,30 @@ def test_a_gradient_scaler_changes_no_step_and_leaves_out_one_that_overflows(pla
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_compiling_changes_nothing(place, pristine_compiler, loss):
-    module = LOSSES[loss](backend=place.backend)
+def test_compiling_changes_nothing(any_place, pristine_compiler, loss):
+    module = LOSSES[loss](backend=any_place.backend)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=False)
-    call = levels(place, 1), levels(place, 2)
+    call = levels(any_place, 1), levels(any_place, 2)
     assert_same(loss_and_gradients(compiled, *call), loss_and_gradients(module, *call))
 
 
-def assert_compiled_is_right(compiled, function, place, shape, dynamic_dimensions=()):
-    pair = on(place, random(*shape, seed=1), random(*shape, seed=2))
-    for x in pair:
-        for dimension in dynamic_dimensions:
-            torch._dynamo.mark_dynamic(x, dimension)
-    results = []
-    for call in (compiled, function):
-        student = pair[0].requires_grad_()
-        values = call(student, pair[1], backend=place.backend)
-        results.append([values.detach(), *torch.autograd.grad(values.square().sum(), student)])
-    assert_same(*results)
-
-
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_one_dynamic_graph_serves_every_shape(place, pristine_compiler, function):
+def test_one_dynamic_graph_serves_every_shape(any_place, pristine_compiler, function):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
-    assert_compiled_is_right(compiled, function, place, (2, 5, 3, 4))
+
+    def check(shape):
+        student, teacher = on(any_place, random(*shape, seed=1), random(*shape, seed=2))
+        results = []
+        for call in (compiled, function):
+            values = call(student.requires_grad_(), teacher, backend=any_place.backend)
+            results.append([values.detach(), *torch.autograd.grad(values.square().sum(), student)])
+        assert_same(*results)
+
+    check((2, 5, 3, 4))
     with torch.compiler.set_stance("fail_on_recompile"):
-        assert_compiled_is_right(compiled, function, place, (3, 7, 6, 3))
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_graph_is_dynamic_where_its_inputs_are_marked(pristine_compiler, function):
-    here = SimpleNamespace(backend="torch", device="cpu")
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert_compiled_is_right(compiled, function, here, (2, 5, 3, 4), (0, 2, 3))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        assert_compiled_is_right(compiled, function, here, (3, 5, 6, 3), (0, 2, 3))
-    assert_compiled_is_right(compiled, function, here, (3, 7, 6, 3), (0, 2, 3))
-
-
-def test_a_new_shape_of_a_static_graph_is_compiled_anew(pristine_compiler):
-    """What the tests above rely on."""
-    compiled = torch.compile(functional.contextual_affinity, fullgraph=True, backend="aot_eager", dynamic=False)
-    compiled(plain(1), plain(2))
-    with (
-        torch.compiler.set_stance("fail_on_recompile"),
-        pytest.raises(RuntimeError, match="fail_on_recompile"),
-    ):
-        compiled(random(3, 5, 6, 4), random(3, 5, 6, 4))
-    assert torch.equal(
-        compiled(random(3, 5, 6, 4, seed=1), random(3, 5, 6, 4, seed=2)),
-        functional.contextual_affinity(random(3, 5, 6, 4, seed=1), random(3, 5, 6, 4, seed=2)),
-    )
+        check((3, 7, 6, 3))
+        with pytest.raises(RuntimeError, match="fail_on_recompile"):  # the test would see it
+            compiled(plain(1).double(), plain(2))
 
 
 class Weighted(torch.nn.Module):
@@ -533,9 +384,7 @@ def step_of_module(module, attribute):
 SCHEDULES = {
     "alone": step_of(functional.contextual_affinity),
     "a function of it": step_of(lambda s, t, x: functional.contextual_affinity(s, t, x**0.5)),
-    "with a weight": step_of(lambda s, t, x: functional.contextual_affinity(s, t, x) * x),
     "its double with a weight": step_of(lambda s, t, x: functional.contextual_affinity(s, t, 2 * x) * x),
-    "its inverse with a weight": step_of(lambda s, t, x: functional.contextual_affinity(s, t, 1 / x) * x),
     "a tensor": given_as(torch.tensor),
     "a number of numpy": given_as(np.float64),
     "an attribute of the loss": step_of_module(ContextualAffinityLoss(), "temperature"),
@@ -550,7 +399,10 @@ SCHEDULES = {
         pytest.param(
             "its double with a weight",
             "inductor",
-            marks=pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler"),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler"),
+            ],
         ),
     ],
 )
@@ -565,25 +417,17 @@ def test_a_temperature_may_change_under_compile(pristine_compiler, schedule, com
             torch.testing.assert_close(compiled(temperature), eager(temperature), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        pytest.param(("torch", "cpu"), id="torch on cpu"),
-        pytest.param(("triton", "cuda"), id="triton on cuda", marks=pytest.mark.gpu),
-    ],
-    indirect=True,
-)
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-def test_inductor_changes_nothing(place, pristine_compiler):
+def test_inductor_changes_nothing(any_place, pristine_compiler):
     """It plans memory by the strides that it was promised and fuses what surrounds the operators."""
 
     def step(student, teacher):
         student = student.relu() + 1
-        return functional.contextual_affinity(student, teacher, 0.5, backend=place.backend) + (
-            functional.cosine_distance(student, teacher, backend=place.backend)
+        return functional.contextual_affinity(student, teacher, 0.5, backend=any_place.backend) + (
+            functional.cosine_distance(student, teacher, backend=any_place.backend)
         )
 
-    student, teacher = on(place, *PAIRS["channels last"]())
+    student, teacher = on(any_place, *PAIRS["channels last"]())
     student.requires_grad_()
     results = []
     for call in (step, torch.compile(step, fullgraph=True)):
@@ -592,42 +436,28 @@ def test_inductor_changes_nothing(place, pristine_compiler):
     assert_same(*results)
 
 
-def test_compiled_code_follows_autocast_and_settings(place, pristine_compiler):
-    student, teacher = on(place, random(1, 64, 32, seed=1), random(1, 64, 32, seed=2))
-    compiled = torch.compile(functional.contextual_affinity, fullgraph=True, backend="aot_eager")
+def test_compiled_code_follows_autocast_and_settings(any_place, pristine_compiler, restore_precision):
+    student, teacher = on(any_place, random(1, 64, 32, seed=1), random(1, 64, 32, seed=2))
 
-    def values():
-        return compiled(student, teacher, backend=place.backend)
+    def step(**options):
+        return functional.contextual_affinity(student, teacher, backend=any_place.backend, **options)
 
-    exact, rounded = (
-        functional.contextual_affinity(student, teacher, precision=p, backend=place.backend) for p in ("ieee", "bf16")
-    )
+    def both():
+        with torch.autocast(any_place.device, dtype=torch.bfloat16):
+            inside = step()
+        return inside, step()
+
+    compiled, compiled_both = (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (step, both))
+    exact, rounded = step(precision="ieee"), step(precision="bf16")
     assert not torch.equal(exact, rounded)
-    assert torch.equal(values(), exact)
-    with torch.autocast(place.device, dtype=torch.bfloat16):
-        assert torch.equal(values(), rounded)
-    before = torch.get_float32_matmul_precision()
+    assert torch.equal(compiled(), exact)
+    with torch.autocast(any_place.device, dtype=torch.bfloat16):
+        assert torch.equal(compiled(), rounded)
+    assert_same(compiled_both(), (rounded, exact))
     torch.set_float32_matmul_precision("medium")
-    try:
-        assert torch.equal(values(), rounded)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert torch.equal(values(), exact)
-
-
-def test_autocast_may_be_part_of_what_is_compiled(place, pristine_compiler):
-    student, teacher = on(place, random(1, 64, 32, seed=1), random(1, 64, 32, seed=2))
-
-    def step(student, teacher):
-        with torch.autocast(place.device, dtype=torch.bfloat16):
-            inside = functional.contextual_affinity(student, teacher, backend=place.backend)
-        return inside, functional.contextual_affinity(student, teacher, backend=place.backend)
-
-    rounded, exact = torch.compile(step, fullgraph=True, backend="aot_eager")(student, teacher)
-    for values, precision in ((rounded, "bf16"), (exact, "ieee")):
-        assert torch.equal(
-            values, functional.contextual_affinity(student, teacher, precision=precision, backend=place.backend)
-        )
+    assert torch.equal(compiled(), rounded)
+    torch.set_float32_matmul_precision("highest")
+    assert torch.equal(compiled(), exact)
 
 
 def test_compiled_code_chooses_its_backend_when_it_runs(pristine_compiler, monkeypatch):
@@ -654,26 +484,24 @@ def test_compiled_code_chooses_its_backend_when_it_runs(pristine_compiler, monke
 SHAPES = {0: Dim("batch"), 2: Dim("height")}
 
 
-@pytest.mark.parametrize("loss", ["affinity", "cosine"])
-@pytest.mark.parametrize("strict", [True, False])
-def test_an_exported_loss_serves_other_shapes_and_survives_a_file(place, tmp_path, loss, strict):
-    module = LOSSES[loss](backend=place.backend)
-    student, teacher = on(place, plain(1, batch=2), plain(2, batch=2))  # of one image, it would be for one alone
+@pytest.mark.parametrize(("loss", "strict"), [("affinity", True), ("cosine", False)])
+def test_an_exported_loss_serves_other_shapes_and_survives_a_file(any_place, tmp_path, loss, strict):
+    module = LOSSES[loss](backend=any_place.backend)
+    student, teacher = on(any_place, plain(1, batch=2), plain(2, batch=2))  # of one image, it would be for one alone
     program = torch.export.export(
         module, (student.requires_grad_(), teacher), dynamic_shapes=(SHAPES, SHAPES), strict=strict
     )
     operator = affinity if loss == "affinity" else cosine
     assert operator in [node.target for node in program.graph.nodes]
     torch.export.save(program, tmp_path / "loss.pt2")
-    call = [[x] for x in on(place, random(1, 5, 6, 4, seed=3), random(1, 5, 6, 4, seed=4))]
+    call = [[x] for x in on(any_place, random(1, 5, 6, 4, seed=3), random(1, 5, 6, 4, seed=4))]
     expected = loss_and_gradients(lambda s, t: module(s[0], t[0]), *call)
     for exported in (program, torch.export.load(tmp_path / "loss.pt2")):
         run = exported.module()
         assert_same(loss_and_gradients(lambda s, t, run=run: run(s[0], t[0]), *call), expected)
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_a_program_that_holds_the_temperature_as_a_number_still_runs(tmp_path, strict):
+def test_a_program_that_holds_the_temperature_as_a_number_still_runs(tmp_path):
     """As those that were exported before the operator took a tensor."""
 
     class Loss(torch.nn.Module):
@@ -681,7 +509,7 @@ def test_a_program_that_holds_the_temperature_as_a_number_still_runs(tmp_path, s
             return torch.ops.dskd_fast.contextual_affinity(student, teacher, 0.5, AMBIENT, "auto", True)[0]
 
     call = plain(1), plain(2)
-    torch.export.save(torch.export.export(Loss(), call, strict=strict), tmp_path / "loss.pt2")
+    torch.export.save(torch.export.export(Loss(), call), tmp_path / "loss.pt2")
     program = torch.export.load(tmp_path / "loss.pt2")
     assert torch.ops.dskd_fast.contextual_affinity.default in [node.target for node in program.graph.nodes]
     loaded, module = program.module(), ContextualAffinityLoss(0.5, reduction="none")
@@ -710,26 +538,6 @@ def test_an_exported_loss_follows_the_settings_of_the_day(restore_precision):
     assert torch.equal(program(student, teacher), exact)
     torch.set_float32_matmul_precision("medium")
     assert torch.equal(program(student, teacher), rounded)
-
-
-@pytest.fixture
-def restore_precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-# Other things that PyTorch does to modules
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_losses_can_be_copied(loss, duplicate):
-    module = LOSSES[loss]()
-    twin = duplicate(module)
-    assert twin is not module
-    assert repr(twin) == repr(module)
-    assert torch.equal(twin(plain(1), plain(2)), module(plain(1), plain(2)))
 
 
 # torch.func
@@ -852,48 +660,33 @@ def test_a_derivative_by_the_temperature_is_refused():
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 WORLD_SIZE = 2
-CASES = ["plain", "static graph", "unused parameters", "accumulated", "compiled"]
 
 
-@pytest.fixture(scope="module")
-def distributed_gradients(tmp_path_factory):
-    """What each of the processes wrote."""
+def test_distributed_gradients_are_those_of_one_process(tmp_path):
+    """Plain, of a static graph, with unused parameters, accumulated, compiled: in one go, since to start takes long."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this build of torch has no gloo")
-    folder = tmp_path_factory.mktemp("distributed")
-    files = [folder / f"gradients{rank}.pt" for rank in range(WORLD_SIZE)]
-    logs = [folder / f"log{rank}.txt" for rank in range(WORLD_SIZE)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    files, logs = ([tmp_path / f"{name}{rank}" for rank in range(WORLD_SIZE)] for name in ("gradients", "log"))
     processes = []
     try:
         for rank, (file, log) in enumerate(zip(files, logs, strict=True)):
-            command = [sys.executable, str(WORKER), str(rank), str(WORLD_SIZE), str(folder / "store"), str(file)]
+            command = [sys.executable, str(WORKER), str(rank), str(WORLD_SIZE), str(tmp_path / "store"), str(file)]
             with log.open("w") as stream:
-                processes.append(subprocess.Popen(command, stdout=stream, stderr=stream, env=environment))
+                processes.append(subprocess.Popen(command, stdout=stream, stderr=stream))
         codes = [process.wait(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
     assert codes == [0] * WORLD_SIZE, "\n".join(log.read_text() for log in logs)
-    return [torch.load(file) for file in files]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_distributed_gradients_are_those_of_one_process(distributed_gradients, case):
-    for result in distributed_gradients:
-        averaged, whole = result["averaged"][case], result["whole"][case]
+    first, second = map(torch.load, files)
+    assert len(first["averaged"]) == 5
+    for case, averaged in first["averaged"].items():
+        whole = first["whole"][case]
         assert averaged.keys() == whole.keys()
         assert len(whole) >= 4
         for name, gradient in whole.items():
-            assert gradient.norm() > 0
+            assert gradient.norm() > 0, case
             # Both are float64: what differs by less than float32 could tell is its rounding.
-            assert (averaged[name] - gradient).norm() <= torch.finfo(torch.float32).eps * gradient.norm()
-
-
-def test_distributed_processes_agree(distributed_gradients):
-    first, second = (result["averaged"] for result in distributed_gradients)
-    assert list(first) == CASES
-    for case, gradients in first.items():
-        for name, gradient in gradients.items():
-            assert torch.equal(gradient, second[case][name])
+            assert (averaged[name] - gradient).norm() <= torch.finfo(torch.float32).eps * gradient.norm(), case
+            assert torch.equal(averaged[name], second["averaged"][case][name]), case

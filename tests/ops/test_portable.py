@@ -35,6 +35,19 @@ def test_contextual_affinity_keeps_its_digits(noise, temperature, limit):
     assert torch.equal(contextual_affinity(student, teacher, torch.tensor(temperature, dtype=torch.float64)), found)
 
 
+@pytest.mark.parametrize("noise", [1, 0.1])
+def test_positions_that_are_like_no_other_keep_their_digits(noise):
+    """KL of 1e-20 and less: all of it comes from keys that have next to no weight, each off by what its logit is."""
+    generator, temperature, channels = torch.Generator().manual_seed(0), 0.01, 64
+    teacher = torch.randn((2, channels, 12, 12), generator=generator)
+    student = teacher + noise * torch.randn(teacher.shape, generator=generator)
+    expected, _ = torch_tiled.contextual_affinity(student.double(), teacher.double(), temperature, "ieee", False)
+    assert expected.median() < 1e-20
+    found = contextual_affinity(student, teacher, temperature).double()
+    # The products' rounding by Higham and Mary's bound, of a and of c.
+    torch.testing.assert_close(found, expected, rtol=2 * channels**0.5 * 2.0**-24 / temperature, atol=1e-30)
+
+
 @pytest.mark.parametrize("noise", [1, 1e-2, 1e-4])
 def test_cosine_distance_keeps_its_digits(noise):
     student, teacher = features(noise)

@@ -317,6 +317,9 @@ constexpr bool kHasTensorCores = DSKD_TENSOR_CORES;
 template <class Kernel, class Call>
 const char* launch(const char*, Kernel kernel, dim3 grid, int threads, int shared_bytes, void*, const Call& call) {
   emulation::Block& block = emulation::block();
+  // The least that a GPU with such tensor cores, or without them, lets a block have. nvcc does not look at launches.
+  if (shared_bytes > (kHasTensorCores ? 99 : 64) << 10)
+    emulation::fail("a block asks for too much shared memory", std::source_location::current());
   for (unsigned y = 0; y < grid.y; y++) {
     for (unsigned x = 0; x < grid.x; x++) {
       block.index = dim3(x, y);
