@@ -15,7 +15,7 @@ _ROWS = 512
 # Half a unit in the last place of the operands. A KL is quadratic in the difference of the affinities and so takes
 # twice the relative error of each of its two operands: 4 roundoffs; the gradient takes the keys' once more. Twice that,
 # for what cancels. Sums of N or C products in float32 add a random walk of that many steps.
-_ROUNDOFF = {"ieee": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-9, "fp16": 2.0**-11}
+_ROUNDOFF = {"fp32": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-9, "fp16": 2.0**-11}
 _ROUNDOFFS_ALLOWED = 8
 # What is not ours has to compute the same thing where that is easy, no more.
 _OTHERS_ALLOWED = 0.05

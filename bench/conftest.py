@@ -24,7 +24,7 @@ from dskd_fast.device import keep_freed_memory
 
 _LAB = pytest.StashKey[Lab]()
 # The curves of the plot of errors: the textbook in both types, and the best backend of ours here.
-_PRECISIONS_SHOWN = ("ieee", "bf16")
+_PRECISIONS_SHOWN = ("fp32", "bf16")
 
 
 def pytest_addoption(parser):

@@ -172,16 +172,16 @@ def _ours(backend: str, precision: str) -> Contestant:
     return Contestant(backend, precision, lambda: function, refuse_backend(backend, precision), ours=True)
 
 
-EAGER = Contestant("eager", "float32", lambda: textbook, matrices=14)
+EAGER = Contestant("eager", "fp32", lambda: textbook, matrices=14)
 _OTHERS = (
     EAGER,
     Contestant("eager", "bf16", lambda: textbook_bf16, matrices=12.5),
-    Contestant("eager, difference form", "float32", lambda: difference_form, matrices=30),
-    Contestant("torch.compile of eager", "float32", lambda: _compiled(textbook), matrices=6.5),
-    Contestant("torch.compile of the difference form", "float32", lambda: _compiled(difference_form), matrices=8.5),
-    Contestant("tiles of rows, checkpointed", "float32", lambda: tiled),
-    Contestant("fused attention", "float32", lambda: attention),
-    Contestant("KeOps", "float32", lambda: keops, _refuse_keops),
+    Contestant("eager, difference form", "fp32", lambda: difference_form, matrices=30),
+    Contestant("torch.compile of eager", "fp32", lambda: _compiled(textbook), matrices=6.5),
+    Contestant("torch.compile of the difference form", "fp32", lambda: _compiled(difference_form), matrices=8.5),
+    Contestant("tiles of rows, checkpointed", "fp32", lambda: tiled),
+    Contestant("fused attention", "fp32", lambda: attention),
+    Contestant("KeOps", "fp32", lambda: keops, _refuse_keops),
 )
 AFFINITY = _OTHERS + tuple(_ours(backend, p) for backend in dispatch.BACKENDS for p in dispatch.PRECISIONS)
 
@@ -196,11 +196,11 @@ def cosine_textbook(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _our_cosine(backend: str) -> Contestant:
     function = functools.partial(functional.cosine_distance, backend=backend)
-    return Contestant(backend, "ieee", lambda: function, refuse_backend(backend, None), ours=True)
+    return Contestant(backend, "fp32", lambda: function, refuse_backend(backend, None), ours=True)
 
 
 COSINE = (
-    Contestant("eager", "float32", lambda: cosine_textbook),
-    Contestant("torch.compile of eager", "float32", lambda: _compiled(cosine_textbook)),
+    Contestant("eager", "fp32", lambda: cosine_textbook),
+    Contestant("torch.compile of eager", "fp32", lambda: _compiled(cosine_textbook)),
     *(_our_cosine(backend) for backend in dispatch.BACKENDS),
 )

@@ -37,7 +37,7 @@ _NOT_QUICK = "not in the quick run: --bench-full"
 _QUICK_SECONDS = 240.0
 _OVER = "the quick run's time is over, on this machine: --bench-full"
 _SLOW_BF16 = "this processor has no bf16 multiplication, and the quick run no time for it: --bench-full"
-_REFERENCE = ("eager", "float32")
+_REFERENCE = ("eager", "fp32")
 _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

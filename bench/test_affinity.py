@@ -5,7 +5,7 @@ from bench.lab import Comparison
 from bench.work import GROWTH, LEVELS, MODES, Work
 
 # Without --bench-full: what people choose between. The rest takes minutes to compile or to run.
-_QUICK_PRECISIONS = {"cpu": ("ieee", "bf16"), "torch": ("ieee",), "triton": ("bf16",), "cuda": ("bf16",)}
+_QUICK_PRECISIONS = {"cpu": ("fp32", "bf16"), "torch": ("fp32",), "triton": ("bf16",), "cuda": ("bf16",)}
 _GROWING = ("eager", "tiles of rows, checkpointed", "KeOps", "triton", "cuda", "cpu", "torch")
 _QUICK_MODES = ("scoring", "forward+backward")
 
@@ -41,7 +41,7 @@ def cases(is_full: bool) -> list[Comparison]:
                     found.append(Comparison("affinity", work, mode, index))
     for work in GROWTH:
         for index, contestant in enumerate(AFFINITY):
-            is_kept = contestant.name in _GROWING and contestant.precision in ("ieee", "bf16", "float32")
+            is_kept = contestant.name in _GROWING and contestant.precision in ("fp32", "bf16")
             if is_kept and contestant[:2] != ("eager", "bf16") and (is_full or _is_quick_growth(contestant, work)):
                 found.append(Comparison("growth", work, "forward+backward", index))
     return found

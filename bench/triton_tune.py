@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.triton_tune", description=__doc__)
     parser.add_argument("levels", nargs="+", type=_level, metavar="NxC", help="positions and channels, as in 4096x256")
     parser.add_argument("--batch", type=_batch, default=8, metavar="B", help="images per call (default: 8)")
-    parser.add_argument("--precision", choices=("ieee", "tf32", "bf16", "fp16"), default="bf16")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="bf16")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("triton_tune: torch finds no usable GPU here, and there is nothing to time without one", file=sys.stderr)

@@ -36,7 +36,7 @@ def contextual_affinity(
             must not require grad. Either may change from call to call, in compiled code, too. A tensor on another
             device than the CPU is never read back: out of range it makes the map and its gradient NaN.
         precision: type to which the operands of the matrix products are rounded; accumulation is in float32 at least.
-            "ieee" (float32; float64 for float64 inputs), "tf32", "bf16" or "fp16". None follows PyTorch: the autocast
+            "fp32" (float32; float64 for float64 inputs), "tf32", "bf16" or "fp16". None follows PyTorch: the autocast
             dtype if autocast is on, the dtype of half-precision inputs, else `torch.get_float32_matmul_precision()`.
             The lower T, the more rounding costs, since logits grow with 1/T: relative to the KL map, bf16 keeps two
             to three digits from T = 0.1 up and about one at T = 0.01.
@@ -45,7 +45,7 @@ def contextual_affinity(
 
     Returns:
         (B, H, W) or (B, N), float32, whatever the inputs' dtype: values reach below the range of half precision
-        (float64 if an input is float64 and the precision "ieee").
+        (float64 if an input is float64 and the precision "fp32").
 
     Raises:
         TypeError: an input is not a dense floating tensor.

@@ -111,8 +111,8 @@ def forward_kernel(
     z = tl.zeros((BLOCK_M,), tl.float32)
     first = tl.zeros((BLOCK_M,), tl.float32)
     tail = tl.zeros((BLOCK_M,), tl.float32)
-    student = tl.zeros((BLOCK_M,), tl.float32)
-    student_far = tl.zeros((BLOCK_M,), tl.float32)
+    z_student = tl.zeros((BLOCK_M,), tl.float32)
+    z_far = tl.zeros((BLOCK_M,), tl.float32)
     largest = tl.zeros((BLOCK_M,), tl.float32)
     SCALE_WEIGHTS: tl.constexpr = WITH_GRADIENT and PRECISION == "fp16"
     for start_j in range(0, n_pad, BLOCK_N):
@@ -128,9 +128,9 @@ def forward_kernel(
             logit = a + c * LOG2E
             x = tl.exp2(tl.minimum(logit, FAR)) if WITH_FAR else tl.exp2(logit)
             term = tl.where(tl.abs(c) <= RADIUS, term, x - e * (1 + c))
-            student += tl.sum(x, 1)
+            z_student += tl.sum(x, 1)
             if WITH_FAR:
-                student_far += tl.sum(tl.exp2(logit - FAR_SHIFT), 1)
+                z_far += tl.sum(tl.exp2(logit - FAR_SHIFT), 1)
         tail += tl.sum(term, 1)
         if SCALE_WEIGHTS:
             largest = tl.maximum(largest, tl.max(tl.abs(term + e * c), 1))
@@ -138,11 +138,11 @@ def forward_kernel(
     own = tl.load(c_own + rows)
     own_tail = expm1_tail(own)
     if not NEAR:
-        own_student = tl.exp2(own * LOG2E)
-        own_tail = tl.where(tl.abs(own) <= RADIUS, own_tail, own_student - 1 - own)
-        student += own_student
+        own_x = tl.exp2(own * LOG2E)
+        own_tail = tl.where(tl.abs(own) <= RADIUS, own_tail, own_x - 1 - own)
+        z_student += own_x
         if WITH_FAR:
-            student_far += tl.exp2(own * LOG2E - FAR_SHIFT)
+            z_far += tl.exp2(own * LOG2E - FAR_SHIFT)
     z += 1
     first += own
     tail += own_tail
@@ -154,11 +154,11 @@ def forward_kernel(
     mean = first.to(tl.float64) / wide
     ratio = 1 + (tail.to(tl.float64) / wide + mean)
     if not NEAR:
-        ratio = tl.where(u > -0.5, ratio, student.to(tl.float64) / wide)
+        ratio = tl.where(u > -0.5, ratio, z_student.to(tl.float64) / wide)
     divergence = tl.where(tl.abs(u) <= 0.0625, v - log1p_tail(u), (tl.log(ratio) - mean).to(tl.float32))
     if WITH_FAR and not NEAR:
-        is_far = student_far >= 2.0 ** (95 - 190)
-        log_student = tl.log2(student_far) + FAR_SHIFT
+        is_far = z_far >= 2.0 ** (95 - 190)
+        log_student = tl.log2(z_far) + FAR_SHIFT
         divergence = tl.where(is_far, (log_student - tl.log2(z)) * LN2 - first / z, divergence)
     # Rounding may bring v below log1p_tail(u). T^2 as one factor would underflow with the smallest.
     divergence = tl.where(divergence < 0, 0.0, divergence)
@@ -232,9 +232,9 @@ def gradient_kernel(
     row_c_shift = tl.load(c_shift + rows)
     row_c_scale = tl.load(c_scale + rows)
     u = tl.load(u_in + rows)
-    further = u
+    relative_shift = u
     if WITH_FAR:
-        further = tl.load(student_shift + rows) - row_shift
+        relative_shift = tl.load(student_shift + rows) - row_shift
     row_keys = tl.load(keys + offs_i[:, None] * C_PAD + offs_c[None, :])
     row_delta = tl.load(delta + offs_i[:, None] * C_PAD + offs_c[None, :])
     input_precision: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
@@ -251,8 +251,8 @@ def gradient_kernel(
             logit = a + c * LOG2E
             is_close = tl.abs(c) <= RADIUS
             if WITH_FAR:
-                logit += further[:, None]
-                is_close = is_close & (further == 0)[:, None]
+                logit += relative_shift[:, None]
+                is_close = is_close & (relative_shift == 0)[:, None]
             weight = tl.where(is_close, weight, tl.exp2(logit) - e * (1 + u[:, None]))
         if C_PAD != BLOCK_C or C_PAD != CHUNK:
             offs_j = start_j + tl.arange(0, BLOCK_N)

@@ -63,7 +63,7 @@ _MMA_TF32 = {
     64: _entry((64, 64, 64, 4, 2), (64, 32, 64, 4, 2), 64),
     128: _entry((64, 32, 128, 4, 2), (32, 32, 128, 4, 2), 128),
 }
-_IEEE = {
+_FP32 = {
     64: _entry((64, 64, 16, 8, 2), (32, 32, 16, 8, 2), 64),
     128: _entry((64, 64, 16, 8, 2), (64, 32, 16, 8, 2), 128),
     256: _entry((64, 64, 16, 8, 2), (64, 32, 16, 8, 2), 128),
@@ -84,7 +84,7 @@ _SMALL_MEMORY = {
         512: _entry((64, 64, 32, 4, 2), (32, 64, 32, 8, 2), 256),
         WIDE: _entry((64, 64, 32, 4, 2), (32, 64, 32, 8, 2), 256),
     },
-    "ieee": _IEEE,
+    "fp32": _FP32,
 }
 _WARPGROUP_TF32 = {
     64: _entry((64, 64, 64, 4, 2), (64, 32, 64, 4, 2), 64),
@@ -106,11 +106,11 @@ _TABLE = {
             512: _entry((64, 64, 32, 4, 2), (32, 64, 32, 8, 2), 512),
             WIDE: _entry((64, 64, 32, 4, 2), (32, 64, 32, 8, 2), 512),
         },
-        "ieee": _IEEE | {width: _entry((64, 64, 16, 8, 2), (32, 32, 32, 8, 2), 256) for width in (256, 512, WIDE)},
+        "fp32": _FP32 | {width: _entry((64, 64, 16, 8, 2), (32, 32, 32, 8, 2), 256) for width in (256, 512, WIDE)},
     },
     "sm_89": _SMALL_MEMORY
     | {
-        "ieee": _IEEE
+        "fp32": _FP32
         | {
             64: _entry((32, 32, 16, 4, 2), (32, 32, 16, 8, 2), 64),
             128: _entry((32, 32, 16, 4, 2), (64, 32, 16, 8, 2), 128),
@@ -125,7 +125,7 @@ _TABLE = {
             WIDE: _entry((64, 128, 64, 8, 3), (64, 64, 64, 8, 3), 256),
         },
         "tf32": _WARPGROUP_TF32,
-        "ieee": _IEEE
+        "fp32": _FP32
         | {
             64: _entry((32, 64, 32, 8, 2), (32, 32, 16, 8, 2), 64),
             128: _entry((32, 64, 32, 8, 2), (64, 32, 16, 8, 2), 128),
@@ -140,7 +140,7 @@ _TABLE = {
             WIDE: _entry((64, 128, 64, 8, 3), (64, 64, 64, 8, 3), 256),
         },
         "tf32": _WARPGROUP_TF32 | {64: _entry((64, 64, 64, 4, 2), (64, 64, 64, 4, 2), 64)},
-        "ieee": _IEEE,
+        "fp32": _FP32,
     },
     "sm_120": _SMALL_MEMORY,
     "gfx942": {
@@ -158,7 +158,7 @@ _TABLE = {
             512: _entry((64, 64, 32, 4, 2), (64, 64, 32, 4, 2), 256),
             WIDE: _entry((64, 64, 32, 4, 2), (64, 64, 32, 4, 2), 256),
         },
-        "ieee": _IEEE | {width: _entry((64, 64, 16, 8, 2), (32, 32, 32, 8, 2), 256) for width in (256, 512, WIDE)},
+        "fp32": _FP32 | {width: _entry((64, 64, 16, 8, 2), (32, 32, 32, 8, 2), 256) for width in (256, 512, WIDE)},
     },
 }
 
@@ -174,7 +174,7 @@ def config(architecture: str, precision: str, width: int) -> Config:
 
 def operand_class(precision: str) -> str:
     """bf16 and fp16 share the entries of 16-bit operands."""
-    return precision if precision in ("tf32", "ieee") else "half"
+    return precision if precision in ("tf32", "fp32") else "half"
 
 
 def padded_rows(n: int) -> int:

@@ -40,7 +40,7 @@ class Machine(NamedTuple):
 
     Attributes:
         target: what to compile for.
-        half, tf32, ieee: floating-point operations of products, by operand type.
+        half, tf32, fp32: floating-point operations of products, by operand type.
         issue: instructions of a whole warp.
         exponentials: single ones.
         cache: bytes from the second-level cache, its share of the device's.
@@ -52,7 +52,7 @@ class Machine(NamedTuple):
     target: GPUTarget
     half: int
     tf32: int
-    ieee: int
+    fp32: int
     issue: float
     exponentials: int
     cache: int
@@ -61,8 +61,8 @@ class Machine(NamedTuple):
     matrix: str
 
 
-def _nvidia(capability: int, half: int, ieee: int, cache: int, shared: int, matrix: str) -> Machine:
-    return Machine(GPUTarget("cuda", capability, 32), half, half // 2, ieee, 4, 16, cache, shared, 65536, matrix)
+def _nvidia(capability: int, half: int, fp32: int, cache: int, shared: int, matrix: str) -> Machine:
+    return Machine(GPUTarget("cuda", capability, 32), half, half // 2, fp32, 4, 16, cache, shared, 65536, matrix)
 
 
 MACHINES = {
@@ -105,7 +105,7 @@ def cases(architectures: Iterable[str], precisions: Iterable[str]) -> Iterator[C
             for kernel, kind in (("prepare", ""), ("prepare", "memory"), ("project", "")):
                 yield Case(architecture, precision, 256, kernel, kind)
         for kernel in ("centre", "cosine"):
-            yield Case(architecture, "ieee", 256, kernel, "")
+            yield Case(architecture, "fp32", 256, kernel, "")
 
 
 def inspect(case: Case, config: configs.Config | None = None) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def inspect(case: Case, config: configs.Config | None = None) -> dict[str, Any]:
     return row
 
 
-_OPERANDS = {"bf16": "bf16", "fp16": "fp16", "tf32": "fp32", "ieee": "fp32"}
+_OPERANDS = {"bf16": "bf16", "fp16": "fp16", "tf32": "fp32", "fp32": "fp32"}
 _KERNELS = {
     "forward": affinity.forward_kernel,
     "gradient": affinity.gradient_kernel,
@@ -246,7 +246,7 @@ def _estimate(
     """Instructions of one tile, and the clocks that they take at least."""
     is_amd = machine.target.backend == "hip"
     fma = "v_fma_f32" if is_amd else "FFMA"
-    matrix = machine.matrix if case.precision != "ieee" else fma
+    matrix = machine.matrix if case.precision != "fp32" else fma
     exponential = "v_exp_f32" if is_amd else "MUFU"
     body = _tile_loop(instructions, labels, matrix, exponential, case.width // blocks.c)
     if body is None:
@@ -266,7 +266,7 @@ def _estimate(
     is_resident = blocks.c == case.width
     loaded = blocks.n * case.width * (1 if is_resident else 1 + 2 * blocks.m / blocks.n)
     loaded += 0 if is_resident and chunk in (0, case.width) else blocks.n * chunk
-    peak = {"tf32": machine.tf32, "ieee": machine.ieee}.get(case.precision, machine.half)
+    peak = {"tf32": machine.tf32, "fp32": machine.fp32}.get(case.precision, machine.half)
     exponentials = count[exponential] * warps * machine.target.warp_size
     # With few rows, several warps do the same products. How often a tile runs an inner loop is not in the binary, so
     # only without one is the count exact.

@@ -163,14 +163,14 @@ def restore_precision():
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "ieee"), ("medium", "bf16")])
+@pytest.mark.parametrize(("setting", "precision"), [("highest", "fp32"), ("high", "fp32"), ("medium", "bf16")])
 def test_precision_follows_the_setting_for_float32_products(spy, restore_precision, setting, precision):
     """On a CPU, which has no tf32."""
     torch.set_float32_matmul_precision(setting)
     for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)):
         contextual_affinity(random(1, 4, 3, dtype=dtypes[0]), random(1, 4, 3, seed=1, dtype=dtypes[1]))
-    contextual_affinity(random(1, 4, 3), random(1, 4, 3, seed=1), precision="ieee")
-    assert [call[1] for call in spy] == [precision] * 3 + ["ieee"]
+    contextual_affinity(random(1, 4, 3), random(1, 4, 3, seed=1), precision="fp32")
+    assert [call[1] for call in spy] == [precision] * 3 + ["fp32"]
     assert torch.get_float32_matmul_precision() == setting
 
 
@@ -180,13 +180,13 @@ def test_precision_follows_autocast_and_half_inputs(spy, dtype, precision):
     with torch.autocast("cpu", dtype=dtype):
         values = contextual_affinity(student, teacher)
         assert values.dtype == torch.float32
-        contextual_affinity(student, teacher, precision="ieee")
+        contextual_affinity(student, teacher, precision="fp32")
         contextual_affinity(student.double(), teacher)
         with torch.autocast("cpu", enabled=False):
             contextual_affinity(student, teacher)
     contextual_affinity(student.to(dtype), teacher.to(dtype))
-    contextual_affinity(student.to(dtype), teacher.to(dtype), precision="ieee")
-    assert [call[1] for call in spy] == [precision, "ieee", "ieee", "ieee", precision, "ieee"]
+    contextual_affinity(student.to(dtype), teacher.to(dtype), precision="fp32")
+    assert [call[1] for call in spy] == [precision, "fp32", "fp32", "fp32", precision, "fp32"]
 
 
 # Errors

@@ -17,7 +17,7 @@ namespace {
 constexpr double kFar = 95.0;
 
 struct Sums {
-  double z, first, tail, student;
+  double z, first, tail, z_student;
 };
 
 // Sums over a row of a tile; a becomes E and c becomes E expm1(c). They do so even where no gradient is wanted: in two
@@ -25,21 +25,21 @@ struct Sums {
 template <bool kNear, class Real>
 inline void visit(Real* __restrict a, Real* __restrict c, const Real* __restrict bias, int64_t n, Real a_scale,
                   Real a_shift, Real c_scale, Real c_shift, Sums& sums) {
-  Real z = 0, first = 0, tail = 0, student = 0;
-#pragma omp simd reduction(+ : z, first, tail, student)
+  Real z = 0, first = 0, tail = 0, z_student = 0;
+#pragma omp simd reduction(+ : z, first, tail, z_student)
   for (int64_t j = 0; j < n; j++) {
-    const Real logit = a[j] * a_scale + (bias[j] - a_shift);
-    const Real d = c[j] * c_scale - c_shift;
-    const Real e = exp2_of(logit);
-    const Real linear = e * d;
-    Real term = e * expm1_tail(d);
+    const Real a_ij = a[j] * a_scale + (bias[j] - a_shift);
+    const Real c_ij = c[j] * c_scale - c_shift;
+    const Real e = exp2_of(a_ij);
+    const Real linear = e * c_ij;
+    Real term = e * expm1_tail(c_ij);
     Real weight = term + linear;
     if (!kNear) {
-      const Real further = exp2_of(logit + d * static_cast<Real>(kLog2E));
-      const bool is_close = (d < 0 ? -d : d) <= static_cast<Real>(kRadius);
-      term = is_close ? term : further - (e + linear);
-      weight = is_close ? weight : further - e;
-      student += further;
+      const Real x = exp2_of(a_ij + c_ij * static_cast<Real>(kLog2E));
+      const bool is_close = (c_ij < 0 ? -c_ij : c_ij) <= static_cast<Real>(kRadius);
+      term = is_close ? term : x - (e + linear);
+      weight = is_close ? weight : x - e;
+      z_student += x;
     }
     z += e;
     first += linear;
@@ -50,7 +50,7 @@ inline void visit(Real* __restrict a, Real* __restrict c, const Real* __restrict
   sums.z += z;
   sums.first += first;
   sums.tail += tail;
-  sums.student += student;
+  sums.z_student += z_student;
 }
 
 // The row's own key, for which E = 1.
@@ -71,7 +71,7 @@ struct Totals {
 inline Totals totals_of(const Sums& sums, bool is_near) {
   const double mean = sums.first / sums.z, v = sums.tail / sums.z, u = v + mean;
   // Where most of the student's weight has left the row's own key, 1 + u has lost its digits.
-  const double ratio = is_near || u > -0.5 ? 1 + u : sums.student / sums.z;
+  const double ratio = is_near || u > -0.5 ? 1 + u : sums.z_student / sums.z;
   const double kl = u <= 0.5 && u >= -0.5 ? v - log1p_tail(u) : std::log(ratio) - mean;
   // Rounding may bring v below log1p_tail(u).
   return {kl < 0 ? 0 : kl, mean_difference(sums), 1 / (sums.z * ratio)};

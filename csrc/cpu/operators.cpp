@@ -134,12 +134,12 @@ int64_t panel_keys(bool use_brgemm) {
 // How a call multiplies.
 void choose_operand(Affinity& call, const std::string& precision, bool is_wide) {
   call.operand = Operand::float32;
-  if (precision == "ieee") {
+  if (precision == "fp32") {
     if (is_wide) call.operand = Operand::float64;
   } else if (precision == "tf32" || precision == "fp16") {
     call.dropped_bits = 13;  // fp16 has tf32's digits; its range is float32's here
   } else {
-    STD_TORCH_CHECK(precision == "bf16", "precision is none of ieee, tf32, bf16, fp16");
+    STD_TORCH_CHECK(precision == "bf16", "precision is none of fp32, tf32, bf16, fp16");
     if (kernels().use_brgemm && dskd::has_brgemm(Operand::bfloat16)) {
       call.operand = Operand::bfloat16;
     } else {

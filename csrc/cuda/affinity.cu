@@ -185,14 +185,14 @@ DSKD_DEVICE float quad_max(float x) {
 
 // Sums over the keys of a row, its own apart: E, E c, E (expm1(c) - c), E exp(c), the last lowered; the largest weight.
 struct Sums {
-  float z = 0, first = 0, tail = 0, student = 0, far = 0, largest = 0;
+  float z = 0, first = 0, tail = 0, z_student = 0, z_far = 0, largest = 0;
 
   DSKD_DEVICE void add(const Sums& other) {
     z += other.z;
     first += other.first;
     tail += other.tail;
-    student += other.student;
-    far += other.far;
+    z_student += other.z_student;
+    z_far += other.z_far;
     largest = fmaxf(largest, other.largest);
   }
 };
@@ -206,11 +206,11 @@ DSKD_DEVICE void finish_row(const Affinity& call, int64_t image, int row, const 
   const double z = 1.0 + others.z, first = static_cast<double>(others.first) + own;
   const double tail =
       static_cast<double>(others.tail) + (kNear || is_close ? expm1_tail(own) : expm1(static_cast<double>(own)) - own);
-  const double student = static_cast<double>(others.student) + exp(static_cast<double>(own));
+  const double z_student = static_cast<double>(others.z_student) + exp(static_cast<double>(own));
   const double mean = first / z, v = tail / z;
   double u = v + mean;
   // Where most of the student's weight has left the row's own key, 1 + u has lost its digits.
-  const double ratio = kNear || u > -0.5 ? 1 + u : student / z;
+  const double ratio = kNear || u > -0.5 ? 1 + u : z_student / z;
   double divergence = u <= 0.5 && u >= -0.5 ? v - log1p_tail(u) : log(ratio) - mean;
   float teacher_exponent = 0, top = 0;
   if (kProduct == Product::float16) {
@@ -222,7 +222,7 @@ DSKD_DEVICE void finish_row(const Affinity& call, int64_t image, int row, const 
   float student_exponent = teacher_exponent, student_rest = 0;
   double share = 1 / (z * ratio);
   if (kFarRows && !kNear) {
-    const double lowered = static_cast<double>(others.far) + exp((own * kLog2E - kFarShift) * kLn2);
+    const double lowered = static_cast<double>(others.z_far) + exp((own * kLog2E - kFarShift) * kLn2);
     if (lowered >= 0x1p-95) {  // 2^(kFar - kFarShift)
       // A far row's weights are the difference of two probabilities: 2^(a - log2 z), and likewise the student's.
       const double log_student = log(lowered) / kLn2 + kFarShift, log_teacher = log(z) / kLn2;
@@ -305,17 +305,17 @@ __global__ void __launch_bounds__(kThreads, kProduct == Product::plain || kFarRo
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           Sums& to = part[k / 2];
-          const float d = c[n][k], e = exp2_of(a[n][k]), linear = e * d;
-          float term = e * expm1_tail(d), weight = term + linear;
+          const float c_ij = c[n][k], e = exp2_of(a[n][k]), linear = e * c_ij;
+          float term = e * expm1_tail(c_ij), weight = term + linear;
           if (!kNear) {
-            const float logit = a[n][k] + d * static_cast<float>(kLog2E);
-            const float further = exp2_of(kFarRows ? fminf(logit, kFar) : logit);
-            const bool is_close = fabsf(d) <= kRadius;
-            term = is_close ? term : further - (e + linear);
-            weight = is_close ? weight : further - e;
+            const float logit = a[n][k] + c_ij * static_cast<float>(kLog2E);
+            const float x = exp2_of(kFarRows ? fminf(logit, kFar) : logit);
+            const bool is_close = fabsf(c_ij) <= kRadius;
+            term = is_close ? term : x - (e + linear);
+            weight = is_close ? weight : x - e;
             // fminf would drop a NaN.
-            to.student += logit != logit ? logit : further;
-            if (kFarRows) to.far += exp2_of(logit - kFarShift);
+            to.z_student += logit != logit ? logit : x;
+            if (kFarRows) to.z_far += exp2_of(logit - kFarShift);
           }
           to.z += e;
           to.first += linear;
@@ -330,8 +330,8 @@ __global__ void __launch_bounds__(kThreads, kProduct == Product::plain || kFarRo
     Sums* other = reinterpret_cast<Sums*>(memory);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      sums[r] = {quad_sum(sums[r].z),       quad_sum(sums[r].first), quad_sum(sums[r].tail),
-                 quad_sum(sums[r].student), quad_sum(sums[r].far),   quad_max(sums[r].largest)};
+      sums[r] = {quad_sum(sums[r].z),         quad_sum(sums[r].first), quad_sum(sums[r].tail),
+                 quad_sum(sums[r].z_student), quad_sum(sums[r].z_far), quad_max(sums[r].largest)};
       if (lane.half == 1 && lane.t == 0) other[rows.place[r] - start_i] = sums[r];
     }
     __syncthreads();
@@ -433,11 +433,11 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_kernel(const Affinity ca
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           const int r = k / 2;
-          const float d = c[n][k], e = exp2_of(kShifted ? a[n][k] + teacher_shift[r] : a[n][k]);
-          float weight = e * (expm1_tail(d) + (d - u[r]));
+          const float c_ij = c[n][k], e = exp2_of(kShifted ? a[n][k] + teacher_shift[r] : a[n][k]);
+          float weight = e * (expm1_tail(c_ij) + (c_ij - u[r]));
           if (!kNear) {
-            float logit = a[n][k] + d * static_cast<float>(kLog2E);  // to the bit as in the forward kernel
-            bool is_close = fabsf(d) <= kRadius;
+            float logit = a[n][k] + c_ij * static_cast<float>(kLog2E);  // to the bit as in the forward kernel
+            bool is_close = fabsf(c_ij) <= kRadius;
             if (kShifted) logit = logit + student_shift[r] + student_rest[r];
             if (kFarRows) is_close = is_close && student_shift[r] == teacher_shift[r];
             weight = is_close ? weight : exp2_of(logit) - e * (1 + u[r]);

@@ -56,7 +56,7 @@ struct Cosine {
 inline bool choose_product(Affinity& call, const std::string& precision, int capability) {
   const bool has_tensor_cores = capability >= 80;
   call.product = Product::plain;
-  if (precision == "ieee") return true;
+  if (precision == "fp32") return true;
   if (precision == "bf16") {
     if (has_tensor_cores) call.product = Product::bfloat16;
     call.dropped_bits = has_tensor_cores ? 0 : 16;

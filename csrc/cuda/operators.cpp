@@ -57,7 +57,7 @@ void contextual_affinity(Tensor student, Tensor teacher, double temperature, std
   call.gradient = maps_of(gradient);
   if (call.shape.batch == 0 || call.shape.positions == 0) return;
   STD_TORCH_CHECK(dskd::choose_product(call, precision, static_cast<int>(capability)),
-                  "precision is none of ieee, tf32, bf16, fp16");
+                  "precision is none of fp32, tf32, bf16, fp16");
   const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   std::vector<Tensor> scratch;
   dskd::take_scratch(call, [&](int64_t count, int64_t size) {

@@ -9,7 +9,7 @@ TEMPERATURE_LIMITS = (0.00999999, 100.0001)
 
 def accumulation_dtype(student: Tensor, teacher: Tensor, precision: str) -> torch.dtype:
     """float64 where an input is float64 and nothing is to be rounded below it, else float32."""
-    double = precision == "ieee" and torch.float64 in (student.dtype, teacher.dtype)
+    double = precision == "fp32" and torch.float64 in (student.dtype, teacher.dtype)
     return torch.float64 if double else torch.float32
 
 

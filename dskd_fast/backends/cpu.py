@@ -33,6 +33,6 @@ def contextual_affinity(
 
 def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Cosine distance map and, if wanted, its gradient; see `dskd_fast.backends`."""
-    distance, gradient = outputs(student, accumulation_dtype(student, teacher, "ieee"), with_gradient)
+    distance, gradient = outputs(student, accumulation_dtype(student, teacher, "fp32"), with_gradient)
     torch.ops.dskd_fast_cpu.cosine_distance(student, teacher, distance, gradient)
     return distance, gradient

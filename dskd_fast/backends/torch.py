@@ -48,7 +48,7 @@ def contextual_affinity(
 ) -> tuple[Tensor, Tensor | None]:
     """KL map and, if wanted, its gradient; see `dskd_fast.backends`.
 
-    Accumulation is in float32, or in float64 for "ieee" with a float64 input.
+    Accumulation is in float32, or in float64 for "fp32" with a float64 input.
     """
     if isinstance(temperature, Tensor):
         lowest, highest = TEMPERATURE_LIMITS
@@ -102,7 +102,7 @@ def _contextual_affinity(
             s, t, delta, inverse_norm = directions(student[part], teacher[part])
             keys = t - t.mean(dim=1, keepdim=True)
             # float64 up to here, where it costs N*C; the N*N work below is in `dtype`.
-            a_own, d_own = (((x * keys).sum(-1) / temperature).to(dtype) for x in (t, delta))
+            a_own, c_own = (((x * keys).sum(-1) / temperature).to(dtype) for x in (t, delta))
             s, t, delta, keys = (x.to(dtype) for x in (s, t, delta, keys))
             # 1/|student| beyond the largest float32 would turn a gradient of 0 into NaN.
             inverse_norm = inverse_norm.clamp(max=torch.finfo(dtype).max).to(dtype)
@@ -110,12 +110,12 @@ def _contextual_affinity(
             for r in range(0, n, rows):
                 row = slice(r, r + rows)
                 a = product(product.operand(t[:, row], (2,)), right, transpose=True).div_(temperature)
-                d = product(product.operand(delta[:, row], (2,)), right, transpose=True).div_(temperature)
+                c = product(product.operand(delta[:, row], (2,)), right, transpose=True).div_(temperature)
                 # Where T is small, the softmax is all but one-hot at j = i and the KL comes from the other, tiny
                 # weights: relative to j = i, whose entries are then exactly 0, they keep their digits.
-                for x, own in ((a, a_own), (d, d_own)):
+                for x, own in ((a, a_own), (c, c_own)):
                     x.sub_(own[:, row, None]).diagonal(offset=r, dim1=1, dim2=2).zero_()
-                row_kl, weight = _rows(a, d, with_gradient)
+                row_kl, weight = _rows(a, c, with_gradient)
                 kl[part, row] = row_kl.mul_(temperature**2)
                 if gradient is not None and weight is not None:
                     g = product(product.operand(weight, (2,)), right).mul_(temperature)
@@ -127,7 +127,7 @@ def _contextual_affinity(
 
 def _cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """The same on rows: (B, N, C) twice -> (B, N) and (B, N, C) or None."""
-    dtype = accumulation_dtype(student, teacher, "ieee")
+    dtype = accumulation_dtype(student, teacher, "fp32")
     distance = torch.empty(student.shape[:2], dtype=dtype, device=student.device)
     gradient = torch.empty_like(student, dtype=dtype) if with_gradient else None
     for b in range(student.shape[0]):
@@ -162,59 +162,55 @@ def _widest_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
-def _rows(a: Tensor, d: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """KL / T^2 of each row and, if wanted, the weights p_s - p_t; `a` and `d`, up to a constant, are overwritten."""
-    teacher = a.exp()
-    z = teacher.sum(-1, keepdim=True)
-    d.sub_(torch.linalg.vecdot(teacher, d).unsqueeze(-1).div_(z))
+def _rows(a: Tensor, c: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """KL / T^2 of each row and, if wanted, the weights p_s - p_t; `a` and `c`, up to a constant, are overwritten."""
+    e = a.exp()
+    z = e.sum(-1, keepdim=True)
+    c.sub_(torch.linalg.vecdot(e, c).unsqueeze(-1).div_(z))
     # Reading two scalars back costs nothing on a CPU and saves most of the passes once the student is close. Elsewhere
     # it would stall the queue, so the general form is used.
-    if d.device.type == "cpu":
-        radius = max(abs(x.item()) for x in d.aminmax())
+    if c.device.type == "cpu":
+        radius = max(abs(x.item()) for x in c.aminmax())
         if radius <= _SERIES_RADIUS:
-            return _rows_near(teacher, z, d, radius, with_gradient)
-    return _rows_general(teacher, z, a.add_(d), d, with_gradient)
+            return _rows_near(e, z, c, radius, with_gradient)
+    return _rows_general(e, z, a.add_(c), c, with_gradient)
 
 
-def _rows_near(
-    teacher: Tensor, z: Tensor, d: Tensor, radius: float, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    tail = _expm1_tail_series(d, radius)
-    v = torch.linalg.vecdot(teacher, tail).unsqueeze(-1).div_(z)
-    weight = tail.add_(d).sub_(v).mul_(teacher).div_(z * (1 + v)) if with_gradient else None
+def _rows_near(e: Tensor, z: Tensor, c: Tensor, radius: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    tail = _expm1_tail_series(c, radius)
+    v = torch.linalg.vecdot(e, tail).unsqueeze(-1).div_(z)
+    weight = tail.add_(c).sub_(v).mul_(e).div_(z * (1 + v)) if with_gradient else None
     return v.log1p().squeeze(-1), weight
 
 
-def _rows_general(
-    teacher: Tensor, z: Tensor, logit: Tensor, d: Tensor, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The same for any d: rows that have drifted far are evaluated through the student's own log-sum-exp."""
+def _rows_general(e: Tensor, z: Tensor, logit: Tensor, c: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The same for any c: rows that have drifted far are evaluated through the student's own log-sum-exp."""
     top = logit.amax(-1, keepdim=True)
-    student = (logit - top).exp_()
-    student_z = student.sum(-1, keepdim=True)
+    x = (logit - top).exp_()
+    z_student = x.sum(-1, keepdim=True)
     is_near = top <= _LOGIT_LIMIT
 
-    series = teacher * _expm1_tail_series(d.clamp(-_SERIES_RADIUS, _SERIES_RADIUS), _SERIES_RADIUS)
-    direct = student * top.clamp(max=_LOGIT_LIMIT).exp() - teacher * (1 + d)
-    tail = torch.where(d.abs() <= _SERIES_RADIUS, series, direct)
+    series = e * _expm1_tail_series(c.clamp(-_SERIES_RADIUS, _SERIES_RADIUS), _SERIES_RADIUS)
+    direct = x * top.clamp(max=_LOGIT_LIMIT).exp() - e * (1 + c)
+    tail = torch.where(c.abs() <= _SERIES_RADIUS, series, direct)
     v = tail.sum(-1, keepdim=True).div_(z)
-    kl = torch.where(is_near, v.log1p(), top + student_z.log() - z.log()).squeeze(-1)
+    kl = torch.where(is_near, v.log1p(), top + z_student.log() - z.log()).squeeze(-1)
     if not with_gradient:
         return kl, None
-    ratio_form = (tail + teacher * (d - v)).div_(z * (1 + v))
-    return kl, torch.where(is_near, ratio_form, student / student_z - teacher / z)
+    ratio_form = (tail + e * (c - v)).div_(z * (1 + v))
+    return kl, torch.where(is_near, ratio_form, x / z_student - e / z)
 
 
-def _expm1_tail_series(d: Tensor, radius: float) -> Tensor:
-    """expm1(d) - d = d^2/2! + d^3/3! + ... for |d| <= radius <= 1, to the last bit or two."""
-    # Horner on d^2 (1/2! + d/3! + d^2/4! + ...), cut where the next term is below half an ulp of the first.
+def _expm1_tail_series(c: Tensor, radius: float) -> Tensor:
+    """expm1(c) - c = c^2/2! + c^3/3! + ... for |c| <= radius <= 1, to the last bit or two."""
+    # Horner on c^2 (1/2! + c/3! + c^2/4! + ...), cut where the next term is below half an ulp of the first.
     last = 2
-    while 2 * radius ** (last - 1) / math.factorial(last + 1) > torch.finfo(d.dtype).eps / 2:
+    while 2 * radius ** (last - 1) / math.factorial(last + 1) > torch.finfo(c.dtype).eps / 2:
         last += 1
-    tail = torch.full_like(d, 1 / math.factorial(last))
+    tail = torch.full_like(c, 1 / math.factorial(last))
     for k in range(last - 1, 1, -1):
-        torch.addcmul(torch.full((), 1 / math.factorial(k), dtype=d.dtype, device=d.device), tail, d, out=tail)
-    return tail.mul_(d).mul_(d)
+        torch.addcmul(torch.full((), 1 / math.factorial(k), dtype=c.dtype, device=c.device), tail, c, out=tail)
+    return tail.mul_(c).mul_(c)
 
 
 class _Product:
@@ -258,7 +254,7 @@ class _Product:
         fp16 alone has a range to mind: x is brought to a largest magnitude in [1/2, 1) over `scale_dims`, by a power
         of two, since differences of unit vectors reach below fp16's smallest normal number.
         """
-        if self.precision == "ieee":
+        if self.precision == "fp32":
             return x, None
         if self.precision == "tf32":
             return _round_to_tf32(x), None

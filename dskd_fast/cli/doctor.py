@@ -57,11 +57,11 @@ def services() -> list[Service]:
         for dtype in (torch.float32, torch.float64):
             example = torch.empty((1, 64, 8, 8), device=device, dtype=dtype)
             try:
-                choice = dispatch.choose("auto", example, example, "ieee").name
+                choice = dispatch.choose("auto", example, example, "fp32").name
             except UserError:
                 choice = None
             for name in dispatch.BACKENDS:
-                reason = dispatch.refusal(name, example, example, "ieee")
+                reason = dispatch.refusal(name, example, example, "fp32")
                 label = "float64" if dtype == torch.float64 else "float32, bfloat16, float16"
                 found.append(Service(device, label, name, reason, name == choice))
     return found

@@ -28,7 +28,7 @@ class ContextualAffinityLoss(nn.Module):
             A tensor is neither a parameter nor a buffer: it stays where it is.
         reduction: "mean" averages over images and positions, "sum" adds them up, "none" returns the map; levels are
             then added (eq. 7). With "none" and a list of levels, whose maps differ in size, a list of maps is returned.
-        precision: "ieee", "tf32", "bf16", "fp16" or None, see `dskd_fast.functional.contextual_affinity`.
+        precision: "fp32", "tf32", "bf16", "fp16" or None, see `dskd_fast.functional.contextual_affinity`.
         backend: as in `dskd_fast.functional.contextual_affinity`.
 
     Raises:

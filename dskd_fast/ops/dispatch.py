@@ -17,7 +17,7 @@ AUTOMATIC = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
 AUTOMATIC_ELSEWHERE = ("torch",)
 BACKEND_VARIABLE = "DSKD_FAST_BACKEND"
 
-PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 # PyTorch's setting for float32 products, looked up when the operator runs: torch.compile can neither trace it nor
 # notice that it has changed.
 AMBIENT = "ambient"
@@ -106,27 +106,33 @@ def resolve_precision(precision: str | None, student: Tensor, teacher: Tensor) -
     float64 inputs are never rounded unless a precision is forced.
     """
     if precision is not None:
+        precision = current_name(precision)
         if precision not in PRECISIONS:
             accepted = ", ".join(repr(name) for name in PRECISIONS)
             raise ValueError(f"precision={precision!r} is not known: use None or one of {accepted}")
         return precision
     if torch.float64 in (student.dtype, teacher.dtype):
-        return "ieee"
+        return "fp32"
     device = student.device.type
     half = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     # Which devices have autocast the compiler of torch 2.11 cannot trace; of those that compiled code runs on, all do.
     has_autocast = device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
     if has_autocast and torch.is_autocast_enabled(device):
-        return half.get(torch.get_autocast_dtype(device), "ieee")
+        return half.get(torch.get_autocast_dtype(device), "fp32")
     if student.dtype == teacher.dtype and student.dtype in half:
         return half[student.dtype]
     return AMBIENT
 
 
+def current_name(precision: str) -> str:
+    """The precision; "fp32" was called "ieee" before, as callers and exported programs still may."""
+    return "fp32" if precision == "ieee" else precision
+
+
 def ambient_precision(device: str) -> str:
     """The precision that PyTorch is set to use for float32 products.
 
-    `torch.get_float32_matmul_precision()` "highest" is "ieee", "high" is "tf32" on CUDA and "ieee" where there is no
+    `torch.get_float32_matmul_precision()` "highest" is "fp32", "high" is "tf32" on CUDA and "fp32" where there is no
     tf32, "medium" is "bf16".
     """
     try:
@@ -134,4 +140,4 @@ def ambient_precision(device: str) -> str:
     except RuntimeError:  # it was set by the newer torch.backends.*.fp32_precision, which this function refuses to read
         backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
         setting = {"tf32": "high", "bf16": "medium"}.get(backend.matmul.fp32_precision, "highest")
-    return {"highest": "ieee", "high": "tf32" if device == "cuda" else "ieee", "medium": "bf16"}[setting]
+    return {"highest": "fp32", "high": "tf32" if device == "cuda" else "fp32", "medium": "bf16"}[setting]

@@ -35,6 +35,7 @@ def contextual_affinity(
 
     The temperature () is on the CPU or on the device of the others.
     """
+    precision = dispatch.current_name(precision)
     if precision == dispatch.AMBIENT:
         precision = dispatch.ambient_precision(student.device.type)
     module = dispatch.load(dispatch.choose(backend, student, teacher, precision).name)
@@ -74,12 +75,13 @@ def _fake_map(student, dtype, with_gradient):
 
 @contextual_affinity.register_fake
 def _(student, teacher, temperature, precision, backend, with_gradient):
+    precision = dispatch.current_name(precision)
     return _fake_map(student, accumulation_dtype(student, teacher, precision), with_gradient)
 
 
 @cosine_distance.register_fake
 def _(student, teacher, backend, with_gradient):
-    return _fake_map(student, accumulation_dtype(student, teacher, "ieee"), with_gradient)
+    return _fake_map(student, accumulation_dtype(student, teacher, "fp32"), with_gradient)
 
 
 def _save_gradient(ctx, inputs, output):

@@ -8,7 +8,7 @@ import torch
 
 from dskd_fast.ops import dispatch
 
-UNIT_ROUNDOFF = {"ieee": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
+UNIT_ROUNDOFF = {"fp32": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
 FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53
 
 
@@ -40,7 +40,7 @@ class Truth:
         """
         random = np.random.default_rng(0)
         u = UNIT_ROUNDOFF[precision]
-        double = precision == "ieee" and torch.float64 in (student.dtype, teacher.dtype)
+        double = precision == "fp32" and torch.float64 in (student.dtype, teacher.dtype)
         u, working = (FLOAT64, FLOAT64) if double else (u, FLOAT32)
 
         def off(x, by):
@@ -149,7 +149,7 @@ class Backend:
         self.device = "cuda" if where == "cuda" else "cpu"
         self.is_interpreted = where == "interpreter"
 
-    def affinity(self, student, teacher, temperature, precision="ieee", with_gradient=True, image=None):
+    def affinity(self, student, teacher, temperature, precision="fp32", with_gradient=True, image=None):
         """Rows are seen as an image of one column, or as one of (H, W)."""
         return self._rows(*self.affinity_of_maps(
             *(self._maps(x, image) for x in (student, teacher)), temperature, precision, with_gradient
@@ -158,7 +158,7 @@ class Backend:
     def cosine(self, student, teacher, with_gradient=True):
         return self._rows(*self.cosine_of_maps(*(self._maps(x, None) for x in (student, teacher)), with_gradient))
 
-    def affinity_of_maps(self, student, teacher, temperature, precision="ieee", with_gradient=True):
+    def affinity_of_maps(self, student, teacher, temperature, precision="fp32", with_gradient=True):
         """The same on maps (B, C, H, W) that are where the backend runs, which has to take them."""
         assert self.module.refusal(student, teacher, precision) is None
         return self.module.contextual_affinity(student, teacher, temperature, precision, with_gradient)

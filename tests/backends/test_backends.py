@@ -14,7 +14,7 @@ from dskd_fast.backends import torch as torch_tiled
 # numpy, which the interpreter computes with, warns of infinities and NaN; on a GPU nothing does.
 pytestmark = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:triton\.runtime\.interpreter")
 
-PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 # Kernels change form at 1/32 and at 4.
 TEMPERATURES = (0.01, 0.02, 1 / 32, 0.05, 0.1, 1, 4, 100)
 HALVES_AND_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,7 +33,7 @@ def relative_error(got, true):
 def test_all_backends_that_belong_on_this_machine_run_here(all_backends, truth, make_features):
     """So that a backend that has stopped being tested is seen, not skipped in silence."""
     student, teacher = make_features(5, 3, 0.1)
-    exact, limits = truth(student, teacher, 1.0), truth.limits(student, teacher, 1.0, "ieee")
+    exact, limits = truth(student, teacher, 1.0), truth.limits(student, teacher, 1.0, "fp32")
     ran, reasons = set(), {}
     for name, backend in all_backends.items():
         if isinstance(backend, str):
@@ -93,7 +93,7 @@ class Case:
     def _textbook(self, temperature, precision):
         """The formulas as printed, in float32, with the operands of the forward's products rounded."""
         rounding = {
-            "ieee": lambda x: x,
+            "fp32": lambda x: x,
             "tf32": torch_tiled._round_to_tf32,
             "bf16": lambda x: x.bfloat16().float(),
             "fp16": lambda x: x.half().float(),
@@ -114,7 +114,7 @@ def real_size(truth, make_features):
 
 
 # Promised relative errors of the KL map and of the gradient.
-PROMISED = {"ieee": (2e-5, 1e-4), "tf32": (3e-4, 1e-3), "fp16": (3e-4, 1e-3), "bf16": (2e-3, 5e-3)}
+PROMISED = {"fp32": (2e-5, 1e-4), "tf32": (3e-4, 1e-3), "fp16": (3e-4, 1e-3), "bf16": (2e-3, 5e-3)}
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ PROMISED = {"ieee": (2e-5, 1e-4), "tf32": (3e-4, 1e-3), "fp16": (3e-4, 1e-3), "b
         ("rectified", 1, 1, "tf32"),
         ("rectified", 1, 0.1, "fp16"),
         ("rectified", 1, 0.01, "bf16"),
-        ("rectified", 1, 0.001, "ieee"),
+        ("rectified", 1, 0.001, "fp32"),
         ("rectified", 0.1, 1, "bf16"),
-        ("normal", 0.1, 0.01, "ieee"),
+        ("normal", 0.1, 0.01, "fp32"),
         ("clustered", 1, 1, "fp16"),
         ("clustered", 0.1, 0.01, "tf32"),
-        ("rectified", 1, 30, "ieee"),
+        ("rectified", 1, 30, "fp32"),
     ],
 )
 def test_errors_at_a_real_size(backend, all_backends, real_size, request, kind, temperature, noise, precision):
@@ -146,7 +146,7 @@ def test_errors_at_a_real_size(backend, all_backends, real_size, request, kind, 
 
 
 def test_the_textbook_in_float32_fails_where_the_backends_keep_their_digits(real_size):
-    assert real_size("rectified", 1, 0.001, "ieee").textbook_errors[0] > 1
+    assert real_size("rectified", 1, 0.001, "fp32").textbook_errors[0] > 1
 
 
 @pytest.mark.parametrize("k", range(4))
@@ -172,11 +172,11 @@ def test_inputs_of_any_types(backend, truth, make_features, k):
     [
         (0.01, PRECISIONS),
         (0.02, ("bf16", "fp16")),
-        (math.nextafter(1 / 32, 0), ("ieee", "tf32")),
+        (math.nextafter(1 / 32, 0), ("fp32", "tf32")),
         (1 / 32, ("tf32", "fp16")),
-        (0.1, ("ieee", "bf16")),
+        (0.1, ("fp32", "bf16")),
         (1, ("bf16", "fp16")),
-        (4, ("ieee", "fp16")),
+        (4, ("fp32", "fp16")),
         (100, ("tf32", "bf16")),
     ],
 )
@@ -242,10 +242,10 @@ def test_positions_far_off_but_still_alike_keep_their_digits(backend, truth, mak
     student, teacher = make_features(129, 65, 1.0, "normal")
     exact = truth(student, teacher, 0.01)
     assert np.median(exact[0]) < 1e-18
-    truth.check(backend.affinity(student, teacher, 0.01), exact, truth.limits(student, teacher, 0.01, "ieee"))
+    truth.check(backend.affinity(student, teacher, 0.01), exact, truth.limits(student, teacher, 0.01, "fp32"))
 
 
-@pytest.mark.parametrize("precision", ["ieee", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_large_common_shift_of_the_student_keeps_the_digits(backend, truth, precision):
     """Within one material all d_ij are nearly the same; their common part must not drown the KL."""
     random = torch.Generator().manual_seed(0)
@@ -286,7 +286,7 @@ def test_zero_vectors(backend, truth, make_features, k, temperature):
         assert (error <= 12 * limits[0] + lost).all()
 
 
-@pytest.mark.parametrize("precision", ["ieee", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_all_vectors_zero(backend, precision):
     zeros = torch.zeros(2, 5, 3)
     kl, gradient = backend.affinity(zeros, zeros, 0.5, precision)
@@ -294,7 +294,7 @@ def test_all_vectors_zero(backend, precision):
     assert torch.equal(gradient, zeros)
 
 
-@pytest.mark.parametrize("precision", ["ieee", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_only_directions_count(backend, make_features, precision):
     """Powers of two move no digit, so a student of any magnitude gives the same bits, and gradients in proportion."""
     student, teacher = make_features(33, 12, 0.1)
@@ -389,7 +389,7 @@ def test_any_strides(backend, truth, make_features, layouts):
 def check_maps(backend, truth, student, teacher):
     s, t = as_rows(student), as_rows(teacher)
     kl, gradient = backend.affinity_of_maps(student, teacher, 0.1)
-    truth.check((as_rows(kl[:, None])[..., 0], as_rows(gradient)), truth(s, t, 0.1), truth.limits(s, t, 0.1, "ieee"))
+    truth.check((as_rows(kl[:, None])[..., 0], as_rows(gradient)), truth(s, t, 0.1), truth.limits(s, t, 0.1, "fp32"))
     distance, cosine_gradient = backend.cosine_of_maps(student, teacher)
     leaf = s.double().requires_grad_()
     exact = reference.cosine_distance(leaf, t.double())

@@ -11,7 +11,7 @@ import torch
 
 from dskd_fast.backends import torch as torch_tiled
 
-PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def threads():
 
 
 @pytest.mark.parametrize(
-    ("precision", "temperature", "side"), [("bf16", 1, 50), ("bf16", 0.1, 50), ("ieee", 0.1, 66), ("ieee", 0.02, 50)]
+    ("precision", "temperature", "side"), [("bf16", 1, 50), ("bf16", 0.1, 50), ("fp32", 0.1, 66), ("fp32", 0.02, 50)]
 )
 def test_several_panels_are_as_good_as_one(cpu, truth, make_features, precision, temperature, side):
     """Which has up to 2,048 keys with oneDNN's products, up to 4,096 with our own: the next ones correct its mean."""
@@ -44,7 +44,7 @@ def test_several_panels_are_as_good_as_one(cpu, truth, make_features, precision,
     truth.check([x[:, :rows] for x in result], exact, truth.limits(student, teacher, temperature, precision, rows=rows))
 
 
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("batch", "n", "temperature"), [(1, 200, 1), (5, 70, 0.1), (3, 130, 0.02), (70, 3, 0.5)])
 def test_the_number_of_threads_changes_no_bit(cpu, threads, make_features, precision, batch, n, temperature):
     student, teacher = make_features(n, 20, 0.5, "normal", batch=batch)
@@ -56,7 +56,7 @@ def test_the_number_of_threads_changes_no_bit(cpu, threads, make_features, preci
         assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_image_does_not_depend_on_its_batch(cpu, make_features, precision):
     student, teacher = make_features(90, 20, 0.5, batch=7)
     together = cpu.affinity(student, teacher, 0.3, precision)
@@ -72,7 +72,7 @@ def test_float64_inputs_are_worked_on_in_float64(cpu, truth, make_features, temp
     student[0, :5] *= -1
     result = cpu.affinity(student, teacher, temperature)
     assert [x.dtype for x in result] == [torch.float64] * 2
-    truth.check(result, truth(student, teacher, temperature), truth.limits(student, teacher, temperature, "ieee"))
+    truth.check(result, truth(student, teacher, temperature), truth.limits(student, teacher, temperature, "fp32"))
     assert cpu.affinity(student, teacher.float(), temperature)[0].dtype == torch.float64
     assert cpu.cosine(student, teacher)[1].dtype == torch.float64
     for precision in PRECISIONS[1:]:
@@ -82,7 +82,7 @@ def test_float64_inputs_are_worked_on_in_float64(cpu, truth, make_features, temp
         truth.check(result, truth(student, teacher, temperature), limits)
 
 
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_its_own_products_where_onednns_are_switched_off(cpu, truth, make_features, precision):
     student, teacher = make_features(97, 40, 0.1, batch=2)
     before = torch.backends.mkldnn.enabled
@@ -97,8 +97,8 @@ def test_its_own_products_where_onednns_are_switched_off(cpu, truth, make_featur
 def test_other_tensors_are_refused(cpu):
     good = torch.ones(1, 2, 3, 3)
     refusal = cpu.module.refusal
-    assert refusal(good, good.half(), "ieee") is None
-    assert refusal(good.to("meta"), good.to("meta"), "ieee") == "it does not run on meta devices"
+    assert refusal(good, good.half(), "fp32") is None
+    assert refusal(good.to("meta"), good.to("meta"), "fp32") == "it does not run on meta devices"
     for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
         assert refusal(good, good.to(dtype), None) == f"it does not take {str(dtype).removeprefix('torch.')}"
 

@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # The prepare and cosine kernels count on products that are not fused, and nvcc is told so, too.
 FLAGS = ("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off")
-PRECISIONS = ("ieee", "tf32", "bf16", "fp16")  # in the order of driver.cpp
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # in the order of driver.cpp
 
 
 def _slow(*values):
@@ -43,7 +43,7 @@ class Call(NamedTuple):
     student: torch.Tensor
     teacher: torch.Tensor
     temperature: float | torch.Tensor | None
-    precision: str = "ieee"
+    precision: str = "fp32"
     with_gradient: bool = True
     seed: int = 0
 
@@ -204,7 +204,7 @@ def test_student_equal_to_teacher_gives_exactly_zero(emulation, tmp_path, make_f
     teacher[0, :3] = 0
     student = torch.cat((teacher, 4 * teacher))
     teacher = teacher.expand(2, -1, -1)
-    forms = [*zip((0.01, 0.1, 1, 4), PRECISIONS, strict=True), (None, "ieee")]
+    forms = [*zip((0.01, 0.1, 1, 4), PRECISIONS, strict=True), (None, "fp32")]
     calls = [Call(maps(student)[:, :, 3:], maps(teacher)[:, :, 3:], *form) for form in forms]
     for result in emulation.run(calls, tmp_path):
         for x in result:
@@ -229,7 +229,7 @@ def test_any_strides_and_types(emulation, tmp_path, truth, make_features, layout
             exact = reference.cosine_distance(s.double(), t.double())
             torch.testing.assert_close(values.flatten(1).double(), exact, rtol=1e-6, atol=1e-12)
         else:
-            truth.check(as_rows(values, gradient), truth(s, t, 0.1), truth.limits(s, t, 0.1, "ieee"))
+            truth.check(as_rows(values, gradient), truth(s, t, 0.1), truth.limits(s, t, 0.1, "fp32"))
 
 
 def test_cosine_distance_keeps_its_digits(emulation, tmp_path, make_features):
@@ -271,8 +271,8 @@ def test_what_is_not_finite_spoils_no_more_than_it_must(emulation, tmp_path, mak
     student[1, 4, 2] = bad
     spoiled = torch.zeros(2, 70, dtype=torch.bool)
     spoiled[1, 4] = True
-    forms = list(zip((0.5, 0.02, 4), ("ieee", "bf16", "fp16"), strict=True))
-    calls = [Call(maps(student), maps(teacher), *form) for form in (*forms, (None, "ieee"))]
+    forms = list(zip((0.5, 0.02, 4), ("fp32", "bf16", "fp16"), strict=True))
+    calls = [Call(maps(student), maps(teacher), *form) for form in (*forms, (None, "fp32"))]
     for result in emulation.run(calls, tmp_path):
         values, gradient = as_rows(*result)
         assert torch.equal(values.isnan(), spoiled)
@@ -287,7 +287,7 @@ def test_what_is_not_finite_spoils_no_more_than_it_must(emulation, tmp_path, mak
 def test_the_order_of_threads_changes_no_bit_nor_does_the_gradient(emulation, tmp_path, make_features):
     student, teacher = make_features(70, 66, 0.5)
     student[0, :7] *= -1
-    forms = ((0.02, "bf16"), (0.5, "tf32"), (None, "ieee"))
+    forms = ((0.02, "bf16"), (0.5, "tf32"), (None, "fp32"))
     calls = [
         Call(maps(student), maps(teacher), *form, with_gradient, seed)
         for form in forms

@@ -158,9 +158,9 @@ def test_calls_fall_back_from_a_broken_compiler_and_can_say_why(setting, monkeyp
         monkeypatch.setattr(native_build, "load", module.load)
         (log,) = setting.cache.glob("*.log")
         assert reason == f"the compiler failed, its output is in {log}"
-        assert dispatch.choose("auto", x, x, "ieee") == ("torch", {"cpu": reason})
+        assert dispatch.choose("auto", x, x, "fp32") == ("torch", {"cpu": reason})
         with pytest.raises(dispatch.BackendError, match=re.escape(f"backend='cpu' cannot serve this call: {reason};")):
-            dispatch.choose("cpu", x, x, "ieee")
+            dispatch.choose("cpu", x, x, "fp32")
         assert setting.calls() == calls
     for text in ("one.cpp: in f:", "one.cpp:7:1: error: no such thing", "/tools/c++", "-O3"):
         assert text in log.read_text()

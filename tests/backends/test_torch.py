@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from dskd_fast.backends import torch as torch_tiled
 
-PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
-def affinity(student, teacher, temperature, precision="ieee"):
+def affinity(student, teacher, temperature, precision="fp32"):
     """Rows (B, N, C) -> KL (B, N) and gradient (B, N, C)."""
     student, teacher = student.mT.unsqueeze(-1), teacher.mT.unsqueeze(-1)
     kl, gradient = torch_tiled.contextual_affinity(student, teacher, temperature, precision, True)
@@ -77,7 +77,7 @@ def test_float64_inputs_are_worked_on_in_float64(truth, make_features, either_pa
     student, teacher = (x.double() for x in make_features(33, 20, 0.1, batch=2))
     result = affinity(student, teacher, temperature)
     assert [x.dtype for x in result] == [torch.float64] * 2
-    truth.check(result, truth(student, teacher, temperature), truth.limits(student, teacher, temperature, "ieee"))
+    truth.check(result, truth(student, teacher, temperature), truth.limits(student, teacher, temperature, "fp32"))
     assert affinity(student, teacher.float(), temperature)[0].dtype == torch.float64
     assert affinity(student, teacher, temperature, "bf16")[0].dtype == torch.float32
 
@@ -104,7 +104,7 @@ def test_results_do_not_depend_on_the_slab(monkeypatch, truth, make_features, sl
     student, teacher = make_features(37, 21, 0.1, batch=3)
     monkeypatch.setitem(torch_tiled._SLAB_ELEMENTS, "cpu", slab)
     monkeypatch.setattr(torch_tiled, "_FEWEST_ROWS", 1)
-    for precision in ("ieee", "bf16"):
+    for precision in ("fp32", "bf16"):
         exact, limits = truth(student, teacher, temperature), truth.limits(student, teacher, temperature, precision)
         truth.check(affinity(student, teacher, temperature, precision), exact, limits)
 

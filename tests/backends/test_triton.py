@@ -26,7 +26,7 @@ from dskd_fast.kernels import affinity, configs, cosine, prepare
 # numpy, which the interpreter computes with, warns of infinities and NaN; on a GPU nothing does.
 pytestmark = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:triton\.runtime\.interpreter")
 
-PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 KERNELS = {
     "centre": prepare.centre_kernel,
     "prepare": prepare.prepare_kernel,
@@ -154,7 +154,7 @@ def test_the_host_only_allocates_and_launches(
     assert set(watch.operations) <= {"aten::empty", "aten::empty_like"}
 
 
-@pytest.mark.parametrize(("precision", "with_gradient"), [("fp16", True), ("ieee", False)])
+@pytest.mark.parametrize(("precision", "with_gradient"), [("fp16", True), ("fp32", False)])
 def test_memory_goes_with_the_number_of_positions(triton_backend, make_features, monkeypatch, precision, with_gradient):
     n, c = 1024, 256
     used = {}
@@ -189,7 +189,7 @@ def test_nothing_waits_for_the_gpu(triton_backend, make_features):
 
 @pytest.mark.parametrize(
     ("n", "c", "temperature", "precision"),
-    [(129, 17, 0.02, "ieee"), (1, 1, 4, "bf16"), (65, 130, 0.1, "fp16")],
+    [(129, 17, 0.02, "fp32"), (1, 1, 4, "bf16"), (65, 130, 0.1, "fp16")],
 )
 def test_nothing_is_written_outside_of_the_buffers(
     large_tiles, triton_backend, make_features, monkeypatch, n, c, temperature, precision
@@ -234,12 +234,12 @@ def use_tiles(monkeypatch, forward, gradient, chunk=64):
 @pytest.mark.parametrize(
     ("precision", "temperature", "far_row", "rows"),
     [
-        ("ieee", 0.02, 3, (64, 32)),
+        ("fp32", 0.02, 3, (64, 32)),
         ("fp16", 0.02, 67, (32, 64)),
         ("tf32", 0.05, 67, (64, 64)),
         ("bf16", 0.5, 3, (32, 64)),
         ("fp16", 0.5, 67, (64, 32)),
-        ("ieee", 3.99, 3, (64, 64)),
+        ("fp32", 3.99, 3, (64, 64)),
     ],
 )
 def test_near_and_far_blocks_in_one_image(
@@ -267,7 +267,7 @@ def test_rows_on_both_sides_of_the_radius_by_a_rounding(large_tiles, triton_back
     student = teacher.clone()
     student[:, 2, 0], student[:, 2, 1] = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
     s, t = student.float(), teacher.float()
-    truth.check(triton_backend.affinity(s, t, 1.0), truth(s, t, 1.0), truth.limits(s, t, 1.0, "ieee"))
+    truth.check(triton_backend.affinity(s, t, 1.0), truth(s, t, 1.0), truth.limits(s, t, 1.0, "fp32"))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_results_do_not_depend_on_the_tiles(
 NARROW = {
     (width, precision, *entry.forward[:3], *entry.gradient[:3]): entry
     for table in configs.TABLE.values()
-    for precision in ("bf16", "tf32", "ieee")
+    for precision in ("bf16", "tf32", "fp32")
     for width, entry in table[configs.operand_class(precision)].items()
     if width <= 128
 }
@@ -373,8 +373,8 @@ def test_more_positions_or_elements_than_numbers_can_take_are_refused(working_gp
             f"it takes at most {most_elements - 1} elements per image, not {most_elements}",
         ),
     ):
-        assert triton_fused.refusal(good, good, "ieee") is None
-        assert triton_fused.refusal(bad, bad, "ieee") == message
+        assert triton_fused.refusal(good, good, "fp32") is None
+        assert triton_fused.refusal(bad, bad, "fp32") == message
         assert triton_fused.refusal(bad, bad, None) is None
 
 
@@ -486,7 +486,7 @@ def test_whole_blocks_of_nan_are_written_too(large_tiles, triton_backend, make_f
     {"student": student, "teacher": teacher}[who].fill_(math.nan)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(7))
-    kl, gradient = triton_backend.affinity(student, teacher, temperature, "ieee")
+    kl, gradient = triton_backend.affinity(student, teacher, temperature, "fp32")
     assert kl.isnan().all()
     assert gradient.isnan().all()
 
@@ -494,12 +494,12 @@ def test_whole_blocks_of_nan_are_written_too(large_tiles, triton_backend, make_f
 @pytest.mark.parametrize(
     ("kind", "temperature", "precision"),
     [
-        ("rectified", prepare.OWN_SHIFT_BELOW.value * 0.999, "ieee"),
+        ("rectified", prepare.OWN_SHIFT_BELOW.value * 0.999, "fp32"),
         ("normal", prepare.OWN_SHIFT_BELOW.value * 0.999, "bf16"),
-        ("clustered", prepare.OWN_SHIFT_BELOW.value, "ieee"),
+        ("clustered", prepare.OWN_SHIFT_BELOW.value, "fp32"),
         ("rectified", prepare.OWN_SHIFT_BELOW.value, "bf16"),
         ("clustered", 2, "bf16"),
-        ("normal", 2, "ieee"),
+        ("normal", 2, "fp32"),
     ],
 )
 def test_students_with_nothing_in_common_with_their_teacher(
@@ -512,6 +512,6 @@ def test_students_with_nothing_in_common_with_their_teacher(
     exact = truth(student, teacher, temperature)
     result = triton_backend.affinity(student, teacher, temperature, precision)
     truth.check(result, exact, truth.limits(student, teacher, temperature, precision))
-    if precision == "ieee":
+    if precision == "fp32":
         error = (result[0].double() - torch.from_numpy(exact[0])).norm() / torch.from_numpy(exact[0]).norm()
         assert error < 2e-6

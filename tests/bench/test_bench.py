@@ -29,7 +29,7 @@ def test_every_contestant_that_can_run_here_passes_the_gate_but_the_one_that_los
         runs = [c for c in field if not c.name.startswith(("torch.compile", "KeOps"))]
         passed = {c[:2] for c in runs if c.refusal(SHAPE, CPU, 2**40) is None and complaint(c, kind) is None}
         failed = {c[:2] for c in runs if c.refusal(SHAPE, CPU, 2**40) is None} - passed
-        assert {("eager", "float32"), ("torch", "ieee")} <= passed
+        assert {("eager", "fp32"), ("torch", "fp32")} <= passed
         assert failed == ({("eager", "bf16")} if kind == "affinity" else set())
 
 
@@ -42,7 +42,7 @@ def test_a_backend_that_is_wrong_gets_no_time(wrong):
         is_right = {None: True, "small noise": (student - teacher).abs().mean() > 0.1, "scoring": student.requires_grad}
         return values if is_right.get(wrong) else values * (float("nan") if wrong == "nan" else 1.001)
 
-    found = complaint(contestants.Contestant("cpu", "ieee", lambda: function, ours=True))
+    found = complaint(contestants.Contestant("cpu", "fp32", lambda: function, ours=True))
     part = "1 % noise" if wrong == "small noise" else "100 % noise"
     expected = f"it is wrong: the {'gradient' if wrong == 'gradient' else 'map'} is off by .* at {part}, .* allowed"
     assert found is None if wrong is None else re.fullmatch(expected, found)
@@ -86,7 +86,7 @@ def test_the_quick_run_accounts_for_all_of_the_full_one(module, fast_bf16, monke
     assert {leaves_out(everything.leave_out_of_quick, case) for case in full} == {None}
     if module is test_affinity:  # the plots over the number of positions need these
         assert {GROWTH["cpu", "bf16", n] for n in (1024, 4096, 16384)} <= set(quick)
-        assert {GROWTH["eager", "float32", n] for n in (1024, 4096)} <= set(quick)
+        assert {GROWTH["eager", "fp32", n] for n in (1024, 4096)} <= set(quick)
 
 
 class Rounds:
@@ -129,21 +129,21 @@ def test_a_loss_takes_turns_with_the_reference_and_what_fails_or_is_too_slow_say
     run, benchmark, references = lab.Lab(CPU, is_full=True), Rounds(monkeypatch), []
     monkeypatch.setattr(memory, "extra_bytes", lambda *arguments: (0, None))
     run.time = lambda *arguments, reference: references.append(reference) or 2.0
-    for name in (("eager", "float32"), ("torch", "ieee")):
+    for name in (("eager", "fp32"), ("torch", "fp32")):
         run.compare(benchmark, GROWTH[*name, 1024])
     assert [reference is None for reference in references] == [True, False]  # the reference itself takes no turns
     # Two seconds for 1,024 positions: the reference of the next table would be too slow, and so would the largest.
-    assert run._reference(GROWTH["torch", "ieee", 4096], *torch.ones(2, 1, 1, 1, 1)) is None
-    assert leaves_out(run.compare, benchmark, GROWTH["torch", "ieee", 65536]) == (
+    assert run._reference(GROWTH["torch", "fp32", 4096], *torch.ones(2, 1, 1, 1, 1)) is None
+    assert leaves_out(run.compare, benchmark, GROWTH["torch", "fp32", 65536]) == (
         "it would take about 2.3 h a call (from 2 s for 1 x 256 x 32 x 32)"
     )
-    case = GROWTH["tiles of rows, checkpointed", "float32", 1024]
+    case = GROWTH["tiles of rows, checkpointed", "fp32", 1024]
     broken = case.contestant._replace(make=lambda: lambda student, teacher: student.no_such_attribute)
     field = contestants.AFFINITY
     monkeypatch.setattr(lab, "AFFINITY", (*field[: case.index], broken, *field[case.index + 1 :]))
     assert leaves_out(run.compare, benchmark, case).startswith("it failed: AttributeError: ")
     monkeypatch.setattr(run, "_free_memory", lambda: 2**30)
-    assert leaves_out(run.compare, benchmark, GROWTH["eager", "float32", 16384]).startswith(
+    assert leaves_out(run.compare, benchmark, GROWTH["eager", "fp32", 16384]).startswith(
         "it would take about 14 GiB"
     )
     assert [entry["work"] for entry in run.not_timed] == ["N = 65,536", "N = 1,024", "N = 16,384"]
@@ -166,12 +166,12 @@ def test_a_run_ends_in_a_report(tmp_path):
     content = json.loads((tmp_path / "report" / "results.json").read_text())
     rows = {(row["contestant"], row["precision"]): row for row in content["rows"]}
     matrix = 4 * 2 * 256**2  # eager stores several, slabs of rows none
-    assert rows["cpu", "ieee"]["extra_bytes"] < rows["eager", "float32"]["extra_bytes"]
-    assert 2 * matrix < rows["eager", "float32"]["extra_bytes"] < 20 * matrix
-    assert "reference_seconds" not in rows["eager", "float32"]
-    assert rows["cpu", "ieee"]["reference_seconds"] > 0
-    assert rows["cpu", "ieee"]["percent_of_product"] > 0
-    assert max(rows["cpu", "ieee"]["errors"]["1 %"]) < 1e-5
+    assert rows["cpu", "fp32"]["extra_bytes"] < rows["eager", "fp32"]["extra_bytes"]
+    assert 2 * matrix < rows["eager", "fp32"]["extra_bytes"] < 20 * matrix
+    assert "reference_seconds" not in rows["eager", "fp32"]
+    assert rows["cpu", "fp32"]["reference_seconds"] > 0
+    assert rows["cpu", "fp32"]["percent_of_product"] > 0
+    assert max(rows["cpu", "fp32"]["errors"]["1 %"]) < 1e-5
     assert ("it is wrong" if has_fast_bf16(CPU) else "no bf16") in rows["eager", "bf16"]["reason"]
     assert {p["error"] > 1 for p in content["convergence"] if (p["contestant"], p["noise"]) == ("eager", 0.001)} == {
         True

@@ -11,7 +11,7 @@ OURS = {"precision": "bf16", "ours": True}
 
 
 def timed(contestant, median, **extra):
-    info = NAMES | {"contestant": contestant, "precision": "float32", "reference": contestant == "eager"} | extra
+    info = NAMES | {"contestant": contestant, "precision": "fp32", "reference": contestant == "eager"} | extra
     stats = {"median": median, "iqr": 0.08 * median, "rounds": 5, "min": 0.9 * median, "data": [median] * 5}
     return {"group": f"{info['work']} {info['mode']}", "name": "test", "stats": stats, "extra_info": info}
 
@@ -30,7 +30,7 @@ def content():
         work = {"kind": "growth", "work": f"N = {side**2:,}", "shape": [1, 256, side, side]}
         entries.append(timed("eager", 5 * side**4 / 1e9, **work, extra_bytes=24 * side**4))
     left_out = timed("KeOps", 1, group=entries[0]["group"])["extra_info"] | {"reason": "it would take\n 24 | 3 GiB"}
-    point = {"noise": 0.1, "contestant": "eager", "precision": "float32", "ours": False, "error": 1e-3}
+    point = {"noise": 0.1, "contestant": "eager", "precision": "fp32", "ours": False, "error": 1e-3}
     names = {"device": "cpu", "threads": 2, "python": "3.11.7", "torch": "2.14.1", "triton": None}
     return {
         "machine_info": {"cpu": {"brand_raw": "Some CPU @ 2 GHz", "flags": ["a"] * 100}},
@@ -60,17 +60,17 @@ def test_the_tables_have_what_the_file_has(make, content):
     machine = "Measured on cpu, CPU Some CPU @ 2 GHz, 2 threads with Python 3.11.7, PyTorch 2.14.1"
     assert f"{machine}, at commit `0f4af86`, 2026-02-03, by ``pytest``." in text
     lines = text.split("### 256 px, level 1, 2 x 256 x 64 x 64, forward+backward\n\n")[1].split("\n\n#")[0].splitlines()
-    assert lines[0].startswith("| contestant | precision | median, ms | spread, ms | speed-up over eager, float32 | ")
+    assert lines[0].startswith("| contestant | precision | median, ms | spread, ms | speed-up over eager, fp32 | ")
     assert lines[2:] == [
         "| **cpu** | bf16 | 3.00 | ±0.12 | 11.5x | 1.50 |  |  |  |  | 61 |",
-        "| eager | float32 | 69.0 | ±2.8 | 1.00x | 3,070 | 1.2e-7 | 1.3 | 3.0e-6 | 0.046 | 12 |",
-        "| tiles | float32 | 138 | ±5.5 | 0.250x |  |  |  |  |  |  |",
-        "| KeOps | float32 | not timed: it would take 24 \\| 3 GiB |  |  |  |  |  |  |  |  |",
+        "| eager | fp32 | 69.0 | ±2.8 | 1.00x | 3,070 | 1.2e-7 | 1.3 | 3.0e-6 | 0.046 | 12 |",
+        "| tiles | fp32 | 138 | ±5.5 | 0.250x |  |  |  |  |  |  |",
+        "| KeOps | fp32 | not timed: it would take 24 \\| 3 GiB |  |  |  |  |  |  |  |  |",
         "",
         "Extra memory was not measured: measured on Linux alone.",
     ]
-    assert "| **DSKD** | float32 | 10.0 | ±0.40 | 1.60 |" in text.split("### 4 \\| 5 images, training step")[1]
-    assert " | cpu, bf16: 3.00 ms | eager, float32: 69.0 ms | 11.5x | 1.50 / 3,070 |" in text.split("## At a glance")[1]
+    assert "| **DSKD** | fp32 | 10.0 | ±0.40 | 1.60 |" in text.split("### 4 \\| 5 images, training step")[1]
+    assert " | cpu, bf16: 3.00 ms | eager, fp32: 69.0 ms | 11.5x | 1.50 / 3,070 |" in text.split("## At a glance")[1]
     assert text.endswith("`--bench-full` times these as well: sPRO of 60 maps; affinity: 512 px.\n")
     assert text.index("### N = 1,024, 1 x 256 x 32 x 32") < text.index("### N = 4,096, 1 x 256 x 64 x 64")
 
@@ -83,7 +83,7 @@ def test_what_is_written_makes_the_same_report_again(make, content, tmp_path):
     assert len(first["results.json"]) < len(json.dumps(content))
     drawn = first["speedup.svg"].decode()
     # matplotlib writes each text as a comment next to its outlines.
-    assert all(f"<!-- {words} -->" in drawn for words in ("cpu, bf16", "tiles, float32", "0.25", "12"))
+    assert all(f"<!-- {words} -->" in drawn for words in ("cpu, bf16", "tiles, fp32", "0.25", "12"))
     code, again, _ = make(first["results.json"].decode(), tmp_path / "again")
     assert (code, again) == (0, text)
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == first

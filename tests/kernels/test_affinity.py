@@ -58,7 +58,7 @@ def test_a_block_of_rows_among_65536(image, temperature, near):
     kl, raw = torch.full((N,), math.nan), torch.full((N, C), math.nan)
     u, teacher_shift, student_shift, factor = (torch.full((N,), math.nan) for _ in range(4))
     scalars = tensor([temperature, 1 / (temperature * math.log(2)), 0])
-    blocks = {"C_PAD": C, "BLOCK_M": ROWS, "BLOCK_N": 1024, "BLOCK_C": C, "PRECISION": "ieee", "WITH_FAR": False}
+    blocks = {"C_PAD": C, "BLOCK_M": ROWS, "BLOCK_N": 1024, "BLOCK_C": C, "PRECISION": "fp32", "WITH_FAR": False}
 
     def launch(kernel, *arguments, **constants):
         kernel[(1,)](*arguments, **blocks, **constants)

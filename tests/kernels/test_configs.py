@@ -9,7 +9,7 @@ def test_channels_are_padded_to_what_the_table_has(c):
     assert width >= c
     assert width < 2 * max(c, configs.SMALLEST_WIDTH)
     for architecture in configs.TABLE:
-        for precision in ("bf16", "fp16", "tf32", "ieee"):
+        for precision in ("bf16", "fp16", "tf32", "fp32"):
             entry = configs.config(architecture, precision, width)
             assert width % entry.forward.c == width % entry.gradient.c == width % entry.chunk == 0
 
@@ -27,7 +27,7 @@ def test_positions_are_padded_to_a_multiple_of_all_blocks(n):
 
 def test_every_architecture_has_every_entry():
     for operands in configs.TABLE.values():
-        assert operands.keys() == {"half", "tf32", "ieee"}
+        assert operands.keys() == {"half", "tf32", "fp32"}
         for entries in operands.values():
             assert entries.keys() == {64, 128, 256, 512, configs.WIDE}
 

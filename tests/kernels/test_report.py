@@ -12,7 +12,7 @@ from dskd_fast.kernels import configs
 pytest.importorskip("triton", reason="Triton is not installed")
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-PRECISIONS = ("bf16", "fp16", "tf32", "ieee")
+PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 # Warp-group products on sm_90, tcgen05 on sm_100, warp products on the others.
 MATRIX = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
 
@@ -85,7 +85,7 @@ def test_the_products_are_done_by_matrix_units(loops):
     """All of them: the instructions of a tile multiply as often as the formula says, or more where the rows are too few
     for the warps to have some each. (tcgen05's do not tell their shape.)"""
     for row in loops:
-        if row["precision"] == "ieee":
+        if row["precision"] == "fp32":
             assert row["matrix"] in ("FFMA", "v_fma_f32", "v_fmac_f32", "v_pk_fma_f32"), name_of(row)
             continue
         assert row["matrix"] == MATRIX[row["architecture"]], name_of(row)

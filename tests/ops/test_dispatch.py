@@ -77,10 +77,10 @@ def test_the_first_of_the_devices_backends_is_chosen(backends, device):
     x = of(torch.float32, device)
     names = AUTOMATIC.get(device, AUTOMATIC_ELSEWHERE)
     for i, name in enumerate(names):
-        assert choose("auto", x, x, "ieee") == (name, {passed: f"not {passed}" for passed in names[:i]})
+        assert choose("auto", x, x, "fp32") == (name, {passed: f"not {passed}" for passed in names[:i]})
         backends[name] = f"not {name}"
     with pytest.raises(RuntimeError, match="no backend can serve this call") as raised:
-        choose("auto", x, x, "ieee")
+        choose("auto", x, x, "fp32")
     assert all(f"not {name}" in str(raised.value) for name in names)
 
 
@@ -121,8 +121,8 @@ def test_a_refusal_sees_the_call(monkeypatch):
 @without_gpu
 def test_a_cpu_never_takes_the_interpreter_by_itself():
     x = of(torch.float32)
-    assert refusal("triton", x, x, "ieee") is None
-    choice = choose("auto", x, x, "ieee")
+    assert refusal("triton", x, x, "fp32") is None
+    choice = choose("auto", x, x, "fp32")
     assert choice.name != "triton"
     assert "triton" not in choice.passed_over
 
@@ -172,7 +172,7 @@ def test_what_the_cuda_backend_refuses(monkeypatch):
     x, most = of(torch.float32, "cuda"), module.MAX_POSITIONS
     failed = "a trial on cuda:0 failed: no kernel image"
     for shape, precision, reason in (
-        ((1, 2, 3, 4), "ieee", failed),
+        ((1, 2, 3, 4), "fp32", failed),
         ((1, 2, 2, most // 2), "bf16", failed),
         ((1, 2, 1, most + 1), "bf16", f"it takes at most {most} positions, not {most + 1}"),
         ((1, 2, 1, most + 1), None, failed),
@@ -198,14 +198,14 @@ def test_a_backend_that_is_named_is_used_or_is_an_error_never_another_backend(ba
     """One line without a traceback on the command line; elsewhere a RuntimeError like torch's own."""
     x = of(torch.float32)
     monkeypatch.setenv(BACKEND_VARIABLE, backend)
-    assert choose("auto", x, x, "ieee") == choose(backend, x, x, "ieee") == (backend, {})
+    assert choose("auto", x, x, "fp32") == choose(backend, x, x, "fp32") == (backend, {})
     backends[backend] = error("it has no time")
     for asked, named, remedy in (
         (backend, f"backend={backend!r}", "leave the choice to backend='auto'"),
         ("auto", f"{BACKEND_VARIABLE}={backend}", "unset it"),
     ):
         with pytest.raises(BackendError) as raised:
-            choose(asked, x, x, "ieee")
+            choose(asked, x, x, "fp32")
         assert str(raised.value) == f"{named} cannot serve this call: it has no time; {remedy}"
     assert issubclass(BackendError, UserError)
     assert issubclass(BackendError, RuntimeError)
@@ -214,7 +214,7 @@ def test_a_backend_that_is_named_is_used_or_is_an_error_never_another_backend(ba
 @pytest.mark.parametrize("backend", ["Torch", "torch ", "nonsense", "", None, 0])
 def test_an_unknown_backend_is_an_error(backend):
     x = of(torch.float32)
-    for call in (dispatch.check_backend, lambda backend: choose(backend, x, x, "ieee")):
+    for call in (dispatch.check_backend, lambda backend: choose(backend, x, x, "fp32")):
         with pytest.raises(ValueError, match="is not known: use one of 'auto', ") as raised:
             call(backend)
         assert str(raised.value).startswith(f"backend={backend!r} ")
@@ -229,13 +229,13 @@ def test_the_argument_overrides_the_variable(backends, monkeypatch):
     monkeypatch.setenv(BACKEND_VARIABLE, BACKENDS[0])
     backends[BACKENDS[0]] = "it has no time"
     for named in BACKENDS[1:]:
-        assert choose(named, x, x, "ieee") == (named, {})
+        assert choose(named, x, x, "fp32") == (named, {})
 
 
 def test_an_empty_variable_is_none(backends, monkeypatch):
     x = of(torch.float32, "cuda")
     monkeypatch.setenv(BACKEND_VARIABLE, "")
-    assert choose("auto", x, x, "ieee") == (AUTOMATIC["cuda"][0], {})
+    assert choose("auto", x, x, "fp32") == (AUTOMATIC["cuda"][0], {})
 
 
 @pytest.mark.parametrize("value", ["Torch", "torch ", "nonsense"])
@@ -246,7 +246,7 @@ def test_an_unknown_value_of_the_variable_is_an_error_that_names_it(monkeypatch,
     with pytest.raises(
         BackendError, match=f"^{BACKEND_VARIABLE}={value} is not known: use one of {accepted}, or unset"
     ):
-        choose("auto", x, x, "ieee")
+        choose("auto", x, x, "fp32")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -294,7 +294,7 @@ def test_without_triton_everything_else_works():
                 print(error)
         with FakeTensorMode():
             x = torch.empty(1, 4, 3, 3, device="cuda")
-        choice = choose("auto", x, x, "ieee")
+        choice = choose("auto", x, x, "fp32")
         print(choice.name, choice.passed_over["triton"])
     """)
     on_a_cpu, *errors, choice = output.splitlines()
@@ -342,9 +342,18 @@ def test_a_forced_precision_holds_whatever_the_inputs(precision):
             assert resolve_precision(precision, of(dtype), of(dtype)) == precision
 
 
-@pytest.mark.parametrize("precision", ["fp32", "BF16", "", AMBIENT, torch.float16, 16])
+def test_the_former_name_of_fp32_is_understood():
+    x, y = torch.randn(2, 1, 8, 3, 3, dtype=torch.float64)
+    assert resolve_precision("ieee", x, y) == "fp32"
+    operator = torch.ops.dskd_fast.contextual_affinity
+    former, current = (operator(x, y, 1.0, name, "auto", False)[0] for name in ("ieee", "fp32"))
+    assert torch.equal(former, current)
+    assert operator(x.to("meta"), y.to("meta"), torch.tensor(1.0), "ieee", "auto", False)[0].dtype == former.dtype
+
+
+@pytest.mark.parametrize("precision", ["float32", "BF16", "", AMBIENT, torch.float16, 16])
 def test_an_unknown_precision_is_an_error(precision):
-    with pytest.raises(ValueError, match="is not known: use None or one of 'ieee', 'tf32', 'bf16', 'fp16'") as raised:
+    with pytest.raises(ValueError, match="is not known: use None or one of 'fp32', 'tf32', 'bf16', 'fp16'") as raised:
         resolve_precision(precision, of(torch.float32), of(torch.float32))
     assert str(raised.value).startswith(f"precision={precision!r} ")
 
@@ -355,7 +364,7 @@ def test_precision_of_a_pair():
         if student != teacher:
             expected = AMBIENT
         if torch.float64 in (student, teacher):
-            expected = "ieee"
+            expected = "fp32"
         assert resolve_precision(None, of(student), of(teacher)) == expected
 
 
@@ -364,7 +373,7 @@ def test_autocast_counts_before_the_inputs_but_not_before_float64(dtype, expecte
     with torch.autocast("cpu", dtype=dtype):
         for student in (torch.float16, torch.bfloat16, torch.float32):
             assert resolve_precision(None, of(student), of(student)) == expected
-        assert resolve_precision(None, of(torch.float64), of(torch.float32)) == "ieee"
+        assert resolve_precision(None, of(torch.float64), of(torch.float32)) == "fp32"
         with torch.autocast("cpu", enabled=False):
             assert resolve_precision(None, of(torch.float32), of(torch.float32)) == AMBIENT
 
@@ -377,7 +386,7 @@ def test_autocast_of_another_device_does_not_count():
 
 @pytest.mark.parametrize(
     ("setting", "on_cpu", "on_cuda"),
-    [("highest", "ieee", "ieee"), ("high", "ieee", "tf32"), ("medium", "bf16", "bf16")],
+    [("highest", "fp32", "fp32"), ("high", "fp32", "tf32"), ("medium", "bf16", "bf16")],
 )
 def test_ambient_precision(restore_precision, setting, on_cpu, on_cuda):
     torch.set_float32_matmul_precision(setting)
@@ -385,7 +394,7 @@ def test_ambient_precision(restore_precision, setting, on_cpu, on_cuda):
 
 
 @pytest.mark.parametrize(
-    ("setting", "on_cpu", "on_cuda"), [("ieee", "ieee", "ieee"), ("tf32", "ieee", "tf32"), ("none", "ieee", "ieee")]
+    ("setting", "on_cpu", "on_cuda"), [("ieee", "fp32", "fp32"), ("tf32", "fp32", "tf32"), ("none", "fp32", "fp32")]
 )
 def test_ambient_precision_by_the_newer_settings(setting, on_cpu, on_cuda):
     backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul

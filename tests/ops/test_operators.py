@@ -77,7 +77,7 @@ def test_registration(place, pair):
     traced = ("test_aot_dispatch_dynamic",) if place.backend == "torch" and pair == "channels last" else ()
     for with_gradient, checks in ((True, REGISTRATION + traced), (False, REGISTRATION[2:])):
         student = student.detach().requires_grad_(with_gradient)
-        call = student, teacher, temperature, "ieee", place.backend, with_gradient
+        call = student, teacher, temperature, "fp32", place.backend, with_gradient
         torch.library.opcheck(affinity, call, test_utils=checks)
         torch.library.opcheck(cosine, (student, teacher, place.backend, with_gradient), test_utils=checks)
 
@@ -93,11 +93,11 @@ def test_the_types_of_every_precision(backend, precision):
 
 def test_only_the_student_gets_a_gradient_and_one_that_was_not_asked_for_is_an_error():
     student, teacher = (x.requires_grad_() for x in PAIRS["contiguous"]())
-    values, _ = affinity(student, teacher, torch.tensor(1.0), "ieee", "torch", False)
+    values, _ = affinity(student, teacher, torch.tensor(1.0), "fp32", "torch", False)
     with pytest.raises(RuntimeError, match="computed without its gradient"):
         values.sum().backward()
     assert student.grad is None
-    values, gradient = affinity(student, teacher, torch.tensor(1.0), "ieee", "torch", True)
+    values, gradient = affinity(student, teacher, torch.tensor(1.0), "fp32", "torch", True)
     assert not gradient.requires_grad
     values.sum().backward()
     assert student.grad is not None
@@ -253,7 +253,7 @@ def test_autocast_rounds_the_operands_of_products_not_the_inputs(any_place, dtyp
     rounding = 4 * torch.finfo(dtype).eps / 2
     with torch.autocast(any_place.device, dtype=dtype):
         assert error(student, teacher) <= rounding
-    assert error(student.to(dtype), teacher.to(dtype), precision="ieee") > rounding
+    assert error(student.to(dtype), teacher.to(dtype), precision="fp32") > rounding
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -448,7 +448,7 @@ def test_compiled_code_follows_autocast_and_settings(any_place, pristine_compile
         return inside, step()
 
     compiled, compiled_both = (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (step, both))
-    exact, rounded = step(precision="ieee"), step(precision="bf16")
+    exact, rounded = step(precision="fp32"), step(precision="bf16")
     assert not torch.equal(exact, rounded)
     assert torch.equal(compiled(), exact)
     with torch.autocast(any_place.device, dtype=torch.bfloat16):
@@ -534,7 +534,7 @@ def test_an_exported_loss_runs_in_another_process_that_imports_the_package(tmp_p
 def test_an_exported_loss_follows_the_settings_of_the_day(restore_precision):
     student, teacher = random(1, 64, 32, seed=1), random(1, 64, 32, seed=2)
     program = torch.export.export(ContextualAffinityLoss(reduction="none"), (student, teacher)).module()
-    exact, rounded = (functional.contextual_affinity(student, teacher, precision=p) for p in ("ieee", "bf16"))
+    exact, rounded = (functional.contextual_affinity(student, teacher, precision=p) for p in ("fp32", "bf16"))
     assert torch.equal(program(student, teacher), exact)
     torch.set_float32_matmul_precision("medium")
     assert torch.equal(program(student, teacher), rounded)

@@ -17,7 +17,7 @@ def features(noise, size=12, channels=24):
 
 
 def contextual_affinity(student, teacher, temperature):
-    return portable.contextual_affinity(student, teacher, temperature, "ieee", "auto", False)[0]
+    return portable.contextual_affinity(student, teacher, temperature, "fp32", "auto", False)[0]
 
 
 def relative_error(found, expected):
@@ -28,7 +28,7 @@ def relative_error(found, expected):
 @pytest.mark.parametrize(("temperature", "limit"), [(100, 3e-7), (4, 3e-7), (1, 3e-7), (0.1, 1e-6), (0.01, 5e-5)])
 def test_contextual_affinity_keeps_its_digits(noise, temperature, limit):
     student, teacher = features(noise)
-    expected, _ = torch_tiled.contextual_affinity(student.double(), teacher.double(), temperature, "ieee", False)
+    expected, _ = torch_tiled.contextual_affinity(student.double(), teacher.double(), temperature, "fp32", False)
     found = contextual_affinity(student, teacher, temperature)
     assert found.dtype == torch.float32
     assert relative_error(found, expected) < limit
@@ -41,7 +41,7 @@ def test_positions_that_are_like_no_other_keep_their_digits(noise):
     generator, temperature, channels = torch.Generator().manual_seed(0), 0.01, 64
     teacher = torch.randn((2, channels, 12, 12), generator=generator)
     student = teacher + noise * torch.randn(teacher.shape, generator=generator)
-    expected, _ = torch_tiled.contextual_affinity(student.double(), teacher.double(), temperature, "ieee", False)
+    expected, _ = torch_tiled.contextual_affinity(student.double(), teacher.double(), temperature, "fp32", False)
     assert expected.median() < 1e-20
     found = contextual_affinity(student, teacher, temperature).double()
     # The products' rounding by Higham and Mary's bound, of a and of c.
@@ -62,7 +62,7 @@ def test_opposite_and_equal_and_zero_vectors(temperature):
     _, teacher = features(1)
     teacher[:, :, 3] = 0
     for student in (-teacher, teacher.clone(), torch.zeros_like(teacher)):
-        expected, _ = torch_tiled.contextual_affinity(student.double(), teacher.double(), temperature, "ieee", False)
+        expected, _ = torch_tiled.contextual_affinity(student.double(), teacher.double(), temperature, "fp32", False)
         torch.testing.assert_close(
             contextual_affinity(student, teacher, temperature).double(), expected, rtol=1e-4, atol=1e-12
         )
@@ -82,7 +82,7 @@ def test_slabs_do_not_matter(monkeypatch):
 def test_gradients_are_refused():
     student, teacher = features(1)
     with pytest.raises(NotImplementedError, match="no_grad"):
-        portable.contextual_affinity(student, teacher, 1.0, "ieee", "auto", True)
+        portable.contextual_affinity(student, teacher, 1.0, "fp32", "auto", True)
     with pytest.raises(NotImplementedError, match="no_grad"):
         portable.cosine_distance(student, teacher, "auto", True)
 

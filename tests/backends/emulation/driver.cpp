@@ -40,7 +40,7 @@ int main(int, char** arguments) {
     emulation::seed(static_cast<unsigned>(next()));
     const bool is_affinity = next() != 0, is_in_memory = next() != 0, with_gradient = next() != 0;
     dskd::Affinity call{};
-    const char* precisions[] = {"ieee", "tf32", "bf16", "fp16"};
+    const char* precisions[] = {"fp32", "tf32", "bf16", "fp16"};
     if (!dskd::choose_product(call, precisions[next()], kCapability)) return 1;
     call.temperature = temperature;
     if (is_in_memory) {
