@@ -72,7 +72,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 
 def pytest_terminal_summary(terminalreporter, config):
     """The report's tables, where pytest-benchmark's have times alone."""
-    from bench.report import markdown, results_of
+    from bench.tables import markdown, results_of
 
     session = getattr(config, "_benchmarksession", None)
     timed = [b.as_dict(include_data=False, stats=True) for b in session.benchmarks if b] if session else []

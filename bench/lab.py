@@ -313,7 +313,7 @@ def row(
     shape: tuple[int, ...] | None = None,
     images: int | None = None,
 ) -> dict:
-    """What `bench.report` knows of a row besides its time, before anything is measured."""
+    """What `bench.tables` knows of a row besides its time, before anything is measured."""
     return {
         "kind": kind,
         "work": work,

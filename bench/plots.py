@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from bench.report import Results, Row, label, reference, significant, speedup
+from bench.tables import Results, Row, label, reference, significant, speedup
 
 _LEVELS = tuple(f"256 px, level {level}" for level in (1, 2, 3))
 _OURS_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499")

@@ -143,9 +143,7 @@ def test_a_loss_takes_turns_with_the_reference_and_what_fails_or_is_too_slow_say
     monkeypatch.setattr(lab, "AFFINITY", (*field[: case.index], broken, *field[case.index + 1 :]))
     assert leaves_out(run.compare, benchmark, case).startswith("it failed: AttributeError: ")
     monkeypatch.setattr(run, "_free_memory", lambda: 2**30)
-    assert leaves_out(run.compare, benchmark, GROWTH["eager", "fp32", 16384]).startswith(
-        "it would take about 14 GiB"
-    )
+    assert leaves_out(run.compare, benchmark, GROWTH["eager", "fp32", 16384]).startswith("it would take about 14 GiB")
     assert [entry["work"] for entry in run.not_timed] == ["N = 65,536", "N = 1,024", "N = 16,384"]
 
 
@@ -160,7 +158,7 @@ def test_a_run_ends_in_a_report(tmp_path):
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "### 256 px, level 3, 2 x 1024 x 16 x 16, scoring" in done.stdout
-    report = [sys.executable, "-m", "bench.report", results, "--out", tmp_path / "report"]
+    report = [sys.executable, "-m", "bench.tables", results, "--out", tmp_path / "report"]
     subprocess.run(report, cwd=PROJECT, capture_output=True, check=True)
     assert f"-k '{chosen}' " in (tmp_path / "report" / "benchmarks.md").read_text()
     content = json.loads((tmp_path / "report" / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""`python -m bench.report results.json`: tables and plots of a run of the benchmarks.
+"""`python -m bench.tables results.json`: tables and plots of a run of the benchmarks.
 
 Reads what `pytest bench/ --benchmark-only --benchmark-json results.json` wrote, or an earlier report's results.json.
 Writes benchmarks.md, the plots as SVG, and results.json with no more than these are made from, and prints the Markdown.
@@ -343,7 +343,7 @@ def _json(content: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the report, print it, and return 2 after a user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
     parser.add_argument("results", type=Path, help="what --benchmark-json wrote, or an earlier report's results.json")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report (default: that of the JSON)")
     arguments = parser.parse_args(argv)
