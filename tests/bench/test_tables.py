@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import plots, report
+from bench import plots, tables
 
 NAMES = {"kind": "affinity", "work": "256 px, level 1", "shape": [2, 256, 64, 64], "mode": "forward+backward"}
 OURS = {"precision": "bf16", "ours": True}
@@ -49,7 +49,7 @@ def make(tmp_path, capsys):
     def run(content, out=tmp_path / "out"):
         path = tmp_path / "results.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        return report.main([str(path), "--out", str(out)]), *capsys.readouterr()
+        return tables.main([str(path), "--out", str(out)]), *capsys.readouterr()
 
     return run
 
