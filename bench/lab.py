@@ -2,15 +2,12 @@
 
 import datetime
 import functools
-import importlib.metadata
 import itertools
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -22,6 +19,7 @@ from bench import accuracy, memory
 from bench.contestants import AFFINITY, COSINE, Contestant
 from bench.work import UNITS, Work, features, run, synchronise
 from dskd_fast.device import has_fast_bf16
+from dskd_fast.versions import commit, versions
 
 # A contestant is run until this many seconds have passed, but at least and at most so many times.
 _SECONDS = 0.5
@@ -334,26 +332,13 @@ def row(
 
 def environment(device: torch.device) -> dict:
     """Machine, versions and commit of a run."""
-
-    def version(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    def git(*arguments: str) -> str:
-        root = Path(__file__).parent
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD") or None
-    if commit and git("status", "--porcelain", "--untracked-files=no"):
-        commit += " with changes"
+    found = commit()
     return {
-        "commit": commit,
+        "commit": found and found[:7] + found[40:],
         "command": shlex.join(["pytest", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        **{name: version(name) for name in ("torch", "triton", "pykeops", "anomalib")},
+        **versions("torch", "triton", "pykeops", "anomalib"),
     }

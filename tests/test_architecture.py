@@ -35,6 +35,7 @@ ROOMS = {
     "data": "images, layouts, store, augmentation, synthetic images",
     "backends": "one module per backend",
     "device": "where and in which number format the networks run",
+    "versions": "what is installed, and of which commit this is",
     "progress": "sentences to a logger, counts to a function",
     "files": "files that appear only when they are complete, tensors among them",
     "errors": "errors that a user can mend",

@@ -303,7 +303,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
 def doctor(arguments: argparse.Namespace) -> int:
     default = diagnosis.default_backend()
-    for name, value in diagnosis.versions().items():
+    for name, value in diagnosis.description().items():
         print_line(f"{name:14} {value}")
     console.print(backends_table(diagnosis.services()), soft_wrap=False)
     for line in "\n".join([*diagnosis.builds(), default]).splitlines():

@@ -1,6 +1,5 @@
 """What this machine has, and which backend serves which calls here and why."""
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -12,6 +11,7 @@ import dskd_fast
 from dskd_fast.backends import native_build
 from dskd_fast.errors import UserError
 from dskd_fast.ops import dispatch
+from dskd_fast.versions import versions
 
 
 class Service(NamedTuple):
@@ -24,14 +24,11 @@ class Service(NamedTuple):
     is_choice: bool
 
 
-def versions() -> dict[str, str]:
+def description() -> dict[str, str]:
     """What is installed and what it runs on, by name."""
     found = {"dskd-fast": dskd_fast.__version__, "Python": platform.python_version(), "system": platform.platform()}
-    for package in ("torch", "triton", "torchvision", "timm", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    installed = versions("torch", "triton", "torchvision", "timm", "numpy")
+    found |= {package: version or "not installed" for package, version in installed.items()}
     found["CUDA of torch"] = torch.version.cuda or torch.version.hip or "none (a CPU build)"
     found["CPU"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     if not torch.cuda.is_available():

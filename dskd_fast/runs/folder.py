@@ -14,17 +14,13 @@ import dataclasses
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy
-import timm
 import torch
-import torchvision
 from filelock import FileLock, Timeout
 
 import dskd_fast
@@ -38,6 +34,7 @@ from dskd_fast.files import in_shell, is_half_written, load_tensors, save_tensor
 from dskd_fast.models.dskd import branches_of
 from dskd_fast.runs.history import Epoch
 from dskd_fast.runs.options import ADDED_OPTIONS, TrainingOptions
+from dskd_fast.versions import commit, versions
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
@@ -149,15 +146,12 @@ def describe(options: TrainingOptions, category: Category, holdout: float) -> di
         "versions": {
             "dskd_fast": dskd_fast.__version__,
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-            "numpy": numpy.__version__,
+            **versions("torch", "torchvision", "timm", "numpy"),
         },
         "platform": platform.platform(),
         "device": str(resolve_device(options.device)),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -322,20 +316,3 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is missing: train again, or copy the whole run folder") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): train again, or restore the file") from None
-
-
-def _commit() -> str | None:
-    """The commit of the program's own source, with "+changes" if it differs; None outside a checkout."""
-    here = Path(dskd_fast.__file__)
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        # An installed copy may lie inside somebody else's repository.
-        git("ls-files", "--error-unmatch", here.name)
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

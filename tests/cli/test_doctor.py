@@ -5,20 +5,18 @@ from dskd_fast.backends import native_build
 from dskd_fast.cli import doctor
 from dskd_fast.errors import UserError
 from dskd_fast.ops import dispatch
+from dskd_fast.versions import versions
 
 
 def test_versions_name_what_matters_and_what_is_missing(monkeypatch):
-    found = doctor.versions()
+    found = doctor.description()
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"dskd-fast", "Python", "triton", "CPU", "folder"} <= found.keys()
     assert all(isinstance(value, str) and value for value in found.values())
     assert ("GPU" in found) is not torch.cuda.is_available()
 
-    def missing(name):
-        raise doctor.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(doctor.importlib.metadata, "version", missing)
-    assert doctor.versions()["triton"] == "not installed"
+    monkeypatch.setattr(doctor, "versions", lambda *packages: versions("no-such-package"))
+    assert doctor.description()["no-such-package"] == "not installed"
 
 
 def test_every_backend_answers_for_every_device():

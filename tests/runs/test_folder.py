@@ -191,7 +191,7 @@ def test_the_config_says_how_the_run_came_about(tiny_run, tiny_options, data_roo
         tiny_options(augmentation="hflip,vflip,rotate=3,brightness=0.1,contrast=0.1,saturation=0.1")
     )
     assert config["versions"]["dskd_fast"] == __version__
-    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["torch"] == torch.__version__.split("+")[0]
     assert config["device"] in ("cpu", "cuda")
     assert datetime.fromisoformat(config["created"]).tzinfo is not None
     assert config["commit"] is None or len(config["commit"].removesuffix("+changes")) == 40
