@@ -140,6 +140,14 @@ def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], Any]:
     return tensors, json.loads(text)
 
 
+def checksum_of(path: Path) -> str:
+    """The checksum in a file that `load_tensors` takes."""
+    import safetensors
+
+    with safetensors.safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()[_METADATA])[_CHECKSUM]
+
+
 def _checksum(tensors: Mapping[str, "Tensor"], text: str) -> str:
     import torch
 

@@ -30,7 +30,7 @@ from dskd_fast.detection.calibration import Calibration, Exposure, Statistics, T
 from dskd_fast.detection.detector import Detector, calibration_of
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
-from dskd_fast.files import in_shell, is_half_written, load_tensors, save_tensors, unwritable, write_file
+from dskd_fast.files import checksum_of, in_shell, is_half_written, load_tensors, save_tensors, unwritable, write_file
 from dskd_fast.models.dskd import branches_of
 from dskd_fast.runs.history import Epoch
 from dskd_fast.runs.options import ADDED_OPTIONS, TrainingOptions
@@ -125,7 +125,8 @@ def save_run(folder: Path, detector: Detector, options: TrainingOptions, history
     resolved = {"gccb": detector.model.gccb, "sigma": options.scoring.sigma}
     write_json(folder / CONFIG, read_config(folder) | {"resolved": resolved})
     # What makes it a finished run comes last.
-    write_json(folder / CALIBRATION, dataclasses.asdict(calibration_of(detector)))
+    of_weights = {"weights": checksum_of(folder / WEIGHTS)}
+    write_json(folder / CALIBRATION, dataclasses.asdict(calibration_of(detector)) | of_weights)
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -249,6 +250,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
     try:
         content = read_json(folder / CALIBRATION)
         threshold, exposure = content.pop("threshold"), content.pop("exposure", None)
+        of_weights = content.pop("weights", None)  # which earlier versions did not record
         calibration = Calibration(
             **content | {"statistics": {name: Statistics(**content["statistics"][name]) for name in students}},
             threshold=None if threshold is None else Threshold(**threshold),
@@ -265,6 +267,8 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
     weights = folder / WEIGHTS
     try:
         model.load_state_dict(load_tensors(weights)[0])
+        if of_weights not in (None, checksum_of(weights)):
+            raise UserError(f"{folder / CALIBRATION} was made for other weights than {weights}")
     except FileNotFoundError:
         raise UserError(f"the run {folder} has no {WEIGHTS}: train again, or copy the whole folder") from None
     except UserError as error:

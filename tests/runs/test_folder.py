@@ -191,7 +191,7 @@ def test_the_config_says_how_the_run_came_about(tiny_run, tiny_options, data_roo
         tiny_options(augmentation="hflip,vflip,rotate=3,brightness=0.1,contrast=0.1,saturation=0.1")
     )
     assert config["versions"]["dskd_fast"] == __version__
-    assert config["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert config["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert config["device"] in ("cpu", "cuda")
     assert datetime.fromisoformat(config["created"]).tzinfo is not None
     assert config["commit"] is None or len(config["commit"].removesuffix("+changes")) == 40
@@ -246,10 +246,13 @@ def test_weights_are_never_unpickled(run, tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def test_weights_that_are_not_numbers_give_no_scores(run, data_root):
+def test_weights_that_are_not_the_calibrations_or_no_numbers_give_no_scores(run, data_root, edit):
     weights, _ = load_tensors(run / "weights.safetensors")
     weights["local_student.up1.0.conv1.weight"].fill_(float("nan"))
     save_tensors(run / "weights.safetensors", weights)
+    with pytest.raises(UserError, match=r"calibration.json was made for other weights than .*weights.safetensors"):
+        load_run(run, "cpu")
+    edit(run / "calibration.json", lambda calibration: calibration.pop("weights"))  # as of earlier versions
     detector, _, _ = load_run(run, "cpu")
     images = ImageStore(open_category(data_root, "screw_bag").validation, 64).batch([0])
     with pytest.raises(UserError, match="weights are damaged"):
