@@ -72,8 +72,8 @@ def test_a_reader_that_goes_away_is_no_error_message(tiny_run, fork):
         read, write = os.pipe()
         os.close(read)
         os.dup2(write, 1)
-        with open(1, "w") as sys.stdout:
-            return main(["info", str(tiny_run)])
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        return main(["info", str(tiny_run)])
 
     assert fork(work)() == 1
 
