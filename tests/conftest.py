@@ -194,6 +194,13 @@ def write_images():
 
 
 @pytest.fixture
+def interpreter():
+    """Skips what needs Triton's interpreter where that cannot run, through no fault of ours."""
+    if (reason := pytest.importorskip("dskd_fast.backends.triton").interpreter_refusal()) is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
 def fork():
     """Does some work in a process of its own that has imported everything: fork(work) -> waits for its exit code."""
 

@@ -1,5 +1,4 @@
-import ctypes
-import resource
+import subprocess
 import sys
 import threading
 import time
@@ -7,7 +6,7 @@ import time
 import pytest
 import torch
 
-from dskd_fast.device import has_fast_bf16, keep_freed_memory, numerics, resolve_device
+from dskd_fast.device import has_fast_bf16, numerics, resolve_device
 from dskd_fast.errors import UserError
 
 CPU = torch.device("cpu")
@@ -68,27 +67,25 @@ def test_a_gpu_that_emulates_bf16_does_not_have_it(monkeypatch, supported):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux")
-def test_freed_memory_is_kept(fork):
-    """What a step allocates again costs no page faults; in a process of its own, since it lasts."""
+def test_freed_memory_is_kept():
+    """What a step allocates again costs no page faults; in a process of its own, with no memory that others freed."""
+    code = """if True:
+        import resource, torch
+        from dskd_fast.device import keep_freed_memory
 
-    def faults():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(10):
-            torch.zeros(16, 2**20)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                torch.zeros(16, 2**20)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    def work():
-        # As at the start of a process: other tests may have asked for it already.
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 2**16)
-        mallopt(-1, 2**17)
         faults()
         given_back = faults()
         keep_freed_memory()
         faults()
         assert faults() < given_back / 10
-
-    assert fork(work)() == 0
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_threads_do_not_leave_each_other_s_settings_behind():

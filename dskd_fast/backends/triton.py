@@ -31,7 +31,7 @@ def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | No
             return "TRITON_INTERPRET was set after Triton had been imported: set it before"
         if not _is_interpreted():
             return "it runs on GPUs (with TRITON_INTERPRET=1, slowly, on CPU tensors too)"
-        return _interpreter_refusal()
+        return interpreter_refusal()
     if student.device.type != "cuda":
         return f"it does not run on {student.device.type} devices"
     if _is_interpreted():
@@ -151,7 +151,7 @@ def _is_interpreted() -> bool:
     return not isinstance(affinity.forward_kernel, triton.runtime.JITFunction)
 
 
-def _interpreter_refusal() -> str | None:
+def interpreter_refusal() -> str | None:
     """Triton's interpreter before 3.7 makes numbers of arrays with one element, which numpy refuses from 2.4 on."""
     triton_version, numpy_version = (
         tuple(map(int, version.split(".")[:2])) for version in (triton.__version__, np.__version__)

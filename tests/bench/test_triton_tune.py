@@ -13,6 +13,7 @@ from dskd_fast.kernels import configs
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the kernels are not interpreted")
+@pytest.mark.usefixtures("interpreter")
 def test_the_fastest_blocks_that_run_take_the_tables_place(monkeypatch, capsys):
     """The forward kernel's with the fewest rows; of the gradient's all fail but the first."""
     pair = torch.randn(2, 1, 64, 3, 3, generator=torch.Generator().manual_seed(0))

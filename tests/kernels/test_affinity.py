@@ -16,6 +16,7 @@ needs_interpreter = pytest.mark.skipif(
     isinstance(affinity.forward_kernel, triton.runtime.JITFunction),
     reason="the kernels are compiled for the GPU here, not interpreted (TRITON_INTERPRET=1)",
 )
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,7 @@ def test_a_refusal_sees_the_call(monkeypatch):
 
 @needs_triton
 @without_gpu
+@pytest.mark.usefixtures("interpreter")
 def test_a_cpu_never_takes_the_interpreter_by_itself():
     x = of(torch.float32)
     assert refusal("triton", x, x, "fp32") is None
@@ -307,7 +308,9 @@ def test_without_triton_everything_else_works():
 
 @needs_triton
 @pytest.mark.parametrize("interpret", ["0", "1"])
-def test_importing_the_kernels_launches_nothing_and_a_cpu_has_the_interpreter_alone(tmp_path, interpret):
+def test_importing_the_kernels_launches_nothing_and_a_cpu_has_the_interpreter_alone(tmp_path, request, interpret):
+    if interpret == "1":
+        request.getfixturevalue("interpreter")
     output = run_python(
         """
         import pkgutil
