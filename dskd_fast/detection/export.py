@@ -116,10 +116,9 @@ class Inspection(nn.Module):
         self.model = model.eval()
         # Parameters would come back requiring grad from the files of some versions of PyTorch.
         for module in self.model.modules():
-            for name in [name for name, _ in module.named_parameters(recurse=False)]:
-                weight = getattr(module, name).detach()
+            for name, weight in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
-                module.register_buffer(name, weight)
+                module.register_buffer(name, weight.detach())
         self.scoring = detector.scoring
         calibration = calibration_of(detector)
         self.statistics = calibration.statistics
