@@ -116,7 +116,7 @@ def _dskd(case: Case, device: torch.device) -> Callable[[], object]:
         model.eval()
         model.anomaly_maps = lambda *arguments, **named: _eager_maps(model, *arguments)
     statistics = {"local": Statistics(0.0, 1.0), "global": Statistics(0.0, 1.0)}
-    detector = Detector(model, options.scoring, Calibration(statistics, "train", 1))
+    detector = Detector(model, options.map_options, Calibration(statistics, "train", 1))
     return lambda: detector.image_scores(detector.maps(images).combined)
 
 

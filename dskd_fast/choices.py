@@ -10,6 +10,8 @@ STAGE4_INITS = ("imagenet", "random")
 STUDENTS = ("both", "local", "global")
 LOSSES = ("cosine", "flattened-cosine", "contextual-affinity")
 SCHEDULES = ("constant", "cosine")
+SCORINGS = ("calibrated", "paper")
+RECIPES = ("fast", "paper")
 
 TEMPERATURE_RANGE = (0.01, 100.0)
 BITS_RANGE = (9, 16)

@@ -60,6 +60,14 @@ def add_recipe(parser: argparse._ActionsContainer) -> None:
         "schedule",
         "of the learning rate: constant is the paper's; cosine, to 0, gets more out of a short training",
     )
+    add_option(parser, "warmup", "share of the training over which the learning rate rises", values.share, "X")
+    add_option(
+        parser,
+        "averaging",
+        "decay per step of the moving average of the students' weights, which is then the result; 0: none",
+        values.share,
+        "X",
+    )
 
 
 def add_precision(parser: argparse._ActionsContainer) -> None:

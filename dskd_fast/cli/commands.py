@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dskd_fast.choices import HOLDOUT
+from dskd_fast.choices import HOLDOUT, LITE
 from dskd_fast.cli import doctor as diagnosis
 from dskd_fast.cli.demo import make_data, options_for_demo
 from dskd_fast.cli.display import (
@@ -50,7 +50,7 @@ from dskd_fast.files import printable
 from dskd_fast.metrics.maps import maps_without_image, read_maps, score_maps
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.folder import find_category
-from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.runs.options import TrainingOptions, recipe_options
 from dskd_fast.training.distributed import ALONE, NEVER, Group, group, use_gpu
 from dskd_fast.training.session import CHANGEABLE, ensure_run, resume_run, start_run
 
@@ -60,12 +60,15 @@ def train(arguments: argparse.Namespace) -> int:
     options = _options_in(given)
     if "resume" in given:
         return _resume(given, options)
+    default_recipe = "fast" if options.get("teacher", TrainingOptions.teacher) == LITE else "paper"
+    recipe = given.get("recipe", default_recipe)
     data_root, holdout = given.get("data_root") or default_data_root(), given.get("holdout", HOLDOUT)
     augment = given.get("augment", "auto")
 
     def options_for(category: Category) -> TrainingOptions:
-        chosen = for_category(category.name) if augment == "auto" else Augmentation.parse(augment)
-        return TrainingOptions(**options | {"augmentation": chosen.to_text()})
+        chosen = for_category(category.name, recipe) if augment == "auto" else Augmentation.parse(augment)
+        of_recipe = recipe_options(recipe, len(category.train), options)
+        return TrainingOptions(**of_recipe | {"augmentation": chosen.to_text()})
 
     def open_named(name: str | None) -> Category:
         return open_category(data_root, name, holdout=holdout, seed=options.get("seed", TrainingOptions.seed))
@@ -95,7 +98,9 @@ def _options_in(given: dict[str, Any]) -> dict[str, Any]:
 
 def _resume(given: dict[str, Any], options: dict[str, Any]) -> int:
     folder = given["resume"]
-    others: list[str] = [name for name in ("category", "all_categories", "holdout", "augment") if name in given]
+    others: list[str] = [
+        name for name in ("category", "all_categories", "holdout", "augment", "recipe") if name in given
+    ]
     others += [name for name in options if name not in CHANGEABLE]
     if others:
         raise UserError(

@@ -10,10 +10,13 @@ from dskd_fast.choices import (
     EXPERIMENTS,
     EXPORT_FORMATS,
     HOLDOUT,
+    LITE,
+    RECIPES,
     TEMPERATURE_RANGE,
 )
 from dskd_fast.cli import arguments, values
 from dskd_fast.files import printable
+from dskd_fast.runs.options import FAST_STEPS, RECIPE_OPTIONS
 
 DESCRIPTION = """\
 Find what is wrong in images of a product, having seen only good ones.
@@ -57,10 +60,10 @@ def make_parser() -> argparse.ArgumentParser:
         command(
             "train",
             "Train on a category's good images and write a run folder.",
-            "\n\nThe defaults are the paper's recipe. A data set has CATEGORY/train/good, optionally "
-            "validation/good,\ntest/TYPE and ground_truth/TYPE (MVTec LOCO AD's layout, or MVTec AD's). A plain folder "
-            "of good\nimages will do: without validation images a tenth of them is held out to set the threshold.\n\n"
-            "On several GPUs, or on the cores of several sockets:\n"
+            "\n\nWith the teacher lite the recipe is fast, else the paper's. A data set has CATEGORY/train/good,\n"
+            "optionally validation/good, test/TYPE and ground_truth/TYPE (MVTec LOCO AD's layout, or MVTec AD's).\n"
+            "A plain folder of good images will do: without validation images a tenth of them is held out to set\n"
+            "the threshold.\n\nOn several GPUs, or on the cores of several sockets:\n"
             "  torchrun --nproc-per-node K $(which dskd-fast) train ...",
             # What is not given is absent: a resumed run has values of its own.
             argument_default=argparse.SUPPRESS,
@@ -256,7 +259,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     arguments.add_option(model, "students", "one student alone is for comparison: it sees one kind of anomaly")
 
-    recipe = parser.add_argument_group("recipe")
+    recipe = parser.add_argument_group("recipe (each of its options can be given besides)")
+    recipe.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help=f"fast: {FAST_STEPS} steps, {_described(RECIPE_OPTIONS['fast'])}, and --augment auto augments no unknown "
+        f"category; paper: the defaults below (default: fast for {LITE}, else paper)",
+    )
     arguments.add_recipe(recipe)
     low, high = TEMPERATURE_RANGE
     arguments.add_option(recipe, "temperature", f"of the affinities, {low:g} to {high:g}", values.temperature, "T")
@@ -269,7 +278,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     arguments.add_option(recipe, "global_loss", "of the global student, likewise")
     arguments.add_option(recipe, "seed", "of initial weights, order and augmentation", values.natural, "K")
 
-    scoring = parser.add_argument_group("scoring (the paper is silent on these)")
+    scoring = parser.add_argument_group("scoring (the paper is silent on all but the first)")
+    arguments.add_option(
+        scoring,
+        "scoring",
+        "calibrated: every part of the method is compared with normal images by itself, and the largest decides; "
+        "paper: one map, the sum of both students'",
+    )
     arguments.add_option(
         scoring,
         "sigma",
@@ -278,7 +293,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         values.positive_number,
         "X",
     )
-    arguments.add_option(scoring, "filter_maps", "filter the localisation maps, too", action="store_true")
+    arguments.add_option(
+        scoring,
+        "filter_maps",
+        "filter the localisation maps, too; calibrated ones always are",
+        action="store_true",
+    )
     arguments.add_option(scoring, "align_corners", "align corners when maps are enlarged", action="store_true")
 
     running = parser.add_argument_group("running")
@@ -304,6 +324,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="go on with a training that was killed, stopped or failed. --data-root, --epochs, --batch-size, --lr, "
         "--precision, --compile and --device may be others than before",
     )
+
+
+def _described(options: dict[str, Any]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
 
 def _add_reproduce(parser: argparse.ArgumentParser) -> None:

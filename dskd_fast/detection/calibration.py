@@ -1,5 +1,6 @@
 """What normal images decide: statistics, the threshold and the range of exposures, and the one rule of decisions."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,12 +23,18 @@ difference from its teacher, on which the maps depend, is some hundred times sma
 _MARGIN = 2 * TOLERANCE
 
 THRESHOLD_RULE = (
-    "smallest score of a normal validation image such that the expected share of false alarms is at most 1 %, "
-    "or the largest score where there are too few images to tell 1 %; raised by 0.002 (1 + |score|), and by what "
+    "smallest score of a normal validation image such that the expected share of false alarms is at most {0} %, "
+    "or the largest score where there are too few images to tell that; raised by 0.002 (1 + |score|), and by what "
     "rounding of maps that hardly vary adds, so that rounding cannot lift the image that set it above it"
 )
 
-_PERCENT_OF_FALSE_ALARMS = 1
+FALSE_ALARMS = 0.01
+"""The share of normal images that the threshold lets be called anomalous, where there are enough images to tell."""
+
+LEFT_OUT_RULE = "; each image was left out of the statistics by which it is scored, as a new one is"
+
+# With fewer validation images the threshold is doubtful.
+FEW_IMAGES = 16
 
 EXPOSURE_RULE = (
     "half way from the darkest normal image to black, from the brightest to white, from the one with least contrast to "
@@ -165,7 +172,9 @@ class Calibration:
     exposure: Exposure | None = None
 
 
-def threshold_from(scores: Iterable[float], rounding: float = 0.0) -> Threshold:
+def threshold_from(
+    scores: Iterable[float], rounding: float = 0.0, *, false_alarms: float = FALSE_ALARMS, are_left_out: bool = False
+) -> Threshold:
     """Threshold from the image scores of normal images that were not trained on.
 
     A new normal image is equally likely to rank anywhere among n others, so the k-th largest of their scores is
@@ -179,12 +188,15 @@ def threshold_from(scores: Iterable[float], rounding: float = 0.0) -> Threshold:
     Args:
         scores: in standard deviations.
         rounding: what rounding of the maps may add to a score where they hardly vary.
+        false_alarms: the expected share of them that is allowed; of n images the largest score stands for 1 / (n + 1).
+        are_left_out: whether each image was scored by statistics of the others, for the record.
     """
     ranked = np.sort(np.asarray(list(scores), dtype=np.float64))[::-1]
     n = len(ranked)
-    k = max(1, _PERCENT_OF_FALSE_ALARMS * (n + 1) // 100)
+    k = max(1, math.floor(false_alarms * (n + 1) * (1 + 1e-12)))
     score = float(ranked[k - 1])
-    return Threshold(score + margin_above(score, rounding), THRESHOLD_RULE, n, k / (n + 1))
+    rule = THRESHOLD_RULE.format(f"{100 * false_alarms:g}") + (LEFT_OUT_RULE if are_left_out else "")
+    return Threshold(score + margin_above(score, rounding), rule, n, k / (n + 1))
 
 
 def margin_above(score: float, rounding: float) -> float:

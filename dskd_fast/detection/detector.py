@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch.nn import functional as nnf
 from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import resize_square
 from dskd_fast.detection.calibration import (
+    FALSE_ALARMS,
+    FEW_IMAGES,
     Calibration,
     Scoring,
     Statistics,
@@ -23,60 +25,18 @@ from dskd_fast.detection.calibration import (
     margin_above,
     threshold_from,
 )
+from dskd_fast.detection.findings import Detection, Findings, Maps, Variant
 from dskd_fast.detection.inputs import Images, check_batch_size, rgb_images
+from dskd_fast.detection.scoring.calibrated import CalibratedScore, collected
 from dskd_fast.device import numerics
 from dskd_fast.errors import UserError
-from dskd_fast.models import DSKD
-
-Variant = Literal["combined", "local", "global"]
-VARIANTS: tuple[Variant, ...] = ("combined", "local", "global")
-
+from dskd_fast.models import DSKD, Measurements
+from dskd_fast.models.dskd import enlarged
 
 # Most that a value of a map before normalisation changes by rounding, as a share of the map's mean: measured, 2e-6.
 _MAP_ROUNDING = 1e-5
 # Standard deviations by which rounding may move a score before a warning says that it decides.
 _MAX_ROUNDING = 0.1
-
-
-class Maps(NamedTuple):
-    """Anomaly maps of a batch, each (B, S, S), float32, in standard deviations above the normal mean.
-
-    The map of a student that there is not is None; `combined` is then the other's.
-    """
-
-    combined: NDArray[np.float32]
-    local: NDArray[np.float32] | None
-    global_: NDArray[np.float32] | None
-
-    @property
-    def existing(self) -> dict[Variant, NDArray[np.float32]]:
-        """Those that are not None."""
-        return {variant: found for variant in VARIANTS if (found := self.of(variant)) is not None}
-
-    def of(self, variant: Variant) -> NDArray[np.float32] | None:
-        return self.global_ if variant == "global" else getattr(self, variant)
-
-
-@dataclass(frozen=True, eq=False)
-class Detection:
-    """What a detector finds in one image.
-
-    Attributes:
-        score: in standard deviations above the normal mean.
-        anomalous: whether the score is above the run's threshold; None without one. True for a suspect image, whatever
-            its score: a program that asks for nothing else must not let it pass.
-        map: anomaly map (H, W) at the image's own size, float32, in the same unit.
-        local_map, global_map: of each student alone; None without that student.
-        suspect: why the score means nothing, since brightness or contrast is beyond what normal images allow
-            (`Exposure`), as with a camera that is off; None where it is not.
-    """
-
-    score: float
-    anomalous: bool | None
-    map: NDArray[np.float32]
-    local_map: NDArray[np.float32] | None
-    global_map: NDArray[np.float32] | None
-    suspect: str | None = None
 
 
 @dataclass
@@ -88,6 +48,7 @@ class Detector:
         scoring: how maps and scores are made of their features.
         calibration: statistics and threshold; None before `calibrate`.
         bits: of values of more than 8 bits in image files, see `dskd_fast.data.images.read_image`.
+        calibrated: what makes scores of the students' measurements; None for the paper's scoring.
 
     Example:
         >>> from dskd_fast.detection.calibration import Scoring
@@ -104,6 +65,7 @@ class Detector:
     scoring: Scoring
     calibration: Calibration | None = None
     bits: int | None = None
+    calibrated: CalibratedScore | None = None
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +75,11 @@ class Detector:
     def variants(self) -> tuple[Variant, ...]:
         """What there are maps of: "combined", and "local" and "global" or the one there is."""
         return ("combined", *self.model.students)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What scores are made of."""
+        return self.model.students if self.calibrated is None else self.calibrated.names
 
     def predict(self, images: Images, *, batch_size: int = 8) -> list[Detection]:
         """Score images, locate what is wrong with them, and decide.
@@ -144,19 +111,67 @@ class Detector:
 
     def _predict_batch(self, images: tuple[Tensor, ...], sizes: Sequence[tuple[int, int]]) -> list[Detection]:
         batch = torch.stack(images)
-        maps = self.maps(batch)
-        scores = self.image_scores(maps.combined).tolist()
+        found = self.find(batch)
         threshold = calibration_of(self).threshold
         detections = []
         suspicions = self.suspicions(*measure_exposure(batch))
-        for i, (size, score, suspect) in enumerate(zip(sizes, scores, suspicions, strict=True)):
-            located = {variant: self.localisation_map(found[i], size) for variant, found in maps.existing.items()}
+        for i, (size, suspect) in enumerate(zip(sizes, suspicions, strict=True)):
+            located = {variant: self.localisation_map(maps[i], size) for variant, maps in found.maps.existing.items()}
+            score = float(found.scores["combined"][i])
             decision = decide(score, None if threshold is None else threshold.value, suspect)
-            anomalous = None if decision is None else decision != "normal"
             detections.append(
-                Detection(score, anomalous, located["combined"], located.get("local"), located.get("global"), suspect)
+                Detection(
+                    score,
+                    None if decision is None else decision != "normal",
+                    located["combined"],
+                    located.get("local"),
+                    located.get("global"),
+                    suspect,
+                    {name: float(values[i]) for name, values in found.parts.items()},
+                    found.decided_by[i],
+                )
             )
         return detections
+
+    def find(self, images: Tensor) -> Findings:
+        """Maps, scores and what they are made of, for uint8 RGB images (B, 3, S, S)."""
+        if self.calibrated is None:
+            maps = self.maps(images)
+            scores = {variant: self.image_scores(found) for variant, found in maps.existing.items()}
+            return Findings(maps, scores, {name: scores[name] for name in self.parts}, [None] * len(images))
+        calibration_of(self)
+        with torch.inference_mode():
+            scored = self.calibrated(self.measured(images))
+            combined = torch.stack(list(scored.maps.values())).amax(0)
+        arrays = {name: found.cpu().numpy() for name, found in scored.maps.items()}
+        values = scored.values.double().cpu().numpy()
+        parts: dict[str, NDArray[np.float64]] = dict(zip(self.parts, values.T, strict=True))
+        of_students: dict[Variant, NDArray[np.float64]] = {name: parts[name] for name in self.model.students}
+        of_all: dict[Variant, NDArray[np.float64]] = {"combined": scored.score.double().cpu().numpy()}
+        return Findings(
+            Maps(combined.cpu().numpy(), arrays.get("local"), arrays.get("global")),
+            of_all | of_students,
+            parts,
+            list(self.calibrated.deciding(values)),
+        )
+
+    def measured(self, images: Tensor) -> Measurements:
+        """What uint8 images (B, 3, S, S) are scored by.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        with torch.inference_mode(), numerics("fp32", self.device):
+            measured = self.model.measure(
+                to_float(images, self.device),
+                self.scoring.temperature,
+                local_map=self.scoring.local_map,
+                global_map=self.scoring.global_map,
+            )
+            maps = [x for levels in (measured.local_levels, measured.global_levels) for x in levels or ()]
+            if not all(torch.isfinite(x).all() for x in maps):
+                raise _not_finite()
+        return measured
 
     def suspicions(self, brightness: Tensor, contrast: Tensor) -> list[str | None]:
         """Why images are suspect (see `Detection`), each None if it is not.
@@ -189,14 +204,11 @@ class Detector:
             )
             maps = tuple(m for m in of_branches if m is not None)
             if not torch.isfinite(torch.stack(maps)).all():
-                raise UserError(
-                    "the networks give anomaly maps with NaN or infinite values: the weights are damaged, or the "
-                    "training diverged, so train again, with a lower --lr if it was raised"
-                )
+                raise _not_finite()
             return maps
 
     def maps(self, images: Tensor) -> Maps:
-        """Normalised maps for uint8 RGB images (B, 3, S, S): each branch's, and their sum (paper eq. 8)."""
+        """The paper's maps for uint8 RGB images (B, 3, S, S): each branch's, and their sum (eq. 8)."""
         statistics = calibration_of(self).statistics
         normalised = {
             name: (raw.double() - statistics[name].mean) / statistics[name].std
@@ -207,12 +219,15 @@ class Detector:
         return Maps(combined.float().cpu().numpy(), found.get("local"), found.get("global"))
 
     def image_scores(self, maps: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Image scores (B,) of maps (B, S, S): the maximum after a Gaussian filter."""
+        """The paper's image scores (B,) of maps (B, S, S): the maximum after a Gaussian filter."""
         return self._filtered(maps).max(axis=(1, 2)).astype(np.float64)
 
     def localisation_map(self, anomaly_map: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-        """A map (S, S) at the image's own resolution (height, width), bilinear; filtered if the run says so."""
-        if self.scoring.filter_maps:
+        """A map (S, S) at the image's own resolution (height, width), bilinear; filtered if the run says so.
+
+        Calibrated maps have been filtered already.
+        """
+        if self.scoring.filter_maps and self.calibrated is None:
             anomaly_map = self._filtered(anomaly_map[None])[0]
         source = torch.from_numpy(anomaly_map)[None, None]
         resized = nnf.interpolate(
@@ -229,15 +244,22 @@ class Detector:
         self,
         batches: Iterable[Tensor],
         source: Literal["validation", "train"],
-        measured: tuple[Tensor, Tensor] | None = None,
+        exposures: tuple[Tensor, Tensor] | None = None,
+        *,
+        training: Iterable[Tensor] = (),
+        false_alarms: float = FALSE_ALARMS,
     ) -> None:
         """Set the statistics, the limits of brightness and contrast and, from validation images, the threshold.
 
         Args:
-            batches: uint8 RGB images of normal objects, (B, 3, S, S) each; visited once for the statistics and, for
-                validation images, once more for the scores.
+            batches: uint8 RGB images of normal objects, (B, 3, S, S) each; visited once for the statistics and, with
+                the paper's scoring and validation images, once more for the scores.
             source: what they are.
-            measured: brightness and contrast of all normal images, `measure_exposure`, where there are more than those.
+            exposures: brightness and contrast of all normal images, `measure_exposure`, where there are more than
+                those.
+            training: the training images likewise, from which distances are measured; only calibrated scores need
+                them. Empty where `batches` are training images, and where the run knows them from before.
+            false_alarms: see `threshold_from`.
 
         What makes the result doubtful is in the calibration's `warnings`: maps or scores that do not vary.
         """
@@ -245,10 +267,16 @@ class Detector:
         count, total, squares = 0, np.zeros(len(students)), np.zeros(len(students))
         n_images = 0
         of_batches = []
+        measured: list[Measurements] = []
         for images in batches:
-            if measured is None:
+            if exposures is None:
                 of_batches.append(measure_exposure(images))
-            raw = torch.stack(self.raw_maps(images)).double().flatten(1)
+            if self.calibrated is None:
+                raw_maps = self.raw_maps(images)
+            else:
+                measured.append(self.measured(images))
+                raw_maps = self._added(measured[-1])
+            raw = torch.stack(raw_maps).double().flatten(1)
             # Sums of deviations from the first batch's mean: squares of the values themselves would cancel.
             if n_images == 0:
                 origin = raw.mean(1, keepdim=True)
@@ -272,7 +300,7 @@ class Detector:
             for i, name in enumerate(students)
             if constant[i] or rounding[name] > _MAX_ROUNDING
         ]
-        brightness, contrast = measured or (torch.cat(values) for values in zip(*of_batches, strict=True))
+        brightness, contrast = exposures or (torch.cat(values) for values in zip(*of_batches, strict=True))
         exposure = exposure_from(brightness, contrast)
         n_suspect = int(torch.stack(list(exposure.beyond(brightness, contrast).values())).any(0).sum())
         if n_suspect:
@@ -282,19 +310,49 @@ class Detector:
                 "out what does not belong there, and train again"
             )
         self.calibration = Calibration(statistics, source, n_images, warnings=warnings, exposure=exposure)
-        if source == "validation":
+        if self.calibrated is not None:
+            if source == "train" or (of_training := [self.measured(images) for images in training]):
+                self.calibrated.fit(collected(measured if source == "train" else of_training))
+            scores = self.calibrated.calibrate(collected(measured), are_training=source == "train")
+            self.calibrated.to(self.device)
+            total_rounding = self.calibrated.rounding()
+        elif source == "validation":
             scores = np.concatenate([self.image_scores(self.maps(images).combined) for images in batches])
             total_rounding = sum(rounding.values())
+        if source == "validation":
             if np.ptp(scores) <= margin_above(scores.max(), total_rounding):
                 warnings.append(
                     f"the threshold rests on one score, {scores.max():.4g}, which all validation images have "
                     f"({n_images} in number), so that other good images may well be above it: put more good images, "
                     "and different ones, into validation/good"
                 )
-            self.calibration = replace(self.calibration, threshold=threshold_from(scores, total_rounding))
+            threshold = threshold_from(
+                scores, total_rounding, false_alarms=false_alarms, are_left_out=self.calibrated is not None
+            )
+            if self.calibrated is not None and n_images < FEW_IMAGES:
+                rate = threshold.expected_false_alarm_rate
+                warnings.append(
+                    f"only {n_images} validation images set the threshold: expect {rate:.0%} "
+                    "of good images to be called anomalous, and up to three times as many where they differ more from "
+                    "each other than these"
+                )
+            self.calibration = replace(self.calibration, threshold=threshold)
+
+    def _added(self, measured: Measurements) -> tuple[Tensor, ...]:
+        """The maps of paper eq. 8 before normalisation, as `raw_maps` gives them."""
+        size = (self.model.image_size, self.model.image_size)
+        of_students = (measured.local_levels, measured.global_levels)
+        return tuple(enlarged(x, size, self.scoring.align_corners).sum(1) for x in of_students if x is not None)
 
     def _filtered(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         return ndimage.gaussian_filter(maps, sigma=(0, self.scoring.sigma, self.scoring.sigma))
+
+
+def _not_finite() -> UserError:
+    return UserError(
+        "the networks give anomaly maps with NaN or infinite values: the weights are damaged, or the training "
+        "diverged, so train again, with a lower --lr if it was raised"
+    )
 
 
 def calibration_of(detector: Detector) -> Calibration:

@@ -13,7 +13,8 @@ from dskd_fast.data.contents import copies
 from dskd_fast.data.ground_truth import KINDS
 from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.calibration import decide
-from dskd_fast.detection.detector import VARIANTS, Detector, Maps, Variant, calibration_of
+from dskd_fast.detection.detector import Detector, calibration_of
+from dskd_fast.detection.findings import VARIANTS, Maps, Variant
 from dskd_fast.detection.inputs import check_batch_size
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file

@@ -27,7 +27,8 @@ from dskd_fast.data.category import Category, GroundTruth, unused_sentences
 from dskd_fast.data.ground_truth import ANOMALY_KINDS, KINDS, LabelledImage
 from dskd_fast.data.images import read_image
 from dskd_fast.detection.calibration import decide
-from dskd_fast.detection.detector import Detector, Variant
+from dskd_fast.detection.detector import Detector
+from dskd_fast.detection.findings import Variant
 from dskd_fast.detection.overlay import colours, full_colour
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import (

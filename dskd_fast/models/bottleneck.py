@@ -45,8 +45,12 @@ class GlobalBottleneck(nn.Module):
         self.embed = stage(3, c3, 2 * levels[2].width, 2 * c3, "down")
         self.condense = GlobalContextCondensing(2 * c3, size, gccb) if gccb else nn.Identity()
 
-    def forward(self, features: list[Tensor]) -> Tensor:
-        return self.condense(self.embed(features[2]))
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The teacher's levels -> the embedding and the condensed vectors (B, g), None without a GCCB."""
+        embedding = self.embed(features[2])
+        if isinstance(self.condense, GlobalContextCondensing):
+            return self.condense(embedding)
+        return embedding, None
 
 
 class GlobalContextCondensing(nn.Module):
@@ -66,8 +70,10 @@ class GlobalContextCondensing(nn.Module):
         self.restore = conv_bn_relu(WholeMapConvTranspose2d(g, g, size))
         self.expand = nn.Identity() if same else conv_bn_relu(nn.Conv2d(g, channels, 1, bias=False))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.expand(self.restore(self.condense(self.reduce(x))))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, C, k, k) -> the map restored from the vectors (B, g), and these."""
+        condensed = self.condense(self.reduce(x))
+        return self.expand(self.restore(condensed)), condensed.flatten(1)
 
 
 # A convolution as large as the map is one matrix product, bound by the reading of its weights (67 million in the

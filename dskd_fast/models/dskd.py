@@ -1,5 +1,6 @@
 """DSKD: a frozen teacher and its two students (paper section 3)."""
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,11 +30,32 @@ def branches_of(students: str) -> tuple[Branch, ...]:
 
 
 class Features(NamedTuple):
-    """Feature maps of one batch, three per network, finest first; None for a missing student."""
+    """Feature maps of one batch, three per network, finest first; None for a missing student.
+
+    `condensed` (B, g) is what the global student knows of the whole image before it draws features; None without that
+    student or its GCCB.
+    """
 
     teacher: list[Tensor]
     local_student: list[Tensor] | None
     global_student: list[Tensor] | None
+    condensed: Tensor | None = None
+
+
+class Measurements(NamedTuple):
+    """What images are scored by, of one batch, float32; None for what a missing student or block would give.
+
+    Attributes:
+        local_levels, global_levels: how far each student is from the teacher, three maps (B, h, w), finest first.
+        condensed: (B, g), see `Features`.
+        global_means, teacher_means: spatial means of the first level's features, (B, C) each.
+    """
+
+    local_levels: list[Tensor] | None
+    global_levels: list[Tensor] | None
+    condensed: Tensor | None
+    global_means: Tensor | None
+    teacher_means: Tensor
 
 
 class DSKD(nn.Module):
@@ -155,10 +177,13 @@ class DSKD(nn.Module):
             )
         features = self.teacher(images)
 
-        def student(branch: tuple[nn.Module, ...]) -> list[Tensor] | None:
-            return branch[1](branch[0](features)) if branch else None
-
-        return Features(features, student(self.local_branch), student(self.global_branch))
+        local_student = global_student = condensed = None
+        if "local" in self.students:
+            local_student = self.local_student(self.local_bottleneck(features))
+        if "global" in self.students:
+            embedding, condensed = self.global_bottleneck(features)
+            global_student = self.global_student(embedding)
+        return Features(features, local_student, global_student, condensed)
 
     @torch.no_grad()
     def anomaly_maps(
@@ -189,6 +214,24 @@ class DSKD(nn.Module):
             TypeError: `images` is no tensor.
             ValueError: another shape, integers, or values outside 0 to 1.
         """
+        measured = self.measure(images, temperature, local_map=local_map, global_map=global_map)
+        size = images.shape[-2:]
+
+        def add_levels(level_maps: list[Tensor] | None) -> Tensor | None:
+            return None if level_maps is None else enlarged(level_maps, size, align_corners).sum(1)
+
+        return add_levels(measured.local_levels), add_levels(measured.global_levels)
+
+    @torch.no_grad()
+    def measure(
+        self,
+        images: Tensor,
+        temperature: float = 1.0,
+        *,
+        local_map: str = "cosine",
+        global_map: str = "contextual-affinity",
+    ) -> Measurements:
+        """Everything that images are scored by; arguments and errors as of `anomaly_maps`."""
         _check_images(images)
         training = [part for part in self.modules() if part.training]
         try:
@@ -198,22 +241,22 @@ class DSKD(nn.Module):
         finally:
             for part in training:
                 part.training = True
-        size = images.shape[-2:]
 
-        def add_levels(student: list[Tensor] | None, kind: str) -> Tensor | None:
+        def level_maps(student: list[Tensor] | None, kind: str) -> list[Tensor] | None:
             if student is None:
                 return None
             pairs = zip(student, features.teacher, strict=True)
             if kind == "cosine":
-                level_maps = [functional.cosine_distance(s, t) for s, t in pairs]
-            else:
-                level_maps = [functional.contextual_affinity(s, t, temperature) for s, t in pairs]
-            upsampled = [
-                nnf.interpolate(m[:, None], size, mode="bilinear", align_corners=align_corners) for m in level_maps
-            ]
-            return torch.cat(upsampled, dim=1).sum(1)
+                return [functional.cosine_distance(s, t) for s, t in pairs]
+            return [functional.contextual_affinity(s, t, temperature) for s, t in pairs]
 
-        return add_levels(features.local_student, local_map), add_levels(features.global_student, global_map)
+        return Measurements(
+            level_maps(features.local_student, local_map),
+            level_maps(features.global_student, global_map),
+            None if features.condensed is None else features.condensed.float(),
+            None if features.global_student is None else features.global_student[0].float().mean((2, 3)),
+            features.teacher[0].float().mean((2, 3)),
+        )
 
     def _load_stage4(self, state: dict[str, Tensor]) -> None:
         prefix = "layer4."
@@ -227,6 +270,14 @@ class DSKD(nn.Module):
         # A ResNet's relatives (grouped, squeeze-and-excitation, deeper stems) have a stage 4 of another kind.
         if {k: v.shape for k, v in stage4.items()} == {k: v.shape for k, v in ours.items()}:
             self.global_bottleneck.embed.load_state_dict(stage4)
+
+
+def enlarged(level_maps: Sequence[Tensor], size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """Maps (B, h, w) of several levels, bilinearly at one size, (B, levels, H, W)."""
+    upsampled = [
+        nnf.interpolate(m[:, None], tuple(size), mode="bilinear", align_corners=align_corners) for m in level_maps
+    ]
+    return torch.cat(upsampled, dim=1)
 
 
 def _check_images(images: Tensor) -> None:

@@ -10,7 +10,7 @@ from dskd_fast.choices import DEFAULT_TEACHER
 from dskd_fast.data.category import Category
 from dskd_fast.data.layout import MVTEC_AD_CATEGORIES, list_categories, open_category
 from dskd_fast.data.synthetic import MANIFEST
-from dskd_fast.detection.detector import Variant
+from dskd_fast.detection.findings import Variant
 from dskd_fast.errors import UserError
 from dskd_fast.models.teacher import Teacher
 from dskd_fast.paper.published import read_paper

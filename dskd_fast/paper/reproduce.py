@@ -181,7 +181,7 @@ class _Work:
         if part.category is None:
             self._fail(f"{part.name}: {part.problem}")
             return
-        augmentation = for_category(part.name).to_text()
+        augmentation = for_category(part.name, "paper").to_text()
         recipe = dataclasses.replace(self.plan.recipe, seed=seed, augmentation=augmentation)
         failed: set[Student] = set()
         for pair in self.plan.pairs:

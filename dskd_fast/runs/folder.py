@@ -3,7 +3,8 @@
 config.json             every option, the category, versions, seed, commit
 checkpoint.safetensors  the state of the training, until it has finished
 weights.safetensors     teacher and students
-calibration.json        normalisation statistics and decision threshold
+calibration.json        normalisation statistics and decision threshold, and which of the next is theirs
+scores*.safetensors     what calibrated scores are made of, learned from normal images
 history.json            losses and speed per epoch
 metrics.json            figures, written by `evaluate`
 scores.csv              scores of each test image, written by `evaluate`
@@ -39,6 +40,7 @@ from dskd_fast.versions import commit, versions
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 CALIBRATION = "calibration.json"
+SCORES = "scores.safetensors"
 HISTORY = "history.json"
 METRICS = "metrics.json"
 CHECKPOINT = "checkpoint.safetensors"
@@ -122,12 +124,23 @@ def save_run(folder: Path, detector: Detector, options: TrainingOptions, history
     """Complete a run folder with the trained detector, and drop the state of its training."""
     save_tensors(folder / WEIGHTS, detector.model.state_dict())
     write_json(folder / HISTORY, [dataclasses.asdict(epoch) for epoch in history])
-    resolved = {"gccb": detector.model.gccb, "sigma": options.scoring.sigma}
+    resolved = {"gccb": detector.model.gccb, "sigma": options.map_options.sigma}
     write_json(folder / CONFIG, read_config(folder) | {"resolved": resolved})
     # What makes it a finished run comes last.
-    of_weights = {"weights": checksum_of(folder / WEIGHTS)}
-    write_json(folder / CALIBRATION, dataclasses.asdict(calibration_of(detector)) | of_weights)
+    save_calibration(folder, detector, SCORES)
     (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def save_calibration(folder: Path, detector: Detector, scores: str) -> None:
+    """Write a detector's calibration, and before it what calibrated scores are made of, into a file named `scores`.
+
+    The first names the second, so that a process that is killed in between leaves the calibration that was there.
+    """
+    content = dataclasses.asdict(calibration_of(detector)) | {"weights": checksum_of(folder / WEIGHTS)}
+    if detector.calibrated is not None:
+        save_tensors(folder / scores, detector.calibrated.state_dict())
+        content["scores"] = {"file": scores, "checksum": checksum_of(folder / scores)}
+    write_json(folder / CALIBRATION, content)
 
 
 def describe(options: TrainingOptions, category: Category, holdout: float) -> dict[str, Any]:
@@ -251,6 +264,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
         content = read_json(folder / CALIBRATION)
         threshold, exposure = content.pop("threshold"), content.pop("exposure", None)
         of_weights = content.pop("weights", None)  # which earlier versions did not record
+        of_scores = content.pop("scores", None)
         calibration = Calibration(
             **content | {"statistics": {name: Statistics(**content["statistics"][name]) for name in students}},
             threshold=None if threshold is None else Threshold(**threshold),
@@ -280,7 +294,29 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
         ) from None
     # torch states no types for both at once.
     model = model.to(resolve_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Detector(model.eval(), options.scoring, calibration, options.bits), options, config
+    detector = options.detector(model)
+    detector.calibration = calibration
+    if detector.calibrated is not None:
+        _load_scores(folder, of_scores, detector)
+    return detector, options, config
+
+
+def _load_scores(folder: Path, recorded: Any, detector: Detector) -> None:
+    try:
+        path = folder / Path(recorded["file"]).name
+        tensors = load_tensors(path)[0]
+        if recorded["checksum"] != checksum_of(path):
+            raise ValueError(f"{path} is another calibration's")
+        assert detector.calibrated is not None
+        detector.calibrated.load(tensors)
+        detector.calibrated.to(detector.device)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: train again, or copy the whole run folder") from None
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        raise UserError(
+            f"the scores of {folder / CALIBRATION} were not written by this program ({error}): train again, or restore "
+            "the files"
+        ) from None
 
 
 def find_category(

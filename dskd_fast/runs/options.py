@@ -3,7 +3,7 @@
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from dskd_fast.choices import (
     BITS_RANGE,
@@ -12,6 +12,7 @@ from dskd_fast.choices import (
     LOSSES,
     PRECISIONS,
     SCHEDULES,
+    SCORINGS,
     STAGE4_INITS,
     STUDENTS,
     TEMPERATURE_RANGE,
@@ -20,6 +21,7 @@ from dskd_fast.errors import UserError
 
 if TYPE_CHECKING:
     from dskd_fast.detection.calibration import Scoring
+    from dskd_fast.detection.detector import Detector
     from dskd_fast.models import DSKD
 
 # Of the options that are one of several names.
@@ -31,6 +33,7 @@ CHOICES = {
     "global_loss": LOSSES,
     "precision": PRECISIONS,
     "device": DEVICES,
+    "scoring": SCORINGS,
 }
 
 
@@ -42,12 +45,16 @@ class TrainingOptions:
         teacher, teacher_weights, image_size, gccb, stage4_init: see `dskd_fast.DSKD`.
         epochs, batch_size, lr: of Adam with betas (0.5, 0.999).
         schedule: of the learning rate: "constant" (the paper's) or "cosine", to 0 over the training.
+        warmup: the share of the training over which the learning rate rises to `lr`, 0 (the paper's) to 1.
+        averaging: decay per step of the moving average of the students' weights that is the result, from 0 (none, the
+            paper's) up to, not including, 1.
         temperature: T of the contextual affinity.
         students: "both", or "local" or "global" for one branch alone (the paper's ablations).
         local_loss, global_loss: of each student: "cosine" (per position, the paper's for the local one),
             "flattened-cosine" (one per image, as in RD4AD's code) or "contextual-affinity" (the paper's for the global
             one). Its anomaly map is the cosine distance or the contextual affinity, accordingly.
         augmentation: in `Augmentation.parse`'s form.
+        scoring: "calibrated" (ours: `dskd_fast.detection.scoring.calibrated`) or "paper" (eq. 8).
         sigma: of the image score's Gaussian filter, in pixels of the S x S image; None is 4 at 256, in proportion.
         filter_maps, align_corners: see `Scoring`.
         precision: of training: "fp32", "tf32" or "bf16". Scoring is always in float32.
@@ -71,11 +78,14 @@ class TrainingOptions:
     batch_size: int = 16
     lr: float = 0.005
     schedule: str = "constant"
+    warmup: float = 0.0
+    averaging: float = 0.0
     temperature: float = 1.0
     students: str = "both"
     local_loss: str = "cosine"
     global_loss: str = "contextual-affinity"
     augmentation: str = "none"
+    scoring: str = "calibrated"
     sigma: float | None = None
     filter_maps: bool = False
     align_corners: bool = False
@@ -103,6 +113,8 @@ class TrainingOptions:
         check("bits", self.bits is None or fewest <= self.bits <= most, f"a whole number from {fewest} to {most}")
         check("seed", 0 <= self.seed < 2**63, "a whole number from 0 up")
         check("lr", 0 < self.lr < math.inf, "a number above 0")
+        check("warmup", 0 <= self.warmup <= 1, "a number from 0 to 1")
+        check("averaging", 0 <= self.averaging < 1, "a number from 0 up to, not including, 1")
         low, high = TEMPERATURE_RANGE
         check("temperature", low <= self.temperature <= high, f"a number from {low} to {high:g}")
         check("sigma", self.sigma is None or 0 < self.sigma <= self.image_size, "a number above 0, up to image_size")
@@ -128,8 +140,20 @@ class TrainingOptions:
                 teacher_weights=self.teacher_weights if pretrained else None,
             )
 
+    def detector(self, model: "DSKD") -> "Detector":
+        """The networks with the scoring that is asked for, not calibrated yet."""
+        from dskd_fast.detection.detector import Detector
+        from dskd_fast.detection.scoring.calibrated import CalibratedScore
+
+        scoring = self.map_options
+        calibrated = None
+        if self.scoring == "calibrated":
+            calibrated = CalibratedScore(model, scoring.sigma).to(model.teacher.mean.device)
+        return Detector(model.eval(), scoring, bits=self.bits, calibrated=calibrated)
+
     @property
-    def scoring(self) -> "Scoring":
+    def map_options(self) -> "Scoring":
+        """How maps and scores are made of features."""
         from dskd_fast.detection.calibration import Scoring
 
         sigma = 4 * self.image_size / 256 if self.sigma is None else self.sigma
@@ -146,5 +170,31 @@ class TrainingOptions:
 # What may change in the middle of a training: the model and what it has seen stay what they are.
 CHANGEABLE = ("epochs", "batch_size", "lr", "precision", "compile", "device")
 
+# What a recipe changes of the paper's. Of "fast", chosen on photographs (`dskd_fast/detection/README.md`), the epochs
+# come from the number of steps.
+RECIPE_OPTIONS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "fast": {
+        "batch_size": 8,
+        "lr": 0.005,
+        "schedule": "cosine",
+        "warmup": 0.05,
+        "averaging": 0.99,
+        "local_loss": "flattened-cosine",
+    },
+}
+FAST_STEPS = 400
+"""Training steps of the recipe "fast", rounded up to whole epochs."""
+
+
+def recipe_options(recipe: str, n_images: int, given: dict[str, Any]) -> dict[str, Any]:
+    """The options that a recipe gives for so many training images, under those that were given besides."""
+    options = RECIPE_OPTIONS[recipe] | given
+    if recipe == "fast" and "epochs" not in given:
+        steps_per_epoch = math.ceil(n_images / options["batch_size"])
+        options["epochs"] = math.ceil(FAST_STEPS / max(1, steps_per_epoch))
+    return options
+
+
 # Options that runs of earlier versions do not have, and what these did.
-ADDED_OPTIONS = {"bits": None}
+ADDED_OPTIONS = {"bits": None, "warmup": 0.0, "averaging": 0.0, "scoring": "paper"}

@@ -97,12 +97,13 @@ def train(
     with stopping_signal(checkpoint is not None) as signal_number, deterministic_convolutions():
         history = _fit(model, images, train_indices, options, report, checkpoints, group, signal_number)
 
-    detector = Detector(model.eval(), options.scoring, bits=options.bits)
+    detector = options.detector(model)
     if group.is_first:
         source: Literal["validation", "train"] = "validation" if validation_indices else "train"
         log.info("calibrating on the %s images", source)
         batches = Batches(images, validation_indices or train_indices, options.batch_size)
-        detector.calibrate(batches, source, images.exposures)
+        references = Batches(images, train_indices, options.batch_size) if validation_indices else ()
+        detector.calibrate(batches, source, images.exposures, training=references)
         calibration = calibration_of(detector)
         if (copied := warning_on_copies(category)) is not None:
             calibration.warnings.append(copied)
@@ -192,4 +193,5 @@ def _fit(
         if (growth := grown_loss(at.history[0] if at.history else epoch, epoch)) is not None:
             raise diverged(growth)
         at = Position([0.0] * len(model.students), [*at.history, epoch])
+    trainer.finish()
     return at.history

@@ -43,10 +43,20 @@ class Trainer:
         # do not: a fifth of a step. To Adam all numbers are alike, so it gets views that lie in order.
         self._views = [_in_order(p.detach()) for p in self._parameters]
         self.optimizer = torch.optim.Adam(self._views, lr=options.lr, betas=(0.5, 0.999), fused=True)
+        # Of batch norm the statistics are averaged along: they belong to the weights of many steps, too.
+        self._averaged = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if options.averaging and tensor.is_floating_point() and not name.startswith("teacher.")
+        }
+        self._averages = {name: tensor.clone() for name, tensor in self._averaged.items()}
+        self._n_averaged = 0
 
     def set_progress(self, done: float) -> None:
         """Set the learning rate for a training of which the share `done`, from 0 to 1, is over."""
         scale = (1 + math.cos(math.pi * done)) / 2 if self.options.schedule == "cosine" else 1.0
+        if done < self.options.warmup:
+            scale *= done / self.options.warmup
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.options.lr * scale
 
@@ -79,13 +89,27 @@ class Trainer:
         for view, parameter in zip(self._views, self._parameters, strict=True):
             view.grad = None if parameter.grad is None else _in_order(parameter.grad)
         self.optimizer.step()
+        if self._averages:
+            # The first weights are random: the average forgets them sooner than it will forget later ones.
+            decay = min(self.options.averaging, (1 + self._n_averaged) / (10 + self._n_averaged))
+            torch._foreach_lerp_([*self._averages.values()], [*self._averaged.values()], 1 - decay)
+            self._n_averaged += 1
         return torch.stack(losses).detach()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give the model the averages of its weights, if there are any: they are the training's result."""
+        for name, average in self._averages.items():
+            self._averaged[name].copy_(average)
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that a later training needs to go on: weights, statistics of batch norm, moments of Adam."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
+        if self._averages:
+            tensors |= {f"average.{name}": tensor for name, tensor in self._averages.items()}
+            tensors["averaged"] = torch.tensor(self._n_averaged)
         return tensors
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -96,13 +120,22 @@ class Trainer:
         """
         of_model: dict[str, torch.Tensor] = {}
         moments: dict[int, dict[str, torch.Tensor]] = {}
+        averages: dict[str, torch.Tensor] = {}
         for key, tensor in tensors.items():
-            kind, name = key.split(".", 1)
+            kind, _, name = key.partition(".")
             if kind == "model":
                 of_model[name] = tensor
+            elif kind == "average":
+                averages[name] = tensor
+            elif kind == "averaged":
+                self._n_averaged = int(tensor)
             else:
                 index, name = name.split(".")
                 moments.setdefault(int(index), {})[name] = tensor
+        if averages.keys() != self._averages.keys():
+            raise RuntimeError("it has averages of other weights than this training")
+        for name, average in averages.items():
+            self._averages[name].copy_(average)
         self.model.load_state_dict(of_model)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
 

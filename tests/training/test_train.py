@@ -377,8 +377,8 @@ def test_the_defaults_are_the_papers_recipe():
     assert (options.filter_maps, options.align_corners, options.precision) == (False, False, "fp32")
     # Sigma is 4 at 256 pixels and in proportion elsewhere; a whole number does for a real one.
     for size, sigma in ((256, 4), (128, 2), (512, 8)):
-        assert TrainingOptions("lite", image_size=size).scoring.sigma == sigma
-    scoring = TrainingOptions("lite", lr=1, temperature=2, sigma=3).scoring
+        assert TrainingOptions("lite", image_size=size).map_options.sigma == sigma
+    scoring = TrainingOptions("lite", lr=1, temperature=2, sigma=3).map_options
     assert (scoring.temperature, scoring.sigma) == (2, 3)
 
 

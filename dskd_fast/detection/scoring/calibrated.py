@@ -1,0 +1,235 @@
+"""Parts -> calibration -> one score and one map."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor, nn
+
+from dskd_fast.detection.scoring.distances import Mahalanobis, NearestNeighbour
+from dskd_fast.detection.scoring.maps import MapPart
+from dskd_fast.models import DSKD, Measurements
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a part is, and how much it counts: `weight` is what is thought of its share in the anomalies there are."""
+
+    weight: float
+    meaning: str
+    has_map: bool = False
+
+
+PARTS: dict[str, _Kind] = {
+    "local": _Kind(1.0, "the local student's map, its two finest levels", has_map=True),
+    "global": _Kind(0.3, "the global student's map", has_map=True),
+    "condensed": _Kind(0.1, "the global student's condensed vector, distance from the nearest training image's"),
+    "global-means": _Kind(0.1, "the global student's mean features, Mahalanobis distance from the training images'"),
+    "teacher-means": _Kind(0.1, "the teacher's mean features, Mahalanobis distance from the training images'"),
+}
+"""Everything a calibrated score is made of; a run has those whose student there is."""
+
+_LEVELS = {"local": (0, 1), "global": (0, 1, 2)}
+
+# Of the soft maximum: two equal values together are ln 2 / 1.5 = 0.46 deviations more than one.
+_SHARPNESS = 1.5
+
+# Of the filter for maps that are looked at, as a multiple of the score's.
+_MAP_SIGMA = 2.0
+
+# What a part's deviation is at least, as a share of its normal value. Validation images are few and alike, and other
+# normal images are further from the training images by a factor, not by a sum: distances are told from their double.
+_MIN_SPREAD_OF_MAPS, _MIN_SPREAD_OF_DISTANCES = 0.1, 1.0
+
+
+class Scored(NamedTuple):
+    """A batch's calibrated scores.
+
+    Attributes:
+        score: (B,).
+        values: (B, parts), the calibrated values of the parts there are, in the order of `CalibratedScore.names`.
+        maps: of the parts that have one, (B, S, S), in the unit of their values, filtered to be looked at.
+    """
+
+    score: Tensor
+    values: Tensor
+    maps: dict[str, Tensor]
+
+
+class CalibratedScore(nn.Module):
+    """Everything between a detector's measurements and its scores, learned from normal images only.
+
+    Each part gives an image one number. On the validation images it has a mean and a deviation; what it gives a new
+    image counts in these deviations, less a handicap for parts that seldom decide (`PARTS`). The score is the soft
+    maximum of them.
+
+    Args:
+        model: tells which parts there are.
+        sigma: of the Gaussian filter before the maximum that is a map's value, in pixels.
+    """
+
+    centre: Tensor
+    spread: Tensor
+    handicap: Tensor
+    filter: Tensor
+    map_filter: Tensor
+
+    def __init__(self, model: DSKD, sigma: float) -> None:
+        super().__init__()
+        self.size = model.image_size
+        has = {
+            "local": "local" in model.students,
+            "global": "global" in model.students,
+            "condensed": "global" in model.students and model.gccb > 0,
+            "global-means": "global" in model.students,
+            "teacher-means": True,
+        }
+        self.names = tuple(name for name in PARTS if has[name])
+        # A module's name holds no hyphen where programs are exported.
+        self.parts = nn.ModuleDict({_module_name(name): _make_part(name) for name in self.names})
+        weights = torch.tensor([PARTS[name].weight for name in self.names], dtype=torch.float64)
+        self.register_buffer("handicap", (weights.log() / _SHARPNESS).float(), persistent=False)
+        self.register_buffer("centre", torch.zeros(len(self.names)))
+        self.register_buffer("spread", torch.ones(len(self.names)))
+        for name, deviation in (("filter", sigma), ("map_filter", _MAP_SIGMA * sigma)):
+            # It is linear: its matrix is what it makes of the unit vectors.
+            matrix = torch.from_numpy(ndimage.gaussian_filter1d(np.eye(self.size), deviation, axis=0)).float()
+            self.register_buffer(name, matrix, persistent=False)
+
+    def forward(self, measured: Measurements) -> Scored:
+        maps: dict[str, Tensor] = {}
+        values = []
+        for i, name in enumerate(self.names):
+            if PARTS[name].has_map:
+                found = self._part(name)(measured, self.size)
+                found = (found - self.centre[i]) / self.spread[i] + self.handicap[i]
+                values.append(_filtered(found, self.filter).amax((1, 2)))
+                maps[name] = _filtered(found, self.map_filter)
+            else:
+                distance = self._part(name)(_vectors(name, measured))
+                values.append((distance - self.centre[i]) / self.spread[i] + self.handicap[i])
+        stacked = torch.stack(values, 1)
+        return Scored(soft_maximum(stacked), stacked, maps)
+
+    def fit(self, training: Measurements) -> None:
+        """Learn what training images are like."""
+        for name in self.names:
+            if not PARTS[name].has_map:
+                self._part(name).fit(_vectors(name, training))
+
+    def calibrate(self, normal: Measurements, *, are_training: bool) -> NDArray[np.float64]:
+        """Take statistics, centre and spread from normal images.
+
+        Args:
+            normal: of n images.
+            are_training: whether they are those of `fit`, since there are no others; they then stand in for new ones,
+                a fold at a time.
+
+        Returns:
+            The scores (n,) that these images have where each is left out of what it is compared with: as new images.
+        """
+        columns = []
+        for name in self.names:
+            part = self._part(name)
+            if PARTS[name].has_map:
+                maps = part.calibrate(normal, self.size)
+                columns.append(_filtered(maps, self.filter.cpu()).amax((1, 2)))
+            else:
+                vectors = _vectors(name, normal)
+                columns.append(part.of_training(vectors) if are_training else part(vectors))
+        raw = torch.stack([column.double().cpu() for column in columns], 1).numpy()
+        least = [_MIN_SPREAD_OF_MAPS if PARTS[n].has_map else _MIN_SPREAD_OF_DISTANCES for n in self.names]
+        centre, spread = _centre_and_spread(raw, np.array(least))
+        self.centre.copy_(torch.from_numpy(centre))
+        self.spread.copy_(torch.from_numpy(spread))
+        if len(raw) > 1:
+            pairs = [_centre_and_spread(np.delete(raw, i, 0), np.array(least)) for i in range(len(raw))]
+            centre, spread = (np.stack(values) for values in zip(*pairs, strict=True))
+        values = (raw - centre) / spread + self.handicap.double().cpu().numpy()
+        return soft_maximum(torch.from_numpy(values)).numpy()
+
+    def rounding(self) -> float:
+        """By how much rounding of maps may change a score."""
+        return sum(
+            self._part(name).rounding() / float(self.spread[i])
+            for i, name in enumerate(self.names)
+            if PARTS[name].has_map
+        )
+
+    def deciding(self, values: NDArray[np.floating]) -> list[str]:
+        """The part that decided each score: the largest of its values (B, parts)."""
+        return [self.names[i] for i in values.argmax(1)]
+
+    def _part(self, name: str) -> Any:
+        return self.parts[_module_name(name)]
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave, whatever the number of training images.
+
+        Raises:
+            ValueError: it is another run's.
+        """
+        own = self.state_dict()
+        if own.keys() != tensors.keys():
+            raise ValueError("it holds other parts than this run has")
+        for key, tensor in tensors.items():
+            path, _, name = key.rpartition(".")
+            setattr(self.get_submodule(path), name, tensor)
+
+
+def _filtered(maps: Tensor, matrix: Tensor) -> Tensor:
+    return matrix @ maps @ matrix.mT
+
+
+def soft_maximum(values: Tensor) -> Tensor:
+    """(B, parts) -> (B,): the maximum, raised a little by what else is high."""
+    return torch.logsumexp(_SHARPNESS * values, 1) / _SHARPNESS
+
+
+def collected(measured: Iterable[Measurements]) -> Measurements:
+    """The measurements of several batches as those of one, on the CPU."""
+
+    def join(values: tuple) -> Any:
+        if values[0] is None:
+            return None
+        if isinstance(values[0], list):
+            return [torch.cat(levels).cpu() for levels in zip(*values, strict=True)]
+        return torch.cat(values).cpu()
+
+    return Measurements(*(join(values) for values in zip(*measured, strict=True)))
+
+
+def _make_part(name: str) -> nn.Module:
+    if name in _LEVELS:
+        return MapPart("local" if name == "local" else "global", _LEVELS[name])
+    return NearestNeighbour() if name == "condensed" else Mahalanobis()
+
+
+def _vectors(name: str, measured: Measurements) -> Tensor:
+    vectors = {
+        "condensed": measured.condensed,
+        "global-means": measured.global_means,
+        "teacher-means": measured.teacher_means,
+    }[name]
+    assert vectors is not None  # a part whose student is not there is not made
+    return vectors
+
+
+def _module_name(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _centre_and_spread(
+    raw: NDArray[np.float64], least: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and deviation (parts,) of raw values (n, parts): as a new image's would lie around them."""
+    n = len(raw)
+    centre = raw.mean(0)
+    deviation = raw.std(0, ddof=1) if n > 1 else np.zeros_like(centre)
+    spread = np.maximum(deviation, least * np.abs(centre)) * math.sqrt(1 + 1 / n)
+    return centre, np.where(spread > 0, spread, 1.0)

@@ -1,0 +1,97 @@
+"""How far an image as a whole is from the training images: for what has no place in a map."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# More training images than these are thinned out: each new image is compared with every one of them.
+MAX_REFERENCES = 1000
+# Parts into which training images are divided where they have to stand in for others.
+_FOLDS = 5
+
+
+class NearestNeighbour(nn.Module):
+    """Distance of a vector from the nearest one of the training images, each channel in its own deviations.
+
+    The root of the mean square over channels, so that it does not depend on their number.
+    """
+
+    mean: Tensor
+    std: Tensor
+    references: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("mean", "std", "references"):
+            self.register_buffer(name, torch.empty(0))
+
+    def fit(self, vectors: Tensor) -> None:
+        """Take over the vectors (n, C) of training images."""
+        self.mean, self.std = _channel_statistics(vectors)
+        chosen = torch.linspace(0, len(vectors) - 1, min(len(vectors), MAX_REFERENCES)).round().long()
+        self.references = (vectors[chosen] - self.mean) / self.std
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(B, C) -> (B,)."""
+        # Differences, not products: a neighbour is much nearer than vectors are long.
+        differences = ((vectors - self.mean) / self.std)[:, None] - self.references
+        return differences.square().mean(2).amin(1).sqrt()
+
+    def of_training(self, vectors: Tensor) -> Tensor:
+        """Distances (n,) of the training images, each from the others: a fold of them is left out at a time."""
+        return _cross_fitted(NearestNeighbour, vectors)
+
+
+class Mahalanobis(nn.Module):
+    """Mahalanobis distance of a vector from the training images', their covariance shrunk as Ledoit and Wolf do.
+
+    Divided by the root of the number of channels. (The distance of whole images' features is PUAD's, arXiv 2402.15143.)
+    """
+
+    mean: Tensor
+    whitening: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("mean", "whitening"):
+            self.register_buffer(name, torch.empty(0))
+
+    def fit(self, vectors: Tensor) -> None:
+        """Learn mean and covariance from the vectors (n, C) of training images."""
+        from sklearn.covariance import ledoit_wolf  # a second to import, which only training needs
+
+        mean, std = _channel_statistics(vectors)
+        standardised = ((vectors - mean) / std).double().cpu().numpy()
+        covariance, _ = ledoit_wolf(standardised, assume_centered=True)
+        variances, axes = np.linalg.eigh(covariance)
+        # A single image, or equal ones, have no covariance: then it is the plain distance.
+        variances = np.where(variances > 1e-12, variances, 1.0)
+        whitening = (axes / np.sqrt(variances * len(variances))).T / std.double().cpu().numpy()
+        self.mean, self.whitening = mean, torch.from_numpy(whitening).float().to(vectors.device)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(B, C) -> (B,)."""
+        return ((vectors - self.mean) @ self.whitening.mT).square().sum(1).sqrt()
+
+    def of_training(self, vectors: Tensor) -> Tensor:
+        """Distances (n,) of the training images from the others: a fold of them is left out at a time."""
+        return _cross_fitted(Mahalanobis, vectors)
+
+
+def _channel_statistics(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    mean = vectors.mean(0)
+    std = (vectors - mean).square().mean(0).sqrt()
+    # A channel that is constant but for rounding says nothing, and must not blow up a new image's rounding.
+    smallest = 1e-3 * std.max()
+    return mean, torch.where(std > smallest, std, smallest).clamp(min=1e-12)
+
+
+def _cross_fitted(kind: type[NearestNeighbour] | type[Mahalanobis], vectors: Tensor) -> Tensor:
+    n = len(vectors)
+    distances = torch.zeros(n)
+    for fold in range(min(_FOLDS, n) if n > 1 else 0):
+        is_out = torch.arange(n) % min(_FOLDS, n) == fold
+        part = kind()
+        part.fit(vectors[~is_out])
+        distances[is_out] = part(vectors[is_out]).cpu()
+    return distances
