@@ -111,12 +111,13 @@ def test_other_shapes_and_dtypes_are_refused_and_a_batch_may_be_empty():
 
 def test_no_category_gets_a_change_that_breaks_its_logic():
     names = "breakfast_box juice_bottle splicing_connectors cable capsule metal_nut pill"
-    for augment in map(for_category, (*names.split(), "my own part")):
+    for augment in (for_category(name, "paper") for name in (*names.split(), "my own part")):
         assert not augment.horizontal_flip
         assert not augment.vertical_flip
     for name in ("breakfast_box", "screw_bag", "pushpins", "splicing_connectors", "juice_bottle", "transistor"):
-        assert 0 < for_category(name).rotation <= 3
-    unknown = for_category("my own part")
+        assert 0 < for_category(name, "fast").rotation <= 3
+    assert for_category("my own part", "fast") == Augmentation()
+    unknown = for_category("my own part", "paper")
     assert unknown.rotation == 0
     assert 0 < max(unknown.brightness, unknown.contrast, unknown.saturation) <= 0.1
 

@@ -8,6 +8,7 @@ import signal
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -163,7 +164,13 @@ def test_what_is_loaded_is_what_was_saved(data_root, tiny_options, tmp_path, bel
     begin_run(tmp_path / "run", options, category, 0.1)
     (tmp_path / "run" / "checkpoint.safetensors").touch()
     save_run(tmp_path / "run", detector, options, history)
-    assert below(tmp_path / "run") == ["calibration.json", "config.json", "history.json", "weights.safetensors"]
+    assert below(tmp_path / "run") == [
+        "calibration.json",
+        "config.json",
+        "history.json",
+        "scores.safetensors",
+        "weights.safetensors",
+    ]
 
     loaded, loaded_options, config = load_run(tmp_path / "run", "cpu")
     assert loaded_options == options
@@ -175,6 +182,8 @@ def test_what_is_loaded_is_what_was_saved(data_root, tiny_options, tmp_path, bel
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.model.state_dict().items())
     images = ImageStore(category.validation, 64).batch(range(4))
     assert (loaded.maps(images).combined == detector.maps(images).combined).all()
+    for ours, theirs in zip(loaded.find(images).parts.values(), detector.find(images).parts.values(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
     assert config == read_config(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "history.json").read_text()) == [dataclasses.asdict(e) for e in history]
 

@@ -23,7 +23,7 @@ from dskd_fast.training import trainer as trainer_module
 from dskd_fast.training.checkpoints import Checkpoints
 from dskd_fast.training.session import ensure_run, resume_run, start_run
 
-RUN_FILES = ["calibration.json", "config.json", "history.json", "weights.safetensors"]
+RUN_FILES = ["calibration.json", "config.json", "history.json", "scores.safetensors", "weights.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def files(run):
 
 def same_result(one, other):
     """Weights and calibration bit by bit, and the losses of all epochs."""
-    for name in ("weights.safetensors", "calibration.json"):
+    for name in ("weights.safetensors", "scores.safetensors", "calibration.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     histories = [json.loads((run / "history.json").read_text()) for run in (one, other)]
     for epoch in (*histories[0], *histories[1]):
@@ -121,6 +121,7 @@ KILLS = [
     ("checkpoint.safetensors", 4),
     ("weights.safetensors", 1),
     ("history.json", 1),
+    ("scores.safetensors", 1),
     ("config.json", 1),
     ("calibration.json", 1),
 ]

@@ -3,6 +3,7 @@ import math
 import re
 import shutil
 import weakref
+from copy import deepcopy
 from itertools import chain
 
 import numpy as np
@@ -15,6 +16,7 @@ from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.calibration import threshold_from
+from dskd_fast.detection.scoring.calibrated import collected
 from dskd_fast.errors import UserError
 from dskd_fast.functional import cosine_distance
 from dskd_fast.models import DSKD
@@ -138,8 +140,8 @@ def test_every_training_image_is_seen_once_per_epoch_in_a_new_order_and_no_valid
     epochs = [list(chain(*fitted[i : i + 3])) for i in (0, 3, 6)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 3
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    # Once for the statistics, once more for the scores.
-    assert sorted(chain(*calibrated)) == sorted([8, 9, 10] * 2)
+    # What is normal comes from the validation images, what distances are measured from, from the training images.
+    assert list(chain(*calibrated)) == [8, 9, 10, *range(8)]
 
 
 def test_validation_images_that_are_trained_on_and_unused_bits_are_warned_of(
@@ -150,7 +152,8 @@ def test_validation_images_that_are_trained_on_and_unused_bits_are_warned_of(
     shutil.copy(images[2], validation[1])
     detector, _ = train(open_category(tmp_path / "part", None), tiny_options(bits=12))
     assert notice_on_bits([], 12) in caplog.messages
-    (warning,) = detector.calibration.warnings
+    few, warning = detector.calibration.warnings
+    assert few.startswith("only 3 validation images set the threshold: expect 25% of good images")
     assert "copies of training images among the 3 validation images: 1, such as 001.png" in warning
     assert f"warning: {warning}" in caplog.messages
 
@@ -176,8 +179,11 @@ def test_the_calibration_is_that_of_the_validation_images(category, trained):
         maps = raw.double().numpy()
         assert detector.calibration.statistics[name].mean == pytest.approx(maps.mean(), rel=1e-4)
         assert detector.calibration.statistics[name].std == pytest.approx(maps.std(), rel=1e-4)
-    scores = detector.image_scores(detector.maps(images).combined)
-    assert detector.calibration.threshold.value == pytest.approx(threshold_from(scores).value, rel=1e-4)
+    measured = collected([detector.measured(images)])
+    scores = deepcopy(detector.calibrated).calibrate(measured, are_training=False)
+    assert detector.calibration.threshold.value == pytest.approx(
+        threshold_from(scores, detector.calibrated.rounding()).value, rel=1e-4
+    )
 
 
 # ------------------------------------------------------------------------------------------------ optimisation
@@ -204,8 +210,8 @@ def test_the_teacher_stays_as_it_is_and_all_of_both_students_learns(trained, tin
     assert not any(part.training for part in model.modules())
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_the_learning_rate_is_constant_or_falls_with_each_step(category, tiny_options, monkeypatch, schedule):
+@pytest.mark.parametrize(("schedule", "warmup"), [("constant", 0.0), ("cosine", 0.0), ("cosine", 0.5)])
+def test_the_learning_rate_is_constant_or_falls_with_each_step(category, tiny_options, monkeypatch, schedule, warmup):
     rates = []
 
     def step(self, *_):
@@ -213,9 +219,33 @@ def test_the_learning_rate_is_constant_or_falls_with_each_step(category, tiny_op
         return torch.zeros(2)
 
     monkeypatch.setattr(Trainer, "step", step)
-    train(category, tiny_options(epochs=3, lr=0.004, schedule=schedule))
+    train(category, tiny_options(epochs=3, lr=0.004, schedule=schedule, warmup=warmup))
     factors = [(1 + math.cos(math.pi * step / 6)) / 2 if schedule == "cosine" else 1 for step in range(6)]
+    factors = [factor * min(1, step / 6 / warmup) if warmup else factor for step, factor in enumerate(factors)]
     assert rates == pytest.approx([0.004 * factor for factor in factors])
+
+
+def test_the_result_is_the_moving_average_of_weights_and_batch_norm(tiny_options):
+    options = tiny_options(averaging=0.5)
+    model = options.networks(pretrained=True)
+    trainer = Trainer(model, options)
+
+    def state():
+        return {name: x.clone().double() for name, x in model.state_dict().items() if x.is_floating_point()}
+
+    average = state()
+    for step in range(8):
+        if step == 5:  # killed and gone on with
+            saved = trainer.state()
+            model = options.networks(pretrained=True)
+            trainer = Trainer(model, options)
+            trainer.load_state(saved)
+        trainer.step(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(step)))
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = {name: decay * average[name] + (1 - decay) * x for name, x in state().items()}
+    trainer.finish()
+    for name, x in state().items():
+        torch.testing.assert_close(x, average[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 @pytest.fixture
