@@ -21,6 +21,9 @@ EXPORT_FORMATS = ("torch", "onnx")
 EXPERIMENTS = ("loco", "mvtec-ad", "ablation-students", "ablation-losses", "ablation-gccb", "ablation-temperature")
 """Of the paper."""
 
+FALSE_ALARMS = 0.01
+"""The share of normal images that a threshold lets be called anomalous, where there are enough images to tell."""
+
 HOLDOUT = 0.1
 """Share of the training images that is held out where there are no validation images."""
 

@@ -14,6 +14,7 @@ import torch
 
 from dskd_fast.choices import HOLDOUT, LITE
 from dskd_fast.cli import doctor as diagnosis
+from dskd_fast.cli import recalibration
 from dskd_fast.cli.demo import make_data, options_for_demo
 from dskd_fast.cli.display import (
     backends_table,
@@ -145,6 +146,11 @@ def _train_all(
                 print(f"dskd-fast: {printable(f'{name}: {error}')}", file=sys.stderr)
         n_failed = processes.add(torch.tensor([float(failed)], dtype=torch.float64)).item()
     return 2 if n_failed else 0
+
+
+def recalibrate(arguments: argparse.Namespace) -> int:
+    with messages():
+        return recalibration.run(arguments)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

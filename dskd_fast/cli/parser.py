@@ -9,6 +9,7 @@ from dskd_fast.choices import (
     BITS_RANGE,
     EXPERIMENTS,
     EXPORT_FORMATS,
+    FALSE_ALARMS,
     HOLDOUT,
     LITE,
     RECIPES,
@@ -123,6 +124,38 @@ def make_parser() -> argparse.ArgumentParser:
     arguments.add_threshold(predict)
     arguments.add_max_pixels(predict)
     arguments.add_device(predict)
+
+    recalibrate = command(
+        "recalibrate",
+        "Set a run's statistics and threshold by new good images, as of another lamp or camera, without training.",
+        "\n\nThe calibration that was there is kept beside the new one, as calibration-DATE.json. Known bad images are "
+        "only\nreported on, unless --choose-parts is given.",
+    )
+    arguments.add_run(recalibrate)
+    recalibrate.add_argument(
+        "--good", type=values.path, required=True, metavar="FOLDER", help="folder of good images; 100 can promise 1 %%"
+    )
+    recalibrate.add_argument(
+        "--bad",
+        type=values.path,
+        metavar="FOLDER",
+        help="folder of known bad images: which part finds which of them, and what share is found",
+    )
+    recalibrate.add_argument(
+        "--false-alarms",
+        type=values.rate,
+        metavar="X",
+        default=FALSE_ALARMS,
+        help="share of good images that may be called anomalous, such as 0.5%% (default: 1%%)",
+    )
+    recalibrate.add_argument(
+        "--choose-parts",
+        action="store_true",
+        help="let only those parts decide with which most of the bad images are found; the run then says so, and "
+        "figures on images like these say little",
+    )
+    arguments.add_max_pixels(recalibrate)
+    arguments.add_device(recalibrate)
 
     export = command(
         "export",

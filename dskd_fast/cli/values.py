@@ -43,6 +43,15 @@ def share(text: str) -> float:
     return _number(text, float, "a number from 0 up to, not including, 1", low=0, high=math.nextafter(1, 0))
 
 
+def rate(text: str) -> float:
+    """A share above 0 and below 1, or a percentage."""
+    accepted = "a share such as 0.005 or a percentage such as 0.5%"
+    low, high = math.ulp(0.0), math.nextafter(1, 0)
+    if text.strip().endswith("%"):
+        return _number(text.strip()[:-1], float, accepted, low=low, high=100 * high) / 100
+    return _number(text, float, accepted, low=low, high=high)
+
+
 def finite(text: str) -> float:
     return _number(text, float, "a number")
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dskd_fast.choices import FALSE_ALARMS
 from dskd_fast.data.exposure import MAX_LUMINANCE
 from dskd_fast.errors import UserError
 
@@ -27,9 +28,6 @@ THRESHOLD_RULE = (
     "or the largest score where there are too few images to tell that; raised by 0.002 (1 + |score|), and by what "
     "rounding of maps that hardly vary adds, so that rounding cannot lift the image that set it above it"
 )
-
-FALSE_ALARMS = 0.01
-"""The share of normal images that the threshold lets be called anomalous, where there are enough images to tell."""
 
 LEFT_OUT_RULE = "; each image was left out of the statistics by which it is scored, as a new one is"
 
@@ -162,6 +160,7 @@ class Calibration:
         threshold: None where there are no validation images: training images score too low to set it.
         warnings: what makes the statistics or the threshold doubtful, a sentence each.
         exposure: None in runs from before there was this check, whose images are then never suspect.
+        chosen_parts: those that alone decide, chosen by known bad images; None where nothing was.
     """
 
     statistics: dict[str, Statistics]
@@ -170,6 +169,7 @@ class Calibration:
     threshold: Threshold | None = None
     warnings: list[str] = field(default_factory=list)
     exposure: Exposure | None = None
+    chosen_parts: list[str] | None = None
 
 
 def threshold_from(

@@ -12,10 +12,10 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from dskd_fast.choices import FALSE_ALARMS
 from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import resize_square
 from dskd_fast.detection.calibration import (
-    FALSE_ALARMS,
     FEW_IMAGES,
     Calibration,
     Scoring,
@@ -247,6 +247,7 @@ class Detector:
         exposures: tuple[Tensor, Tensor] | None = None,
         *,
         training: Iterable[Tensor] = (),
+        are_new: bool = False,
         false_alarms: float = FALSE_ALARMS,
     ) -> None:
         """Set the statistics, the limits of brightness and contrast and, from validation images, the threshold.
@@ -258,7 +259,8 @@ class Detector:
             exposures: brightness and contrast of all normal images, `measure_exposure`, where there are more than
                 those.
             training: the training images likewise, from which distances are measured; only calibrated scores need
-                them. Empty where `batches` are training images, and where the run knows them from before.
+                them. Empty where `batches` are training images.
+            are_new: whether the images look different from the training images, which are known from before.
             false_alarms: see `threshold_from`.
 
         What makes the result doubtful is in the calibration's `warnings`: maps or scores that do not vary.
@@ -311,9 +313,11 @@ class Detector:
             )
         self.calibration = Calibration(statistics, source, n_images, warnings=warnings, exposure=exposure)
         if self.calibrated is not None:
-            if source == "train" or (of_training := [self.measured(images) for images in training]):
-                self.calibrated.fit(collected(measured if source == "train" else of_training))
-            scores = self.calibrated.calibrate(collected(measured), are_training=source == "train")
+            self.calibrated.cpu()
+            if not are_new:
+                of_training = measured if source == "train" else [self.measured(images) for images in training]
+                self.calibrated.fit(collected(of_training))
+            scores = self.calibrated.calibrate(collected(measured), "new" if are_new else source)
             self.calibrated.to(self.device)
             total_rounding = self.calibrated.rounding()
         elif source == "validation":

@@ -76,12 +76,15 @@ def tables_of(results: Results) -> list[Table]:
         return [
             _by_category(results, "spro", "sPRO@0.05 by category, mean of structural and logical", methods),
             _by_method(results, "AUROC, mean over the categories", [("auroc", kind) for kind in FIGURES], methods),
-            _details(results),
+            *_details(results),
         ]
     if plan.experiment == "mvtec-ad":
         columns = [(measure, kind) for kind in FIGURES for measure in MEASURES]
         methods = plan.paper["mvtec-ad"]["methods"]
-        return [_by_method(results, "Modified MVTec AD, mean over the categories", columns, methods), _details(results)]
+        return [
+            _by_method(results, "Modified MVTec AD, mean over the categories", columns, methods),
+            *_details(results),
+        ]
     beside = [
         Row(
             contestant.label,
@@ -156,18 +159,18 @@ def _by_method(
     )
 
 
-def _details(results: Results) -> Table:
-    (contestant,) = results.plan.contestants
+def _details(results: Results) -> list[Table]:
     columns = [(measure, kind) for measure in MEASURES for kind in FIGURES]
-    rows = [
-        Row(part.label, "here", [results.of(part, contestant, *column) for column in columns])
-        for part in results.plan.parts
-    ]
-    return Table(
-        f"{contestant.label} here, by category",
-        [f"{MEASURES[measure]} {kind}" for measure, kind in columns],
-        [*rows, Row("mean", "here", [results.mean(contestant, *column) for column in columns])],
-    )
+    tables = []
+    for contestant in results.plan.contestants:
+        rows = [
+            Row(part.label, "here", [results.of(part, contestant, *column) for column in columns])
+            for part in results.plan.parts
+        ]
+        means = Row("mean", "here", [results.mean(contestant, *column) for column in columns])
+        names = [f"{MEASURES[measure]} {kind}" for measure, kind in columns]
+        tables.append(Table(f"{contestant.label} here, by category", names, [*rows, means]))
+    return tables
 
 
 def notes_on(results: Results, failures: Sequence[str]) -> list[str]:

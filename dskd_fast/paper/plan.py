@@ -65,13 +65,14 @@ class Contestant(NamedTuple):
     Attributes:
         label: the row's name.
         pair: what is trained.
-        of: whose figures of the pair: "combined", "local" or "global".
+        of: whose figures of the pair: "combined", "local" or "global", all by the paper's scores, or "calibrated", the
+            whole by ours.
         printed: the paper's record of this row, if it has one.
     """
 
     label: str
     pair: Pair = Pair()
-    of: Variant = "combined"
+    of: Variant | Literal["calibrated"] = "combined"
     printed: dict[str, Any] | None = None
 
 
@@ -155,7 +156,7 @@ def papers_categories(experiment: str, paper: dict[str, Any]) -> tuple[str, ...]
 def contestants_of(experiment: str, recipe: TrainingOptions, paper: dict[str, Any]) -> list[Contestant]:
     """The rows of an experiment that are trained here."""
     if experiment in ("loco", "mvtec-ad"):
-        return [Contestant("DSKD")]
+        return [Contestant("DSKD"), Contestant("DSKD, calibrated scores (ours, not the paper's)", of="calibrated")]
     if experiment == "ablation-gccb":
         return [_condensing(record, recipe) for record in paper["gccb"]]
     printed = {(record["local"], record["global"]): record for record in paper["students"]}

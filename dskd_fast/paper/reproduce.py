@@ -32,8 +32,7 @@ from dskd_fast.data.category import Category
 from dskd_fast.data.contents import content_digests
 from dskd_fast.data.ground_truth import KINDS
 from dskd_fast.data.images import ImageError, read_image
-from dskd_fast.detection.calibration import Calibration
-from dskd_fast.detection.detector import Detector, calibration_of
+from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.overlay import full_colour
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
@@ -43,10 +42,11 @@ from dskd_fast.models.teacher import WeightsUnavailable
 from dskd_fast.paper.comparison import FIGURES, MEASURES, Results, notes_on, tables_of
 from dskd_fast.paper.figures import draw_examples, plot_temperatures, stack
 from dskd_fast.paper.plan import HOLDOUT, TEMPERATURES, Pair, Part, Plan, Student, make_plan
+from dskd_fast.paper.students import calibrated_figures, join
 from dskd_fast.paper.tables import Table, to_csv, to_json, to_markdown, to_text
 from dskd_fast.progress import Progress, log, silent
 from dskd_fast.runs import folder as runs
-from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.runs.options import ADDED_OPTIONS, TrainingOptions
 from dskd_fast.training.session import Report, ensure_run
 
 _TEXT_WIDTH = 80
@@ -96,6 +96,8 @@ def reproduce(
     if experiment == "ablation-temperature" and importlib.util.find_spec("matplotlib") is None:
         raise UserError('the plot needs matplotlib, which is not installed: run pip install "dskd-fast[plots]"')
     plan = make_plan(experiment, data_root, categories, recipe, seeds)
+    # Ours are made beside, from the same networks.
+    recipe = dataclasses.replace(recipe, scoring="paper")
     recipe_file, record = out / "recipe.json", _record_of(recipe)
     _check_recipe(recipe_file, record)
     work = _Work(plan, out, training, evaluation)
@@ -132,9 +134,10 @@ def _check_recipe(path: Path, record: dict[str, Any]) -> None:
     if not isinstance(there, dict):
         raise UserError(f"{path} was not written by this program: choose another --out")
     for name, value in record.items():
-        if there.get(name) != value:
+        begun_with = there.get(name, ADDED_OPTIONS.get(name))
+        if begun_with != value:
             raise UserError(
-                f"{path.parent} was begun with {name} {there.get(name)!r}, not {value!r}: choose another --out, or "
+                f"{path.parent} was begun with {name} {begun_with!r}, not {value!r}: choose another --out, or "
                 "give the same options"
             )
 
@@ -235,9 +238,14 @@ class _Work:
         place = self._place(part, pair, recipe.seed)
         folders = [self._run(part, student, recipe.seed) for student in pair]
         fingerprint = _fingerprint(part.category, folders)
+        is_calibrated = any(x.of == "calibrated" and x.pair == pair for x in self.plan.contestants)
         with contextlib.suppress(UserError):
             found = runs.read_json(place / runs.METRICS)
-            if isinstance(found, dict) and found.get("evaluated") == fingerprint and (place / "scores.csv").is_file():
+            if (
+                isinstance(found, dict)
+                and found.get("evaluated") == fingerprint
+                and ((place / "scores.csv").is_file() and ("calibrated" in found or not is_calibrated))
+            ):
                 self._keep(part, pair, recipe.seed, found)
                 return
         detector = runs.load_run(folders[0], recipe.device)[0]
@@ -252,6 +260,8 @@ class _Work:
                 scores_file=place / "scores.csv",
                 progress=progress,
             )
+            if is_calibrated:
+                metrics["calibrated"] = calibrated_figures(detector, part.category, recipe, progress)
         metrics["evaluated"] = fingerprint
         runs.write_json(place / runs.METRICS, metrics)
         self._keep(part, pair, recipe.seed, metrics)
@@ -280,25 +290,6 @@ class _Work:
             files.insert(0, self.out / f"examples-{self.plan.experiment}.png")
             write_file(files[0], stack(sheets).save)
         return files
-
-
-def join(local: Detector, global_: Detector) -> Detector:
-    """A detector with the local student of one training and the global student of another, with the same teacher.
-
-    It takes over the networks of both. It has no threshold.
-    """
-    model = local.model
-    model.global_bottleneck = global_.model.global_bottleneck
-    model.global_student = global_.model.global_student
-    model.students = ("local", "global")
-    # At most the global student's temperature differs from the recipe's.
-    scoring = dataclasses.replace(global_.scoring, local_map=local.scoring.local_map)
-    statistics = {
-        name: calibration_of(detector).statistics[name] for name, detector in (("local", local), ("global", global_))
-    }
-    of_local = calibration_of(local)
-    calibration = Calibration(statistics, of_local.source, of_local.n_images, exposure=of_local.exposure)
-    return Detector(model, scoring, calibration, local.bits)
 
 
 def _fingerprint(category: Category, folders: Sequence[Path]) -> str:

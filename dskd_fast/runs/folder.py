@@ -143,6 +143,16 @@ def save_calibration(folder: Path, detector: Detector, scores: str) -> None:
     write_json(folder / CALIBRATION, content)
 
 
+def replace_calibration(folder: Path, detector: Detector, date: str) -> str:
+    """Give a run a new calibration; the one that was there is kept as calibration-DATE.json, whose name is returned."""
+    kept = f"{Path(CALIBRATION).stem}-{date}.json"
+    if (folder / kept).exists():
+        raise UserError(f"{folder / kept} exists already: the run was calibrated within this second, so try again")
+    write_json(folder / kept, read_json(folder / CALIBRATION))
+    save_calibration(folder, detector, f"{Path(SCORES).stem}-{date}.safetensors")
+    return kept
+
+
 def describe(options: TrainingOptions, category: Category, holdout: float) -> dict[str, Any]:
     """What a run's config.json holds."""
     return {

@@ -5,13 +5,13 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from dskd_fast.data.augment import Augmentation
 from dskd_fast.data.category import Category
-from dskd_fast.data.store import Batches, ImageStore
+from dskd_fast.data.store import ImageStore
+from dskd_fast.detection.calibrate import calibrate_on
 from dskd_fast.detection.detector import Detector, calibration_of, to_float
 from dskd_fast.device import (
     deterministic_convolutions,
@@ -93,17 +93,13 @@ def train(
 
     model, images, checkpoints = group.agree(prepare)
     train_indices = list(range(len(category.train)))
-    validation_indices = list(range(len(category.train), len(images)))
     with stopping_signal(checkpoint is not None) as signal_number, deterministic_convolutions():
         history = _fit(model, images, train_indices, options, report, checkpoints, group, signal_number)
 
     detector = options.detector(model)
     if group.is_first:
-        source: Literal["validation", "train"] = "validation" if validation_indices else "train"
-        log.info("calibrating on the %s images", source)
-        batches = Batches(images, validation_indices or train_indices, options.batch_size)
-        references = Batches(images, train_indices, options.batch_size) if validation_indices else ()
-        detector.calibrate(batches, source, images.exposures, training=references)
+        log.info("calibrating on the %s images", "validation" if category.validation else "train")
+        calibrate_on(detector, images, len(train_indices), options.batch_size)
         calibration = calibration_of(detector)
         if (copied := warning_on_copies(category)) is not None:
             calibration.warnings.append(copied)

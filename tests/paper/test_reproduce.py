@@ -22,7 +22,8 @@ from dskd_fast.data.synthetic import MANIFEST
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import evaluate
 from dskd_fast.models.teacher import WeightsUnavailable
-from dskd_fast.paper.reproduce import join, reproduce
+from dskd_fast.paper.reproduce import reproduce
+from dskd_fast.paper.students import join
 from dskd_fast.progress import log
 from dskd_fast.runs.folder import load_run
 from dskd_fast.training.session import start_run

@@ -180,7 +180,7 @@ def test_the_calibration_is_that_of_the_validation_images(category, trained):
         assert detector.calibration.statistics[name].mean == pytest.approx(maps.mean(), rel=1e-4)
         assert detector.calibration.statistics[name].std == pytest.approx(maps.std(), rel=1e-4)
     measured = collected([detector.measured(images)])
-    scores = deepcopy(detector.calibrated).calibrate(measured, are_training=False)
+    scores = deepcopy(detector.calibrated).calibrate(measured)
     assert detector.calibration.threshold.value == pytest.approx(
         threshold_from(scores, detector.calibrated.rounding()).value, rel=1e-4
     )

@@ -1,9 +1,9 @@
 """Parts -> calibration -> one score and one map."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ _SHARPNESS = 1.5
 # Of the filter for maps that are looked at, as a multiple of the score's.
 _MAP_SIGMA = 2.0
 
+# Deviations by which the value of a part that is not used is lowered.
+_FAR_BELOW = 1e6
+
 # What a part's deviation is at least, as a share of its normal value. Validation images are few and alike, and other
 # normal images are further from the training images by a factor, not by a sum: distances are told from their double.
 _MIN_SPREAD_OF_MAPS, _MIN_SPREAD_OF_DISTANCES = 0.1, 1.0
@@ -71,10 +74,18 @@ class CalibratedScore(nn.Module):
     Args:
         model: tells which parts there are.
         sigma: of the Gaussian filter before the maximum that is a map's value, in pixels.
+
+    Attributes:
+        names: of the parts there are.
+        left_out: after `calibrate`, the values (n, parts) of the images that it was called with, each left out of what
+            it is compared with.
     """
+
+    left_out: NDArray[np.float64]
 
     centre: Tensor
     spread: Tensor
+    is_used: Tensor
     handicap: Tensor
     filter: Tensor
     map_filter: Tensor
@@ -96,6 +107,7 @@ class CalibratedScore(nn.Module):
         self.register_buffer("handicap", (weights.log() / _SHARPNESS).float(), persistent=False)
         self.register_buffer("centre", torch.zeros(len(self.names)))
         self.register_buffer("spread", torch.ones(len(self.names)))
+        self.register_buffer("is_used", torch.ones(len(self.names)))
         for name, deviation in (("filter", sigma), ("map_filter", _MAP_SIGMA * sigma)):
             # It is linear: its matrix is what it makes of the unit vectors.
             matrix = torch.from_numpy(ndimage.gaussian_filter1d(np.eye(self.size), deviation, axis=0)).float()
@@ -114,7 +126,7 @@ class CalibratedScore(nn.Module):
                 distance = self._part(name)(_vectors(name, measured))
                 values.append((distance - self.centre[i]) / self.spread[i] + self.handicap[i])
         stacked = torch.stack(values, 1)
-        return Scored(soft_maximum(stacked), stacked, maps)
+        return Scored(soft_maximum(stacked - self._unused()), stacked, maps)
 
     def fit(self, training: Measurements) -> None:
         """Learn what training images are like."""
@@ -122,13 +134,16 @@ class CalibratedScore(nn.Module):
             if not PARTS[name].has_map:
                 self._part(name).fit(_vectors(name, training))
 
-    def calibrate(self, normal: Measurements, *, are_training: bool) -> NDArray[np.float64]:
+    def calibrate(
+        self, normal: Measurements, kind: Literal["validation", "train", "new"] = "validation"
+    ) -> NDArray[np.float64]:
         """Take statistics, centre and spread from normal images.
 
         Args:
             normal: of n images.
-            are_training: whether they are those of `fit`, since there are no others; they then stand in for new ones,
-                a fold at a time.
+            kind: "train" for those of `fit`, since there are no others; they then stand in for new ones, a fold at a
+                time. "new": they look different from the training images, and so do all from now on: distances are
+                measured from them, too.
 
         Returns:
             The scores (n,) that these images have where each is left out of what it is compared with: as new images.
@@ -141,7 +156,8 @@ class CalibratedScore(nn.Module):
                 columns.append(_filtered(maps, self.filter.cpu()).amax((1, 2)))
             else:
                 vectors = _vectors(name, normal)
-                columns.append(part.of_training(vectors) if are_training else part(vectors))
+                distances = {"validation": part, "train": part.of_training, "new": part.add}[kind]
+                columns.append(distances(vectors))
         raw = torch.stack([column.double().cpu() for column in columns], 1).numpy()
         least = [_MIN_SPREAD_OF_MAPS if PARTS[n].has_map else _MIN_SPREAD_OF_DISTANCES for n in self.names]
         centre, spread = _centre_and_spread(raw, np.array(least))
@@ -151,7 +167,12 @@ class CalibratedScore(nn.Module):
             pairs = [_centre_and_spread(np.delete(raw, i, 0), np.array(least)) for i in range(len(raw))]
             centre, spread = (np.stack(values) for values in zip(*pairs, strict=True))
         values = (raw - centre) / spread + self.handicap.double().cpu().numpy()
-        return soft_maximum(torch.from_numpy(values)).numpy()
+        self.left_out = values
+        return self.scores_of(values)
+
+    def scores_of(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Scores (n,) of calibrated values (n, parts)."""
+        return soft_maximum(torch.from_numpy(values) - self._unused().double().cpu()).numpy()
 
     def rounding(self) -> float:
         """By how much rounding of maps may change a score."""
@@ -163,7 +184,20 @@ class CalibratedScore(nn.Module):
 
     def deciding(self, values: NDArray[np.floating]) -> list[str]:
         """The part that decided each score: the largest of its values (B, parts)."""
-        return [self.names[i] for i in values.argmax(1)]
+        return [self.names[i] for i in (values - self._unused().cpu().numpy()).argmax(1)]
+
+    def use(self, names: Collection[str]) -> None:
+        """Let these parts alone decide from now on; the values of the others are still given."""
+        self.is_used.copy_(torch.tensor([float(name in names) for name in self.names]))
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The parts that decide."""
+        return tuple(name for name, is_used in zip(self.names, self.is_used.tolist(), strict=True) if is_used)
+
+    def _unused(self) -> Tensor:
+        """(parts,): what takes the others out of a maximum."""
+        return (1 - self.is_used) * _FAR_BELOW
 
     def _part(self, name: str) -> Any:
         return self.parts[_module_name(name)]

@@ -41,6 +41,14 @@ class NearestNeighbour(nn.Module):
         """Distances (n,) of the training images, each from the others: a fold of them is left out at a time."""
         return _cross_fitted(NearestNeighbour, vectors)
 
+    def add(self, vectors: Tensor) -> Tensor:
+        """Compare with these normal images (n, C), too, from now on; their distances (n,) from all others."""
+        own = (vectors - self.mean) / self.std
+        among_them = (own[:, None] - own).square().mean(2).sqrt().fill_diagonal_(torch.inf).amin(1)
+        distances = torch.minimum(among_them, self(vectors))
+        self.references = torch.cat([self.references, own])
+        return distances
+
 
 class Mahalanobis(nn.Module):
     """Mahalanobis distance of a vector from the training images', their covariance shrunk as Ledoit and Wolf do.
@@ -77,6 +85,17 @@ class Mahalanobis(nn.Module):
     def of_training(self, vectors: Tensor) -> Tensor:
         """Distances (n,) of the training images from the others: a fold of them is left out at a time."""
         return _cross_fitted(Mahalanobis, vectors)
+
+    def add(self, vectors: Tensor) -> Tensor:
+        """Measure from the mean of these normal images (n, C) from now on; the distances (n,) from that of the others.
+
+        The covariance stays that of the training images: new ones are few.
+        """
+        n = len(vectors)
+        of_others = (vectors.sum(0) - vectors) / (n - 1) if n > 1 else vectors
+        distances = ((vectors - of_others) @ self.whitening.mT).square().sum(1).sqrt()
+        self.mean = vectors.mean(0)
+        return distances
 
 
 def _channel_statistics(vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,151 @@
+"""`dskd-fast recalibrate`."""
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dskd_fast.cli.display import print_line
+from dskd_fast.data.listing import walk
+from dskd_fast.detection.calibrate import Caught, recalibrate, score_bad
+from dskd_fast.detection.calibration import Threshold, is_above, threshold_from
+from dskd_fast.detection.detector import Detector, calibration_of
+from dskd_fast.detection.findings import has_place
+from dskd_fast.errors import UserError
+from dskd_fast.runs import folder as runs
+
+# Shares of good images called anomalous at which the share of bad ones that is found is told.
+_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.choose_parts and arguments.bad is None:
+        raise UserError("--choose-parts needs known bad images to choose by: give their folder with --bad")
+    good = _images(arguments.good, "--good")
+    bad = [] if arguments.bad is None else _images(arguments.bad, "--bad")
+    both = {path.resolve() for path in good} & {path.resolve() for path in bad}
+    if both:
+        raise UserError(f"{min(both)} is among the good and the bad images: take it out of one of the folders")
+    detector, _, _ = runs.load_run(arguments.run, arguments.device)
+    if arguments.choose_parts and detector.calibrated is None:
+        raise UserError(f"{arguments.run} has the paper's scores, which have no parts: leave --choose-parts out")
+    before = calibration_of(detector).threshold
+    recalibrate(detector, good, false_alarms=arguments.false_alarms)
+    if bad:
+        caught = score_bad(detector, bad)
+        if arguments.choose_parts:
+            _choose_parts(detector, caught, arguments.false_alarms)
+        _print_caught(detector, caught)
+    kept = runs.replace_calibration(arguments.run, detector, f"{datetime.now():%Y%m%d-%H%M%S}")
+    calibration = calibration_of(detector)
+    for warning in calibration.warnings:
+        print_line(f"warning: {warning}", style="yellow")
+    threshold = calibration.threshold
+    assert threshold is not None  # validation images set it
+    was = "none" if before is None else f"{before.value:.4g}"
+    print_line(
+        f"threshold {threshold.value:.4g} (it was {was}) from {threshold.n_images} good images, expected false alarms "
+        f"{threshold.expected_false_alarm_rate:.2%}"
+    )
+    print_line(f"the calibration that was there is kept as {kept}")
+    return 0
+
+
+def _images(folder: Path, option: str) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: pass a folder of images with {option}")
+    listings = list(walk(folder))
+    images = [path for listing in listings for path in listing.images]
+    others = [path for listing in listings for path in listing.others]
+    if not images:
+        raise UserError(f"{folder} holds no images: pass a folder of images with {option}")
+    if others:
+        print_line(
+            f"not used: {len(others)} image files of formats that are not read, such as {others[0]}", style="yellow"
+        )
+    return images
+
+
+class _Choice(NamedTuple):
+    n_found: int
+    n_parts: int
+    parts: tuple[str, ...]
+    threshold: Threshold
+
+
+def _choose_parts(detector: Detector, caught: Caught, false_alarms: float) -> None:
+    """Let the parts decide with which most bad images are above the threshold; of equal choices the one with most."""
+    calibrated = detector.calibrated
+    assert calibrated is not None
+    choices = []
+    for n in range(1, len(calibrated.names) + 1):
+        for parts in itertools.combinations(calibrated.names, n):
+            calibrated.use(parts)
+            threshold = threshold_from(
+                calibrated.scores_of(calibrated.left_out),
+                calibrated.rounding(),
+                false_alarms=false_alarms,
+                are_left_out=True,
+            )
+            scores = _scores(detector, caught)
+            choices.append(_Choice(int(is_above(scores, threshold.value).sum()), n, parts, threshold))
+    chosen = max(choices)
+    calibrated.use(chosen.parts)
+    caught.parts["score"] = _scores(detector, caught)
+    caught.decided_by[:] = calibrated.deciding(_values(detector, caught))
+    calibration = calibration_of(detector)
+    warning = (
+        f"only {', '.join(chosen.parts)} decide: chosen by {len(caught.paths)} known bad images, so that figures on images "
+        "like these say little"
+    )
+    detector.calibration = replace(
+        calibration,
+        threshold=chosen.threshold,
+        chosen_parts=list(chosen.parts),
+        warnings=[*calibration.warnings, warning],
+    )
+
+
+def _values(detector: Detector, caught: Caught) -> NDArray[np.float64]:
+    return np.stack([caught.parts[name] for name in detector.parts], 1)
+
+
+def _scores(detector: Detector, caught: Caught) -> NDArray[np.float64]:
+    assert detector.calibrated is not None
+    return detector.calibrated.scores_of(_values(detector, caught))
+
+
+def _print_caught(detector: Detector, caught: Caught) -> None:
+    threshold = calibration_of(detector).threshold
+    assert threshold is not None
+    scores = caught.parts["score"]
+    found = is_above(scores, threshold.value)
+    for i in np.argsort(scores):
+        by = caught.decided_by[i]
+        where = "" if by is None else f" by {by}" + ("" if has_place(by) else ", which has no place")
+        print_line(f"{'found' if found[i] else 'MISSED':7}{where}  score {scores[i]:.4g}  {caught.paths[i]}")
+    print_line(f"bad images found at the threshold: {found.sum()} of {len(found)}")
+    if detector.calibrated is None:
+        return
+    print_line("what each part alone would find:")
+    for i, name in enumerate(detector.parts):
+        good = detector.calibrated.left_out[:, i]
+        print_line(f"  {name:14} {_shares(good, caught.parts[name])}")
+    good = detector.calibrated.scores_of(detector.calibrated.left_out)
+    print_line(f"  {'all together':14} {_shares(good, scores)}")
+
+
+def _shares(good: NDArray[np.float64], bad: NDArray[np.float64]) -> str:
+    """The share of bad images above as many good ones as each rate allows; rates that they cannot tell are left out."""
+    told = [rate for rate in _RATES if rate * (len(good) + 1) >= 1] or [1 / (len(good) + 1)]
+    shares = [
+        f"{np.mean(bad > np.sort(good)[::-1][int(rate * (len(good) + 1) + 1e-9) - 1]):.0%} at {rate:.3g} false alarms"
+        for rate in told
+    ]
+    return ", ".join(shares)
