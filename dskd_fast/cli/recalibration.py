@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -101,8 +100,8 @@ def _choose_parts(detector: Detector, caught: Caught, false_alarms: float) -> No
     caught.decided_by[:] = calibrated.deciding(_values(detector, caught))
     calibration = calibration_of(detector)
     warning = (
-        f"only {', '.join(chosen.parts)} decide: chosen by {len(caught.paths)} known bad images, so that figures on images "
-        "like these say little"
+        f"only {', '.join(chosen.parts)} decide: chosen by {len(caught.paths)} known bad images, so that figures on "
+        "images like these say little"
     )
     detector.calibration = replace(
         calibration,
