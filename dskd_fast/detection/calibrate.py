@@ -51,6 +51,8 @@ def recalibrate(
     """
     images = ImageStore(paths, detector.model.image_size, bits=detector.bits)
     batches = Batches(images, list(range(len(images))), batch_size)
+    if detector.calibrated is not None:
+        detector.calibrated.use(detector.calibrated.names)  # what was chosen by bad images was chosen for other scores
     detector.calibrate(batches, "validation", images.exposures, false_alarms=false_alarms, are_new=True)
     calibration_of(detector).warnings.extend(_what_is_not_promised(len(images), false_alarms))
 
