@@ -1,3 +1,4 @@
+import copy
 import csv
 import dataclasses
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 import dskd_fast.detection.predict as predict_module
@@ -35,6 +37,9 @@ def predicted(tiny_detector, out):
         assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == rows
         with (out / "predictions.csv").open(newline="", encoding="utf-8") as file:
             table = list(csv.DictReader(file))
+        parts = dict.fromkeys(tiny_detector.parts)
+        for row in rows:
+            row |= {f"part_{name}": value for name, value in (parts | (row.pop("parts") or {})).items()}
         assert table == [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
         for prediction in predictions:
             assert [prediction.error, prediction.skipped].count(None) == 1 + (prediction.score is not None)
@@ -270,6 +275,36 @@ def test_dead_frames_are_decided_suspect_with_the_reason_and_drawn(predicted, wr
     for name, p in found.items():
         assert (p.decision, p.overlay) == ("suspect", f"overlays/{name}.png")
         assert p.reason.startswith(f"{dead_frames[name][1]} (")
+
+
+def test_a_decision_without_a_place_says_so_and_is_drawn_over_the_map_of_the_global_student(
+    tiny_detector, predicted, out, write_images, tmp_path, monkeypatch
+):
+    (path,) = write_images(tmp_path, 1, size=(600, 64))
+    scored = copy.deepcopy(tiny_detector.calibrated)
+    monkeypatch.setattr(tiny_detector, "calibrated", scored)
+    for name, whole in (("condensed", True), ("local", False)):
+        scored.handicap = torch.tensor([1e3 if part == name else 0.0 for part in tiny_detector.parts])
+        (prediction,) = predicted(path, save_maps=True)
+        (found,) = tiny_detector.predict(path)
+        assert (prediction.decided_by, found.decided_by, prediction.is_whole) == (name, name, whole)
+        assert prediction.parts == pytest.approx(found.parts, rel=1e-4)
+        caption = f"score {prediction.score:.2f}   threshold 1.00   anomalous ({name}"
+        caption += ": the image as a whole)" if whole else ")"
+        drawn = found.global_map if whole else found.map
+        expected = overlay(np.asarray(Image.open(path)), drawn, caption, 0.0, 2.0)
+        np.testing.assert_array_equal(np.asarray(Image.open(out / prediction.overlay)), np.asarray(expected))
+        np.testing.assert_allclose(tifffile.imread(out / prediction.map), found.map, rtol=1e-4, atol=1e-4)
+
+
+def test_by_the_papers_scoring_no_part_decides(tiny_detector, out, write_images, tmp_path):
+    detector = dataclasses.replace(tiny_detector, calibrated=None)
+    (path,) = write_images(tmp_path, 1)
+    (prediction,) = predict(detector, [path], out, threshold=-1e9)
+    (found,) = detector.predict(path)
+    assert (prediction.decision, prediction.decided_by, prediction.is_whole) == ("anomalous", None, False)
+    assert prediction.score == pytest.approx(found.score, rel=1e-4)
+    assert list(prediction.parts) == ["local", "global"]
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong
