@@ -187,13 +187,9 @@ def parts_table(parts: dict[str, dict[str, float | None]], decided_by: dict[str,
     from rich import box
     from rich.table import Table
 
-    table = Table(
-        title="AUROC of each part of the score, and anomalous images it decided",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
+    table = Table(title="AUROC of each part of the score", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
-    for name in (*ANOMALY_KINDS, *(() if decided_by is None else ("decided",))):
+    for name in (*ANOMALY_KINDS, *(() if decided_by is None else ("anomalous",))):
         table.add_column(name, justify="right", overflow="fold")
     for name, areas in parts.items():
         figures = ["-" if areas[kind] is None else f"{areas[kind]:.3f}" for kind in ANOMALY_KINDS]

@@ -348,12 +348,18 @@ def test_doctor(cli):
     [
         *(("history.json", content) for content in (b"{}", b"[]", b"null")),
         *(("metrics.json", content) for content in (b"5", b"[]", b'{"local": 1}')),
-        ("calibration.json", b"\xff"),
+        *(("calibration.json", content) for content in (b"\xff", b"[]", b"{}", b'{"scores": {"file": "gone"}}')),
+        ("scores.safetensors", b"\xff"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named_by_info(cli_error, own_run, name, content):
     (own_run / name).write_bytes(content)
-    assert name in cli_error("info", own_run)
+    assert ("gone is missing" if b"gone" in content else name) in cli_error("info", own_run)
+
+
+def test_by_the_papers_scoring_info_shows_the_students_for_parts(cli, own_run, edit):
+    edit(own_run / "calibration.json", lambda content: content.pop("scores"))
+    assert list(json.loads(cli("info", own_run).out)["parts"]) == ["local", "global"]
 
 
 # ---------------------------------------------------------------------------------------------------- export
