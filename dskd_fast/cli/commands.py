@@ -268,7 +268,8 @@ def _parts(folder: Path, calibration: Any) -> dict[str, str]:
         raise UserError(
             f"{folder / runs.CALIBRATION} was not written by this program ({error}): train again, or restore the file"
         ) from None
-    found = {name.split(".")[1].replace("_", "-") for name in tensors if name.startswith("parts.")}
+    # In names of tensors, "_" stands for "-", and may end what is a word of Python.
+    found = {name.split(".")[1].strip("_").replace("_", "-") for name in tensors if name.startswith("parts.")}
     return {name: kind.meaning for name, kind in PARTS.items() if name in found}
 
 
