@@ -42,12 +42,13 @@ from dskd_fast.data.layout import (
 from dskd_fast.detection.export import SUFFIXES
 from dskd_fast.detection.export import export as export_detector
 from dskd_fast.detection.predict import predict as predict_images
+from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import TrainingStopped, UserError
 from dskd_fast.evaluation.evaluate import count_kinds, remarks, threshold_of
 from dskd_fast.evaluation.evaluate import evaluate as evaluate_detector
 from dskd_fast.evaluation.page import write_report
-from dskd_fast.files import printable
+from dskd_fast.files import load_tensors, printable
 from dskd_fast.metrics.maps import maps_without_image, read_maps, score_maps
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.folder import find_category
@@ -246,7 +247,8 @@ def info(arguments: argparse.Namespace) -> int:
     history = runs.read_json(arguments.run / runs.HISTORY)
     if not isinstance(history, list) or not history:
         raise UserError(f"{arguments.run / runs.HISTORY} is not the history of a training: restore the file")
-    content = {**config, "calibration": calibration, "last_epoch": history[-1]}
+    parts = _parts(arguments.run, calibration)
+    content = {**config, "parts": parts, "calibration": calibration, "last_epoch": history[-1]}
     if isinstance(calibration, dict) and calibration.get("exposure") is None:
         content["suspect"] = "no image is, however dark or flat: this run is from before there was that check"
     metrics = arguments.run / runs.METRICS
@@ -256,6 +258,25 @@ def info(arguments: argparse.Namespace) -> int:
     text = json.dumps(content, ensure_ascii=False)
     console.print_json(text, ensure_ascii=printable(text) != text)
     return 0
+
+
+def _parts(folder: Path, calibration: Any) -> dict[str, str]:
+    """What the scores of a run are made of, and what each part is."""
+    try:
+        recorded = calibration.get("scores")
+        if recorded is None:
+            return {name: f"the {name} student's map (the sum of maps decides)" for name in calibration["statistics"]}
+        path = folder / Path(recorded["file"]).name
+        tensors, _ = load_tensors(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: train again, or copy the whole run folder") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / runs.CALIBRATION} was not written by this program ({error}): train again, or restore the file"
+        ) from None
+    # In names of tensors, "_" stands for "-", and may end what is a word of Python.
+    found = {name.split(".")[1].strip("_").replace("_", "-") for name in tensors if name.startswith("parts.")}
+    return {name: kind.meaning for name, kind in PARTS.items() if name in found}
 
 
 def demo(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dskd_fast.cli.doctor import Service
 from dskd_fast.data.category import Category, unused_sentences
+from dskd_fast.data.ground_truth import ANOMALY_KINDS
 from dskd_fast.data.layout import MIN_IMAGES_TO_HOLD_OUT
 from dskd_fast.data.listing import PREDICTIONS
 from dskd_fast.detection.detector import Detector, calibration_of
@@ -181,6 +182,22 @@ def results_table(title: str, columns: dict[str, dict[str, Any]]) -> "Table":
     return table
 
 
+def parts_table(parts: dict[str, dict[str, float | None]], decided_by: dict[str, dict[str, int]] | None) -> "Table":
+    """AUROC of each part of a score, and how many images it called anomalous, as `evaluate` gives both."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="AUROC of each part of the score", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in (*ANOMALY_KINDS, *(() if decided_by is None else ("anomalous",))):
+        table.add_column(name, justify="right", overflow="fold")
+    for name, areas in parts.items():
+        figures = ["-" if areas[kind] is None else f"{areas[kind]:.3f}" for kind in ANOMALY_KINDS]
+        counts = [] if decided_by is None else [str(sum(of_kind[name] for of_kind in decided_by.values()))]
+        table.add_row(name, *figures, *counts)
+    return table
+
+
 def print_trained(folder: Path, detector: Detector, n_images: int) -> None:
     threshold = calibration_of(detector).threshold
     print_line(f"trained on {n_images} images, run in {folder}")
@@ -210,6 +227,9 @@ def print_predictions(predictions: Sequence[Prediction], threshold: float | None
     if threshold is not None:
         anomalous = sum(p.decision == "anomalous" for p in predictions)
         summary += f", {anomalous} anomalous (score above {threshold:.4g})"
+        n_whole = sum(p.is_whole for p in predictions)
+        if n_whole:
+            summary += f", {n_whole} of these as a whole, without a place"
     suspects = sum(p.decision == "suspect" for p in predictions)
     if suspects:
         summary += f", {suspects} suspect (why: {PREDICTIONS})"
@@ -232,11 +252,17 @@ def print_no_decisions() -> None:
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
-    columns = {"both students": metrics, "local alone": metrics["local"], "global alone": metrics["global"]}
-    if None in columns.values():  # one student, whose own figures these are
-        columns = {name: figures for name, figures in columns.items() if figures and figures is not metrics}
+    is_calibrated = metrics["scoring"] == "calibrated"
+    of_all = "all parts" if is_calibrated else "both students"
+    columns = {of_all: metrics, "local alone": metrics["local"], "global alone": metrics["global"]}
+    if None in columns.values():
+        columns = {name: figures for name, figures in columns.items() if figures}
+        if not is_calibrated:  # one student, whose own figures these are
+            del columns[of_all]
     counts = ", ".join(f"{n} {kind}" for kind, n in metrics["n_images"].items())
     console.print(results_table(f"{metrics['category']}: {counts} test images", columns), soft_wrap=False)
+    if is_calibrated:
+        console.print(parts_table(metrics["parts"], metrics["decided_by"]), soft_wrap=False)
     if metrics["decisions"] is not None:
         decided = ", ".join(
             f"{metrics['decisions'][kind]} of {n} {kind}" for kind, n in metrics["n_images"].items() if n

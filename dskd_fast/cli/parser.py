@@ -104,10 +104,13 @@ def make_parser() -> argparse.ArgumentParser:
         "predict",
         "Score images, decide, and draw heat maps.",
         "\n\nAn image is normal, anomalous, or suspect: much darker, brighter or flatter than the training images.\n"
-        "Writes DIR/predictions.csv, DIR/predictions.jsonl and DIR/overlays. Exits with 1 if an image file could "
-        "not be\nread (the others are still done). All image files of a folder are scored, but for overlays and maps "
-        "of an earlier\nprediction, those in DIR included, and for ground_truth beside test, which are listed as "
-        "skipped.",
+        "Writes DIR/predictions.csv, DIR/predictions.jsonl and DIR/overlays. The column decided_by names the part of "
+        "the\nscore that decided, part_NAME its value and those of the others (in the .jsonl: parts). condensed,\n"
+        "global-means and teacher-means compare the image as a whole: they have no place in a map, and the overlay of "
+        "an\nimage that they call anomalous shows the global student's.\n\n"
+        "Exits with 1 if an image file could not be read (the others are still done). All image files of a folder "
+        "are\nscored, but for overlays and maps of an earlier prediction, those in DIR included, and for ground_truth "
+        "beside\ntest, which are listed as skipped.",
     )
     arguments.add_run(predict)
     predict.add_argument(

@@ -3,8 +3,9 @@
 import csv
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.data.listing import IMAGE_SUFFIXES, PICTURE_FOLDERS, PREDICTIONS, is_prediction_output, walk
 from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import Detector
+from dskd_fast.detection.findings import has_place
 from dskd_fast.detection.inputs import check_batch_size
 from dskd_fast.detection.overlay import full_colour, overlay
 from dskd_fast.errors import UserError
@@ -31,7 +33,8 @@ _MAX_HELD = 64 * 2**20
 class Prediction:
     """One image's result; `error` says why there is none, `reason` why the decision is "suspect".
 
-    With `skipped` it stands for a folder whose image files were left out: how many, and what they are.
+    With `skipped` it stands for a folder whose image files were left out: how many, and what they are. `decided_by` is
+    the part of the score with the largest value (None for the paper's scoring), `parts` has the value of each.
     """
 
     path: str
@@ -43,6 +46,13 @@ class Prediction:
     reason: str | None = None
     error: str | None = None
     skipped: str | None = None
+    decided_by: str | None = None
+    parts: dict[str, float] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is anomalous by a part of the score that has no map: the image as a whole, nothing at a place."""
+        return self.decision == "anomalous" and not has_place(self.decided_by)
 
 
 def predict(
@@ -57,13 +67,17 @@ def predict(
 ) -> list[Prediction]:
     """Score images and write predictions.csv, predictions.jsonl and an overlay per image.
 
+    The files have a column, or a key, for each field of `Prediction`; the values of the parts are a column part_NAME
+    each in the first, one object in the second. An overlay shows the combined map; where a part without a map has
+    decided that the image is anomalous, it says so and shows the global student's, if there is one.
+
     Args:
         detector: calibrated.
         inputs: image files, which are read whatever their suffix, and folders that are searched with their subfolders.
             Hidden files and folders are left out.
         out: folder of the results; those of an earlier call are replaced, but for its pictures of other images.
         threshold: of the decisions; None makes none.
-        save_maps: also write maps/NAME.tiff, float32 at the image's size.
+        save_maps: also write maps/NAME.tiff, always the combined map, float32 at the image's size.
         batch_size: images per pass.
         progress: called as progress(stage, done, total).
 
@@ -97,7 +111,7 @@ def predict(
     finally:
         # Also when interrupted: what has been scored should not have to be scored again.
         others += _left_over(earlier, out, predictions, others)
-        _write_results(out, predictions + others)
+        _write_results(out, predictions + others, detector.parts)
     return predictions + others
 
 
@@ -111,18 +125,27 @@ def _predict_batch(
 
     def predict_held() -> None:
         images = torch.stack([detector.resized(image) for image in held.values()])
-        maps = detector.maps(images).combined
-        scores, suspicions = detector.image_scores(maps).tolist(), detector.suspicions(*measure_exposure(images))
-        for path, score, suspect, coarse_map in zip(list(held), scores, suspicions, maps, strict=True):
-            decision = decide(score, threshold, suspect)
-            caption = f"score {score:.2f}"
-            if suspect is not None:
-                caption += f"   suspect: {suspect}"
-            elif threshold is not None:
-                caption += f"   threshold {threshold:.2f}   {decision}"
+        found = detector.find(images)
+        suspicions = detector.suspicions(*measure_exposure(images))
+        for i, (path, suspect) in enumerate(zip(list(held), suspicions, strict=True)):
+            score = float(found.scores["combined"][i])
+            prediction = Prediction(
+                str(path),
+                score,
+                threshold,
+                decide(score, threshold, suspect),
+                reason=suspect,
+                decided_by=found.decided_by[i],
+                parts={name: float(values[i]) for name, values in found.parts.items()},
+            )
+            combined = drawn = found.maps.combined[i]
+            if prediction.is_whole and found.maps.global_ is not None:
+                drawn = found.maps.global_[i]
+            saved = combined if save_maps else None
+            caption = _caption(prediction)
             # The image and its map are freed before the next map is made.
-            written = _write_pictures(detector, held.pop(path), coarse_map, caption, high, out, names[path], save_maps)
-            predictions[path] = Prediction(str(path), score, threshold, decision, reason=suspect, **written)
+            written = _write_pictures(detector, held.pop(path), drawn, saved, caption, high, out, names[path])
+            predictions[path] = replace(prediction, **written)
 
     for path in names:
         try:
@@ -136,24 +159,45 @@ def _predict_batch(
     return [predictions[path] for path in names]
 
 
+def _caption(prediction: Prediction) -> str:
+    """The line under an overlay."""
+    caption = f"score {prediction.score:.2f}"
+    if prediction.reason is not None:
+        return f"{caption}   suspect: {prediction.reason}"
+    if prediction.threshold is None:
+        return caption
+    caption += f"   threshold {prediction.threshold:.2f}   {prediction.decision}"
+    if prediction.decision == "anomalous" and prediction.decided_by is not None:
+        where = ": the image as a whole" if prediction.is_whole else ""
+        caption += f" ({prediction.decided_by}{where})"
+    return caption
+
+
 def _write_pictures(
     detector: Detector,
     image: NDArray[np.uint8],
-    coarse_map: NDArray[np.float32],
+    drawn: NDArray[np.float32],
+    saved: NDArray[np.float32] | None,
     caption: str,
     high: float,
     out: Path,
     name: str,
-    save_maps: bool,
-) -> dict[str, str]:
-    """The fields of `Prediction` that say what was written, or why not."""
-    written: dict[str, str] = {}
-    anomaly_map = detector.localisation_map(coarse_map, image.shape[:2])
+) -> dict[str, Any]:
+    """Draw one map (S, S) and save one, which may be the same.
+
+    Returns:
+        The fields of `Prediction` that say what was written, or why not.
+    """
+    written: dict[str, Any] = {}
+    anomaly_map = detector.localisation_map(drawn, image.shape[:2])
     try:
         overlay_name = f"overlays/{name}.png"
         write_file(out / overlay_name, overlay(image, anomaly_map, caption, low=0.0, high=high).save)
         written["overlay"] = overlay_name
-        if save_maps:
+        if saved is not None:
+            if saved is not drawn:
+                del anomaly_map  # one map at a time
+                anomaly_map = detector.localisation_map(saved, image.shape[:2])
             map_name = f"maps/{name}.tiff"
             save_map(out / map_name, anomaly_map)
             written["map"] = map_name
@@ -248,15 +292,18 @@ def _image_files_below(folder: Path, out: Path) -> tuple[list[Path], dict[Path, 
     return images, others
 
 
-def _write_results(out: Path, predictions: Iterable[Prediction]) -> None:
+def _write_results(out: Path, predictions: Iterable[Prediction], parts: Sequence[str]) -> None:
     rows = [asdict(prediction) for prediction in predictions]
-    columns = [field.name for field in fields(Prediction)]
+    names = [field.name for field in fields(Prediction) if field.name != "parts"]
+    columns = [*names, *(f"part_{part}" for part in parts)]
 
     def write_csv(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, fieldnames=columns)
             writer.writeheader()
-            writer.writerows(rows)
+            for row in rows:
+                values = {f"part_{part}": value for part, value in (row["parts"] or {}).items()}
+                writer.writerow({name: row[name] for name in names} | values)
 
     def write_jsonl(temporary: Path) -> None:
         lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""Evaluation on a category's test images: AUROC, sPRO, and the decisions at the run's threshold."""
+"""Evaluation on a category's test images: AUROC, sPRO, the decisions at the run's threshold, and what made them."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -10,15 +10,17 @@ from numpy.typing import NDArray
 
 from dskd_fast.data.category import Category, GroundTruth
 from dskd_fast.data.contents import copies
-from dskd_fast.data.ground_truth import KINDS
+from dskd_fast.data.ground_truth import ANOMALY_KINDS, KINDS
 from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import Detector, calibration_of
-from dskd_fast.detection.findings import VARIANTS, Maps, Variant
+from dskd_fast.detection.findings import VARIANTS, Findings, Maps, Variant
 from dskd_fast.detection.inputs import check_batch_size
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
+from dskd_fast.metrics.auroc import auroc
 from dskd_fast.metrics.maps import ScoredMap, save_map, score_maps
+from dskd_fast.metrics.spro import mean_of_kinds
 from dskd_fast.progress import Progress, silent
 
 
@@ -30,12 +32,16 @@ class ScoredImages(NamedTuple):
         maps: their maps, (n, S, S) each.
         scores: their image scores, (n,), by each variant of the maps that there is.
         suspicions: why they are suspect, see `Detection`; None for those that are not.
+        parts: what the scores are made of, (n,) each, in the order of `Detector.parts`.
+        decided_by: the part with the largest value for each image; None with the paper's scoring.
     """
 
     images: ImageStore
     maps: Maps
     scores: dict[Variant, NDArray[np.float64]]
     suspicions: list[str | None]
+    parts: dict[str, NDArray[np.float64]]
+    decided_by: list[str | None]
 
     def decisions(self, threshold: float | None) -> list[str | None]:
         """What is decided of each image: see `dskd_fast.detection.calibration.decide`."""
@@ -68,7 +74,10 @@ def evaluate(
         "category"; "auroc", "spro", "spro_at" as `dskd_fast.metrics.maps.score_maps` gives them, for the combined maps
         and again under "local" and "global" for each student alone (None for a missing one); "n_images" per
         kind; "decisions" per kind: how many images were called anomalous at "threshold"; "suspects" per kind: how many
-        were called suspect instead, whose scores count in the figures like all others; "absent": why a figure is None;
+        were called suspect instead, whose scores count in the figures like all others; "scoring": "calibrated" or
+        "paper"; "parts": the AUROC of each part of the score by itself; "decided_by" per kind: by which part how many
+        images were called anomalous (None without a threshold, and with the paper's scoring, where a sum decides);
+        "absent": why a figure is None;
         "warnings": what makes the figures doubtful; "bad_masks": a sentence for each mask that cannot be used, which
         leaves its kind without sPRO; "unused": `Category.unused_summary`.
 
@@ -102,6 +111,9 @@ def evaluate(
         "threshold": threshold,
         "decisions": None if threshold is None else count_decisions(category, decisions, "anomalous"),
         "suspects": count_decisions(category, decisions, "suspect"),
+        "scoring": "paper" if detector.calibrated is None else "calibrated",
+        "parts": {name: part_auroc(category, values) for name, values in test.parts.items()},
+        "decided_by": None if threshold is None else count_parts(category, test, decisions),
         **remarks(category, truth),
     }
     if scores_file is not None:
@@ -125,9 +137,10 @@ def score_images(detector: Detector, category: Category, batch_size: int, progre
         bits=detector.bits,
         progress=progress,
     )
-    maps = _all_maps(detector, images, batch_size, progress)
-    scores = {variant: detector.image_scores(found) for variant, found in maps.existing.items()}
-    return ScoredImages(images, maps, scores, detector.suspicions(*images.exposures))
+    found = _find_all(detector, images, batch_size, progress)
+    return ScoredImages(
+        images, found.maps, found.scores, detector.suspicions(*images.exposures), found.parts, found.decided_by
+    )
 
 
 def scored_maps(
@@ -156,6 +169,27 @@ def count_decisions(category: Category, decisions: Sequence[str | None], decisio
     """How many test images of each kind have this decision."""
     decided = [item.kind for item, found in zip(category.test, decisions, strict=True) if found == decision]
     return {kind: decided.count(kind) for kind in KINDS}
+
+
+def count_parts(
+    category: Category, test: ScoredImages, decisions: Sequence[str | None]
+) -> dict[str, dict[str, int]] | None:
+    """By which part of the score how many test images of each kind are called anomalous; None if by no part."""
+    if None in test.decided_by:
+        return None
+    counts: dict[str, dict[str, int]] = {kind: dict.fromkeys(test.parts, 0) for kind in KINDS}
+    for item, decision, part in zip(category.test, decisions, test.decided_by, strict=True):
+        if decision == "anomalous" and part is not None:
+            counts[item.kind][part] += 1
+    return counts
+
+
+def part_auroc(category: Category, values: NDArray[np.float64]) -> dict[str, float | None]:
+    """AUROC of one part's values for the test images (n,), as `score_maps` gives it for scores."""
+    kinds = np.array([item.kind for item in category.test])
+    good = values[kinds == "good"]
+    areas: dict[str, float | None] = {kind: auroc(good, values[kinds == kind]) for kind in ANOMALY_KINDS}
+    return areas | {"mean": mean_of_kinds(**areas)}
 
 
 def absences(category: Category, truth: GroundTruth) -> list[str]:
@@ -194,21 +228,29 @@ def _warnings(category: Category) -> list[str]:
     ]
 
 
-def _all_maps(detector: Detector, images: ImageStore, batch_size: int, progress: Progress) -> Maps:
+def _find_all(detector: Detector, images: ImageStore, batch_size: int, progress: Progress) -> Findings:
+    """What the detector finds in all images; the maps of only one batch are held twice."""
     shape = len(images), detector.model.image_size, detector.model.image_size
-    students = detector.model.students
-    maps = Maps(
-        np.empty(shape, np.float32),
-        np.empty(shape, np.float32) if "local" in students else None,
-        np.empty(shape, np.float32) if "global" in students else None,
-    )
+    maps = {variant: np.empty(shape, np.float32) for variant in detector.variants}
+    scores: dict[Variant, list[NDArray[np.float64]]] = {variant: [] for variant in detector.variants}
+    parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in detector.parts}
+    decided_by: list[str | None] = []
     for start in range(0, len(images), batch_size):
         stop = min(start + batch_size, len(images))
-        parts = detector.maps(images.batch(range(start, stop))).existing
-        for variant, found in maps.existing.items():
-            found[start:stop] = parts[variant]
+        found = detector.find(images.batch(range(start, stop)))
+        for variant, of_batch in found.maps.existing.items():
+            maps[variant][start:stop] = of_batch
+            scores[variant].append(found.scores[variant])
+        for name, values in found.parts.items():
+            parts[name].append(values)
+        decided_by += found.decided_by
         progress("computing maps", stop, len(images))
-    return maps
+    return Findings(
+        Maps(maps["combined"], maps.get("local"), maps.get("global")),
+        {variant: np.concatenate(values) for variant, values in scores.items()},
+        {name: np.concatenate(values) for name, values in parts.items()},
+        decided_by,
+    )
 
 
 def _write_scores(
@@ -219,8 +261,8 @@ def _write_scores(
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
-            columns = "image", "type", "score", "local_score", "global_score", "threshold", "decision", "reason"
-            writer.writerow(columns)
+            columns = ["image", "type", "score", "local_score", "global_score", "threshold", "decision", "reason"]
+            writer.writerow([*columns, "decided_by", *(f"part_{name}" for name in test.parts)])
             for i, item in enumerate(category.test):
                 writer.writerow(
                     [
@@ -230,6 +272,8 @@ def _write_scores(
                         threshold,
                         decisions[i],
                         test.suspicions[i],
+                        test.decided_by[i],
+                        *(float(values[i]) for values in test.parts.values()),
                     ]
                 )
 

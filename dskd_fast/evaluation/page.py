@@ -28,13 +28,15 @@ from dskd_fast.data.ground_truth import ANOMALY_KINDS, KINDS, LabelledImage
 from dskd_fast.data.images import read_image
 from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import Detector
-from dskd_fast.detection.findings import Variant
+from dskd_fast.detection.findings import Variant, has_place
 from dskd_fast.detection.overlay import colours, full_colour
+from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import (
     ScoredImages,
     count_decisions,
     count_kinds,
+    part_auroc,
     remarks,
     score_images,
     scored_maps,
@@ -138,6 +140,7 @@ def write_report(
             "created": datetime.now().astimezone().isoformat(timespec="minutes"),
             "spro_limit": SPRO_LIMIT,
             "colours": _colour_tables(),
+            "meanings": {name: kind.meaning for name, kind in PARTS.items()},
             "runs": runs,
             "images": list(images.values()),
         }
@@ -206,10 +209,12 @@ def _describe_run(
     size = detector.model.image_size
     alone = "" if options.students == "both" else f", the {options.students} student alone"
     # First of all, since it reads the masks.
-    variants = {
+    variants: dict[str, dict[str, Any]] = {
         variant: _describe_variant(truth, detector, test, variant, kinds, threshold, progress)
         for variant in test.scores
     }
+    for name in _without_map(test):
+        variants[name] = _describe_part(source.category, test, name, kinds)
     said = remarks(source.category, truth)
     return {
         "name": source.name,
@@ -224,6 +229,8 @@ def _describe_run(
         "suspects": count_decisions(source.category, decisions, "suspect"),
         "absent": [*said["absent"], *said["warnings"], *said["bad_masks"], *unused_sentences(said["unused"])],
         "variants": variants,
+        # Where a sum of maps decides, there is nothing to list beside the variants.
+        "parts": [] if detector.calibrated is None else list(detector.parts),
     }
 
 
@@ -240,13 +247,38 @@ def _describe_variant(
     figures = score_maps(scored_maps(detector, truth, test, variant, progress), spro)
     scores: dict[str, NDArray[np.float64]] = {kind: test.scores[variant][kinds == kind] for kind in KINDS}
     return {
+        "map": variant,
+        "has_place": True,
         "auroc": figures["auroc"],
         "spro": figures["spro"],
-        "roc": {kind: _points(roc_curve(scores["good"], scores[kind]), 1.0) for kind in ANOMALY_KINDS},
+        "roc": _roc(scores),
         "spro_curve": {kind: _points(spro.curve(kind, SPRO_LIMIT), SPRO_LIMIT) for kind in ANOMALY_KINDS},
         # It is a threshold for the combined score alone.
         "histogram": _histogram(scores, threshold if variant == "combined" else None),
     }
+
+
+def _without_map(test: ScoredImages) -> list[str]:
+    """The parts of the score that measure an image as a whole."""
+    return [name for name in test.parts if not has_place(name)]
+
+
+def _describe_part(category: Category, test: ScoredImages, name: str, kinds: NDArray[np.str_]) -> dict[str, Any]:
+    """As `_describe_variant`, for a part of the score without a map; beside it another map is shown."""
+    scores: dict[str, NDArray[np.float64]] = {kind: test.parts[name][kinds == kind] for kind in KINDS}
+    return {
+        "map": "combined" if test.maps.global_ is None else "global",
+        "has_place": False,
+        "auroc": part_auroc(category, test.parts[name]),
+        "spro": dict.fromkeys((*ANOMALY_KINDS, "mean")),
+        "roc": _roc(scores),
+        "spro_curve": dict.fromkeys(ANOMALY_KINDS),
+        "histogram": _histogram(scores, None),
+    }
+
+
+def _roc(scores: dict[str, NDArray[np.float64]]) -> dict[str, list[list[float]] | None]:
+    return {kind: _points(roc_curve(scores["good"], scores[kind]), 1.0) for kind in ANOMALY_KINDS}
 
 
 def _describe_result(detector: Detector, test: ScoredImages, index: int, threshold: float | None) -> dict[str, Any]:
@@ -255,7 +287,9 @@ def _describe_result(detector: Detector, test: ScoredImages, index: int, thresho
     return {
         "decision": decide(test.scores["combined"][index], threshold, test.suspicions[index]),
         "reason": test.suspicions[index],
-        "scores": {variant: float(test.scores[variant][index]) for variant in test.scores},
+        "decided_by": test.decided_by[index],
+        "scores": {variant: float(test.scores[variant][index]) for variant in test.scores}
+        | {name: float(test.parts[name][index]) for name in _without_map(test)},
         "maps": {variant: _map_png(detector, maps[index], high) for variant, maps in test.maps.existing.items()},
     }
 

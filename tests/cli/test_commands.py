@@ -16,11 +16,12 @@ from dskd_fast.choices import HOLDOUT
 from dskd_fast.cli import commands
 from dskd_fast.data.images import read_image
 from dskd_fast.detection.export import Exported
+from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.runs.options import CHOICES, TrainingOptions
 
-RUN_FILES = ["calibration.json", "config.json", "history.json", "weights.safetensors"]
+RUN_FILES = ["calibration.json", "config.json", "history.json", "scores.safetensors", "weights.safetensors"]
 
 
 def read_json(path):
@@ -47,13 +48,16 @@ def test_evaluate_then_its_maps_then_predict_then_info(own_run, data_root, tmp_p
     maps = tmp_path / "maps"
     code, out, err = cli("evaluate", own_run, "--save-maps", maps)
     assert (code, err) == (0, "")
-    assert below(own_run) == [*RUN_FILES[:3], "metrics.json", "scores.csv", RUN_FILES[3]]
+    assert below(own_run) == [*RUN_FILES[:3], "metrics.json", "scores.csv", *RUN_FILES[3:]]
     metrics = read_json(own_run / "metrics.json")
     assert metrics["n_images"] == {"good": 4, "structural": 3, "logical": 3}
     for measure, label in (("auroc", "AUROC"), ("spro", "sPRO@0.05")):
         for kind in ("structural", "logical", "mean"):
             figures = (part[measure][kind] for part in (metrics, metrics["local"], metrics["global"]))
             assert re.search(f"{label} {kind} +{' +'.join(f'{figure:.3f}' for figure in figures)}", out)
+    for name, areas in metrics["parts"].items():
+        n = sum(of_kind[name] for of_kind in metrics["decided_by"].values())
+        assert re.search(f" {name} +{areas['structural']:.3f} +{areas['logical']:.3f} +{n} *\n", out)
     assert re.search(r"called anomalous at threshold .*: \d of 4 good, \d of 3 structural, \d of 3 logical", out)
 
     arguments = ["evaluate-maps", maps, "--data-root", data_root, "--category", "screw_bag"]
@@ -73,8 +77,9 @@ def test_evaluate_then_its_maps_then_predict_then_info(own_run, data_root, tmp_p
     assert len(predicted) == len(rows) == 10
     for row in rows:
         prediction = predicted[str(data_root / "screw_bag" / row["image"])]
-        assert float(prediction["score"]) == pytest.approx(float(row["score"]), rel=1e-3)
-        assert (prediction["threshold"], prediction["decision"]) == (row["threshold"], row["decision"])
+        assert float(prediction["score"]) == pytest.approx(float(row["score"]), rel=1e-3, abs=1e-3)
+        for name in ("threshold", "decision", "decided_by"):
+            assert prediction[name] == row[name]
     n = sum(row["decision"] == "anomalous" for row in rows)
     assert f"10 images scored, {n} anomalous (score above " in out
 
@@ -85,6 +90,8 @@ def test_evaluate_then_its_maps_then_predict_then_info(own_run, data_root, tmp_p
     assert shown["calibration"] == read_json(own_run / "calibration.json")
     assert shown["last_epoch"] == read_json(own_run / "history.json")[-1]
     assert shown["metrics"] == metrics
+    assert shown["parts"].keys() == metrics["parts"].keys()
+    assert shown["parts"]["condensed"] == PARTS["condensed"].meaning
 
 
 # ---------------------------------------------------------------------------------------------------- train
@@ -112,7 +119,7 @@ def asked_for(cli, monkeypatch):
 def test_every_option_arrives(asked_for, write_images, tmp_path):
     write_images(tmp_path / "part", 10)
     options = {"teacher": "lite", "teacher_weights": "w.pth", "image_size": 64, "gccb": 0, "epochs": 2, "batch_size": 3}
-    options |= {"lr": 0.001, "temperature": 0.5, "sigma": 1.5, "seed": 5, "bits": 12}
+    options |= {"warmup": 0.1, "averaging": 0.5, "lr": 0.001, "temperature": 0.5, "sigma": 1.5, "seed": 5, "bits": 12}
     options |= {name: choices[1] for name, choices in CHOICES.items()}
     more = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)]
     flags = {"filter_maps": True, "align_corners": True, "compile": True}
@@ -303,6 +310,8 @@ def test_what_is_not_inspected_is_listed_and_only_photographs_make_a_failure(
     rows = read_rows(tmp_path / "predictions" / "predictions.csv")
     lines = [json.loads(line) for line in (tmp_path / "predictions" / "predictions.jsonl").read_text().splitlines()]
     for row, line in zip(rows, lines, strict=True):
+        parts = dict.fromkeys(PARTS) | (line.pop("parts") or {})
+        line |= {f"part_{name}": value for name, value in parts.items()}
         assert row == {name: "" if value is None else str(value) for name, value in line.items()}
     assert [bool(row["score"]) for row in rows] == [True, False, True, False, False]
     assert len(list((tmp_path / "predictions" / "maps").iterdir())) == 2
@@ -339,12 +348,18 @@ def test_doctor(cli):
     [
         *(("history.json", content) for content in (b"{}", b"[]", b"null")),
         *(("metrics.json", content) for content in (b"5", b"[]", b'{"local": 1}')),
-        ("calibration.json", b"\xff"),
+        *(("calibration.json", content) for content in (b"\xff", b"[]", b"{}", b'{"scores": {"file": "gone"}}')),
+        ("scores.safetensors", b"\xff"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named_by_info(cli_error, own_run, name, content):
     (own_run / name).write_bytes(content)
-    assert name in cli_error("info", own_run)
+    assert ("gone is missing" if b"gone" in content else name) in cli_error("info", own_run)
+
+
+def test_by_the_papers_scoring_info_shows_the_students_for_parts(cli, own_run, edit):
+    edit(own_run / "calibration.json", lambda content: content.pop("scores"))
+    assert list(json.loads(cli("info", own_run).out)["parts"]) == ["local", "global"]
 
 
 # ---------------------------------------------------------------------------------------------------- export

@@ -1,11 +1,13 @@
 import io
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 import dskd_fast.cli.display as display
-from dskd_fast.cli.display import counter, results_table, training_progress
+from dskd_fast.cli.display import counter, parts_table, results_table, training_progress
+from dskd_fast.detection.predict import Prediction
 from dskd_fast.progress import log
 from dskd_fast.runs.history import TrainingState
 
@@ -72,6 +74,43 @@ def test_an_absent_figure_is_a_dash_and_hides_no_other(screen):
     missing = [f"{measure} {kind}" for measure in ("AUROC", "sPRO@0.05") for kind in absent]
     assert rows == dict.fromkeys(missing, "-") | {"AUROC structural": "0.500", "sPRO@0.3 structural": "0.250"}
     assert "None" not in "".join(lines)
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_each_part_has_a_row_with_its_areas_and_its_decisions_and_no_terminal_is_too_narrow(screen, width):
+    areas = {"local": (0.5, 0.25), "global-means": (None, 0.125)}
+    parts = {name: {"structural": a, "logical": b, "mean": None} for name, (a, b) in areas.items()}
+    decided_by = {"good": {"local": 1, "global-means": 0}, "logical": {"local": 20, "global-means": 3}}
+    for counts in (decided_by, None):
+        text = printed(parts_table(parts, counts), screen(width))
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width
+        rows = [line.split() for line in text.splitlines()[-3:-1]]
+        assert [row[:3] for row in rows] == [["local", "0.500", "0.250"], ["global-means", "-", "0.125"]]
+        assert [row[3:] for row in rows] == ([[], []] if counts is None else [["21"], ["3"]])
+
+
+def test_a_student_alone_has_one_column_unless_other_parts_are_scored_with_it(screen):
+    parts = {"parts": {"teacher-means": dict.fromkeys(("structural", "logical", "mean"), 0.5)}, "decided_by": None}
+    said = {"category": "c", "n_images": {"good": 1}, "decisions": None, "suspects": {}, **parts}
+    said |= {"absent": [], "warnings": [], "unused": [], "bad_masks": []}
+    for scoring, names in (("paper", ["local alone"]), ("calibrated", ["all parts", "local alone"])):
+        file = screen(100)
+        display.print_metrics(figures(100) | said | {"scoring": scoring, "local": figures(200), "global": None})
+        lines = file.getvalue().splitlines()
+        assert re.split(" {2,}", lines[2].strip()) == names
+        assert any(line.split() == ["teacher-means", "0.500", "0.500"] for line in lines) == (scoring == "calibrated")
+
+
+def test_decisions_of_parts_without_a_place_are_counted(capsys):
+    deciders = "local", "condensed", "teacher-means"
+    predictions = [Prediction("a.png", 5.0, 3.0, "anomalous", decided_by=name) for name in deciders]
+    predictions.append(Prediction("b.png", 2.0, 3.0, "normal", decided_by="condensed"))
+    for chosen, whole in ((predictions, ", 2 of these as a whole, without a place"), (predictions[:1], "")):
+        display.print_predictions(chosen, 3.0, Path("out"))
+        n = sum(p.decision == "anomalous" for p in chosen)
+        expected = f"{len(chosen)} images scored, {n} anomalous (score above 3){whole}; results in out\n"
+        assert capsys.readouterr().out == expected
 
 
 def states(steps):

@@ -1,3 +1,4 @@
+import copy
 import csv
 import dataclasses
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 import dskd_fast.detection.predict as predict_module
@@ -35,6 +37,9 @@ def predicted(tiny_detector, out):
         assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == rows
         with (out / "predictions.csv").open(newline="", encoding="utf-8") as file:
             table = list(csv.DictReader(file))
+        parts = dict.fromkeys(tiny_detector.parts)
+        for row in rows:
+            row |= {f"part_{name}": value for name, value in (parts | (row.pop("parts") or {})).items()}
         assert table == [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
         for prediction in predictions:
             assert [prediction.error, prediction.skipped].count(None) == 1 + (prediction.score is not None)
@@ -69,8 +74,10 @@ def test_scores_and_maps_are_those_of_evaluate(predicted, tiny_detector, data_ro
     assert predictions.keys() == evaluated.keys()
     for item in category.test:
         p, row = predictions[str(item.path)], evaluated[str(item.path)]
-        assert p.score == pytest.approx(float(row["score"]), rel=1e-4)
-        assert p.decision == row["decision"]
+        assert p.score == pytest.approx(float(row["score"]), rel=1e-4, abs=1e-4)
+        assert (p.decision, p.decided_by) == (row["decision"], row["decided_by"])
+        parts = {name: float(row[f"part_{name}"]) for name in tiny_detector.parts}
+        assert p.parts == pytest.approx(parts, rel=1e-4, abs=1e-4)
         theirs = tifffile.imread(tmp_path / "maps" / "screw_bag" / f"{item.key}.tiff")
         np.testing.assert_allclose(tifffile.imread(tmp_path / "results" / p.map), theirs, rtol=1e-3, atol=1e-3)
 
@@ -82,7 +89,7 @@ def test_without_a_threshold_there_are_no_decisions_and_the_batch_size_does_not_
     paths = write_images(tmp_path, 5)
     expected = [p.score for p in predicted(*paths)]
     predictions = predicted(*paths, threshold=None, batch_size=2, progress=lambda *state: states.append(state[1:]))
-    np.testing.assert_allclose([p.score for p in predictions], expected, rtol=1e-4)
+    np.testing.assert_allclose([p.score for p in predictions], expected, rtol=1e-4, atol=1e-4)
     assert all(p.overlay is not None for p in predictions)
     assert {(p.threshold, p.decision) for p in predictions} == {(None, None)}
     assert states == [(2, 5), (4, 5), (5, 5)]
@@ -112,7 +119,7 @@ def test_large_images_are_held_and_drawn_one_at_a_time(
     watch(type(tiny_detector), "localisation_map", "map")
     found = {p.path: p.score for p in predicted(*paths, save_maps=True)}
     assert most == {"image": 1 + max_held // (64 * 80 * 3 + 1), "map": 1}
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ names of results
@@ -272,6 +279,36 @@ def test_dead_frames_are_decided_suspect_with_the_reason_and_drawn(predicted, wr
         assert p.reason.startswith(f"{dead_frames[name][1]} (")
 
 
+def test_a_decision_without_a_place_says_so_and_is_drawn_over_the_map_of_the_global_student(
+    tiny_detector, predicted, out, write_images, tmp_path, monkeypatch
+):
+    (path,) = write_images(tmp_path, 1, size=(600, 64))
+    scored = copy.deepcopy(tiny_detector.calibrated)
+    monkeypatch.setattr(tiny_detector, "calibrated", scored)
+    for name, whole in (("condensed", True), ("local", False)):
+        scored.handicap = torch.tensor([1e3 if part == name else 0.0 for part in tiny_detector.parts])
+        (prediction,) = predicted(path, save_maps=True)
+        (found,) = tiny_detector.predict(path)
+        assert (prediction.decided_by, found.decided_by, prediction.is_whole) == (name, name, whole)
+        assert prediction.parts == pytest.approx(found.parts, rel=1e-4, abs=1e-4)
+        caption = f"score {prediction.score:.2f}   threshold 1.00   anomalous ({name}"
+        caption += ": the image as a whole)" if whole else ")"
+        drawn = found.global_map if whole else found.map
+        expected = overlay(np.asarray(Image.open(path)), drawn, caption, 0.0, 2.0)
+        np.testing.assert_array_equal(np.asarray(Image.open(out / prediction.overlay)), np.asarray(expected))
+        np.testing.assert_allclose(tifffile.imread(out / prediction.map), found.map, rtol=1e-4, atol=1e-4)
+
+
+def test_by_the_papers_scoring_no_part_decides(tiny_detector, out, write_images, tmp_path):
+    detector = dataclasses.replace(tiny_detector, calibrated=None)
+    (path,) = write_images(tmp_path, 1)
+    (prediction,) = predict(detector, [path], out, threshold=-1e9)
+    (found,) = detector.predict(path)
+    assert (prediction.decision, prediction.decided_by, prediction.is_whole) == ("anomalous", None, False)
+    assert prediction.score == pytest.approx(found.score, rel=1e-4, abs=1e-4)
+    assert list(prediction.parts) == ["local", "global"]
+
+
 # ------------------------------------------------------------------------------------------------ what goes wrong
 
 
@@ -290,7 +327,7 @@ def test_unreadable_images_are_reported_and_the_others_are_done(predicted, out, 
         assert p == Prediction(p.path, error=p.error)
         assert "\n" not in p.error
     assert "empty" in predictions[2].error
-    assert {p.path: pytest.approx(p.score, rel=1e-4) for p in predictions if p.error is None} == alone
+    assert {p.path: pytest.approx(p.score, rel=1e-4, abs=1e-4) for p in predictions if p.error is None} == alone
     assert len(overlays(out)) == 3
     shutil.rmtree(out)
     assert "PNG" in predicted(paths[4])[0].error

@@ -1,3 +1,4 @@
+import copy
 import csv
 import dataclasses
 import json
@@ -6,11 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import open_category
+from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import decide, evaluate
 from dskd_fast.metrics.maps import ScoredMap, score_maps
@@ -65,6 +68,7 @@ def test_the_keys_are_those_that_were_promised(evaluated):
         for values in (part["auroc"], *part["spro_at"].values()):
             assert set(values) == {"structural", "logical", "mean"}
             assert all(0 <= value <= 1 for value in values.values())
+    assert figures["scoring"] == "calibrated"
     json.dumps(figures, allow_nan=False)
 
 
@@ -105,16 +109,58 @@ def test_maps_lie_in_the_evaluators_layout_at_native_size_and_give_the_figures(e
         assert figures[name] == values
 
 
-def test_the_maps_of_both_students_are_scored_in_their_own_right(tiny_detector, category, evaluated):
+def test_each_part_has_its_own_area_and_counts_the_decisions_that_it_made(evaluated, tiny_detector):
+    figures, rows, _ = evaluated
+    assert tuple(figures["parts"]) == tiny_detector.parts
+    assert list(rows[0])[8:] == ["decided_by", *(f"part_{name}" for name in tiny_detector.parts)]
+    for name, areas in figures["parts"].items():
+        for kind in ("structural", "logical"):
+            expected = area(column(rows, f"part_{name}", "good"), column(rows, f"part_{name}", kind))
+            assert areas[kind] == pytest.approx(expected, rel=1e-12)
+        assert areas["mean"] == (areas["structural"] + areas["logical"]) / 2
+    for row in rows:
+        values = {name: float(row[f"part_{name}"]) for name in tiny_detector.parts}
+        assert row["decided_by"] == max(values, key=values.get)
+        assert max(values.values()) < float(row["score"])
+    for kind in KINDS:
+        of_kind = [row["decided_by"] for row in rows if (row["type"], row["decision"]) == (kind, "anomalous")]
+        assert figures["decided_by"][kind] == {name: of_kind.count(name) for name in tiny_detector.parts}
+
+
+@pytest.fixture
+def papers(tiny_detector):
+    """The detector with the paper's scoring."""
+    return dataclasses.replace(tiny_detector, calibrated=None)
+
+
+def test_the_papers_scoring_has_the_students_for_parts_and_none_decides(papers, category, tmp_path):
+    figures = evaluate(papers, category, threshold=0.0, batch_size=4, scores_file=tmp_path / "scores.csv")
+    assert (figures["scoring"], figures["decided_by"]) == ("paper", None)
+    assert figures["parts"] == {name: figures[name]["auroc"] for name in ("local", "global")}
+    images = ImageStore([item.path for item in category.test], 64)
+    for i, row in enumerate(read_rows(tmp_path / "scores.csv")):
+        (score,) = papers.image_scores(papers.maps(images.batch([i])).combined)
+        assert float(row["score"]) == pytest.approx(score, rel=1e-4, abs=1e-4)
+        assert (row["decided_by"], row["part_local"], row["part_global"]) == (
+            "",
+            row["local_score"],
+            row["global_score"],
+        )
+
+
+def test_the_maps_of_both_students_are_scored_in_their_own_right(tiny_detector, papers, category, evaluated):
     figures, _, _ = evaluated
-    # A detector whose local student counts for nothing.
-    statistics = tiny_detector.calibration.statistics
+    # Detectors in which all but the global student's map counts for nothing.
+    scored = copy.deepcopy(tiny_detector.calibrated)
+    scored.handicap[torch.tensor([name != "global" for name in scored.names])] = -1e30
+    statistics = papers.calibration.statistics
     statistics = statistics | {"local": dataclasses.replace(statistics["local"], std=1e29)}
-    calibration = dataclasses.replace(tiny_detector.calibration, statistics=statistics)
-    detector = dataclasses.replace(tiny_detector, calibration=calibration)
-    only_global = evaluate(detector, category, threshold=None, batch_size=4)
-    for measure in ("auroc", "spro_at"):
-        assert only_global[measure] == only_global["global"][measure] == figures["global"][measure]
+    changes = {"calibrated": scored}, {"calibration": dataclasses.replace(papers.calibration, statistics=statistics)}
+    for detector, different in zip((tiny_detector, papers), changes, strict=True):
+        only_global = evaluate(dataclasses.replace(detector, **different), category, threshold=None, batch_size=4)
+        for measure in ("auroc", "spro_at"):
+            assert only_global[measure] == only_global["global"][measure]
+            assert detector is papers or only_global[measure] == figures["global"][measure]
 
 
 def test_the_batch_size_does_not_matter_and_without_a_threshold_there_are_no_decisions(
@@ -131,8 +177,8 @@ def test_the_batch_size_does_not_matter_and_without_a_threshold_there_are_no_dec
         progress=lambda stage, done, total: stages.setdefault(stage, []).append((done, total)),
     )
     found = read_rows(tmp_path / "scores.csv")
-    np.testing.assert_allclose(column(found, "score", *KINDS), column(rows, "score", *KINDS), rtol=1e-4)
-    assert figures["threshold"] is figures["decisions"] is None
+    np.testing.assert_allclose(column(found, "score", *KINDS), column(rows, "score", *KINDS), rtol=1e-4, atol=1e-4)
+    assert figures["threshold"] is figures["decisions"] is figures["decided_by"] is None
     assert {(row["threshold"], row["decision"]) for row in found} == {("", "")}
     assert stages["computing maps"] == [(3, 10), (6, 10), (9, 10), (10, 10)]
     for stage in ("reading images", *(f"scoring {variant} maps" for variant in ("combined", "local", "global"))):
@@ -182,7 +228,8 @@ def test_test_images_that_are_trained_on_are_warned_of(tiny_detector, own_data):
 def test_a_kind_without_images_has_no_figures_and_a_reason(tiny_detector, own_data, removed, absent):
     shutil.rmtree(own_data / "test" / removed)
     figures = evaluate(tiny_detector, open_category(own_data, None), threshold=0.0)
-    assert {kind for kind, value in figures["auroc"].items() if value is None} == absent
+    for areas in (figures["auroc"], *figures["parts"].values()):
+        assert {kind for kind, value in areas.items() if value is None} == absent
     kind = removed.removesuffix("_anomalies")
     assert figures["n_images"][kind] == figures["decisions"][kind] == 0
     assert any(kind in reason for reason in figures["absent"])

@@ -26,6 +26,7 @@ from dskd_fast.evaluation.page import Path, render, write_report
 
 KINDS = ("good", "structural", "logical")
 VARIANTS = ("combined", "local", "global")
+WITHOUT_PLACE = ("condensed", "global-means", "teacher-means")
 
 # Markup, quotes, other scripts, an order that runs right to left, and a byte that is not UTF-8.
 NASTY = ["\"><img src=x onerror=alert(1)>'ü漢.png", "<svg onload=alert(1)>.png", "\u202e\U0001f529.png", "\udcff.png"]
@@ -97,10 +98,19 @@ def test_figures_scores_and_decisions_are_those_of_evaluate(page, tiny_run, tiny
     assert [row["type"] for row in rows] == [image["kind"] for image in page.data["images"]]
     results = [image["runs"][0] for image in page.data["images"]]
     assert [row["decision"] for row in rows] == [result["decision"] for result in results]
-    for variant, column in zip(VARIANTS, ("score", "local_score", "global_score"), strict=True):
+    assert [row["decided_by"] for row in rows] == [result["decided_by"] for result in results]
+    assert run["parts"] == list(tiny_detector.parts)
+    columns = "score", "local_score", "global_score", *(f"part_{name}" for name in WITHOUT_PLACE)
+    for variant, column in zip((*VARIANTS, *WITHOUT_PLACE), columns, strict=True):
         part = run["variants"][variant]
-        for measure in ("auroc", "spro"):
-            assert part[measure] == (figures if variant == "combined" else figures[variant])[measure]
+        if variant in WITHOUT_PLACE:
+            assert part["auroc"] == figures["parts"][variant]
+            assert (part["map"], part["has_place"]) == ("global", False)
+            assert set(part["spro"].values()) == set(part["spro_curve"].values()) == {None}
+        else:
+            for measure in ("auroc", "spro"):
+                assert part[measure] == (figures if variant == "combined" else figures[variant])[measure]
+            assert (part["map"], part["has_place"]) == (variant, True)
         scores = np.array([result["scores"][variant] for result in results])
         assert scores.tolist() == [float(row[column]) for row in rows]
         ends = [*scores, *([threshold] if variant == "combined" else [])]
@@ -118,6 +128,8 @@ def test_the_drawn_curves_have_the_areas_of_the_figures(page):
             assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
             # With so few images no corner is left out.
             assert trapezoid(y, x) == pytest.approx(part["auroc"][kind], abs=1e-4)
+            if not part["has_place"]:
+                continue
             x, y = part["spro_curve"][kind]
             assert (x[0], y[0], x[-1]) == (0, 0, 0.05)
             assert trapezoid(y, x) / 0.05 == pytest.approx(part["spro"][kind], abs=0.003)
@@ -174,8 +186,9 @@ def test_photographs_are_jpegs_of_limited_size_with_their_own_aspect(page, categ
 
 def test_maps_are_grey_from_the_normal_mean_to_full_colour_and_of_limited_size(page, tiny_detector, category):
     images = ImageStore([item.path for item in category.test], 64)
-    maps = tiny_detector.maps(images.batch(range(len(images))))
+    maps = tiny_detector.find(images.batch(range(len(images)))).maps
     for i, image in enumerate(page.data["images"]):
+        assert list(image["runs"][0]["maps"]) == list(VARIANTS)
         for variant in VARIANTS:
             grey = image_in(image["runs"][0]["maps"][variant])
             assert (grey.format, grey.mode, grey.size) == ("PNG", "L", (64, 64))
@@ -224,18 +237,22 @@ def test_runs_of_the_same_images_share_photographs_and_others_have_their_own_wit
     write_images(tmp_path / "part" / "test" / "good", 3)
     third = shutil.copytree(own_run, tmp_path / "runs" / "third")
     edit(third / "config.json", lambda c: c.update(category="part", data_root=str(tmp_path / "part")))
-    edit(own_run / "calibration.json", lambda content: content["statistics"]["local"].update(std=1.0))
+    edit(own_run / "config.json", lambda c: c["options"].update(scoring="paper"))
     stages = {}
     found = data_of(third, tiny_run, own_run, progress=lambda stage, *done: stages.update({stage: done}))
     runs = [(str(third), "third"), (str(tiny_run), "run"), (str(own_run), "own")]
     assert [(run["path"], run["name"]) for run in found["runs"]] == runs
+    assert [len(run["parts"]) for run in found["runs"]] == [5, 5, 0]
     images = found["images"]
     names = [*(f"part/good/00{i}.png" for i in range(3)), "screw_bag/good/000.png"]
     assert [image["name"] for image in images[:4]] == names
     has_result = [[result is not None for result in image["runs"]] for image in images]
     assert has_result == [[True, False, False]] * 3 + [[False, True, True]] * 10
     for _, first, second in (image["runs"] for image in images[3:]):
-        assert first["scores"] != second["scores"]
+        assert list(first["scores"])[3:] == list(WITHOUT_PLACE)
+        # By the paper's scoring there are no parts to list, and none that decides.
+        assert (list(second["scores"]), second["decided_by"]) == (list(VARIANTS), None)
+        assert first["scores"]["combined"] != second["scores"]["combined"]
         assert first["maps"] != second["maps"]
     for stage in ("reading images", "computing maps", "scoring combined maps", "scoring global maps", "drawing"):
         assert [stages[f"{name}: {stage}"] for name in ("third", "run", "own")] == [(3, 3), (10, 10), (10, 10)]
@@ -296,10 +313,12 @@ def test_a_run_with_one_student_has_what_there_is(data_root, tiny_arguments, tmp
     found = data_of(tmp_path / "run")
     (run,) = found["runs"]
     assert run["recipe"].endswith("epochs: 1, the local student alone")
-    assert list(run["variants"]) == ["combined", "local"]
-    for values in (image["runs"][0][what] for image in found["images"] for what in ("scores", "maps")):
-        assert list(values) == ["combined", "local"]
-        assert values["combined"] == values["local"]
+    assert list(run["variants"]) == ["combined", "local", "teacher-means"]
+    assert run["variants"]["teacher-means"]["map"] == "combined"
+    for result in (image["runs"][0] for image in found["images"]):
+        assert list(result["scores"]) == ["combined", "local", "teacher-means"]
+        assert list(result["maps"]) == ["combined", "local"]
+        assert result["maps"]["combined"] == result["maps"]["local"]
 
 
 def test_what_cannot_be_read_or_written_is_known_before_any_scoring(

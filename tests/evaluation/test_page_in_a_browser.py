@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 KINDS = ("good", "structural", "logical")
 VARIANTS = ("combined", "local", "global")
+WITHOUT_PLACE = ("condensed", "global-means", "teacher-means")
 NASTY = ["\"><img src=x onerror=alert(1)>'ü漢.png", "<svg onload=alert(1)>&lt;b&gt;.png", "`${alert(1)}`\\.png"]
 OPTIONS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run "
@@ -92,10 +93,10 @@ def two_runs(tiny_run, tiny_detector, data_root, tmp_path_factory):
     for path, name in zip(sorted((category / "test" / "good").iterdir()), NASTY, strict=False):
         path.rename(path.with_name(name))
     other = shutil.copytree(tiny_run, folder / "other")
-    calibration = json.loads((other / "calibration.json").read_text())
-    # The local student has hardly any weight in it, so that it ranks the images differently.
-    calibration["statistics"]["local"]["std"] *= 100
-    (other / "calibration.json").write_text(json.dumps(calibration))
+    config = json.loads((other / "config.json").read_text())
+    # It has no parts, and ranks the images differently.
+    config["options"]["scoring"] = "paper"
+    (other / "config.json").write_text(json.dumps(config))
     good, structural, logical = (
         [found.score for found in tiny_detector.predict(sorted((category / "test" / name).iterdir()))]
         for name in ("good", "structural_anomalies", "logical_anomalies")
@@ -193,6 +194,40 @@ def test_the_switch_changes_scores_curves_and_maps_but_no_decision(shown):
         assert sorted(page.texts(".card .mistake")) == mistakes
         # The run has a threshold for the combined score alone.
         assert len(page.all("svg .threshold")) == (variant == "combined")
+
+
+def test_a_part_without_a_place_has_scores_and_curves_and_the_map_of_the_global_student(shown):
+    page, run, images = shown()
+    by_name = {image["name"]: image["runs"][0] for image in images}
+    assert page.texts("#variants button")[3:] == ["Condensed", "Global means", "Teacher means"]
+    for part in WITHOUT_PLACE:
+        page.press("variants", part)
+        figures = run["variants"][part]
+        assert page.texts(".tile dd")[0].startswith(f"{figures['auroc']['mean']:.3f}")
+        assert len(page.all(".chart .curve")) == 2
+        assert "no place: distance of the whole image; the global map is shown" in page.one(".run .meaning").text
+        assert page.names() == by_score(images, part)
+        scores = [float(text) for text in page.texts("#cards .score")]
+        assert scores == pytest.approx([by_name[name]["scores"][part] for name in page.names()], rel=1e-3)
+        maps = page.js("[...document.querySelectorAll('#cards .heat')].map((i) => i.src.split(',')[1])")
+        assert maps == [by_name[name]["maps"]["global"] for name in page.names()]
+        assert page.texts("#cards .no-map") == ["no place: distance of the whole image"] * 10
+
+
+def test_each_image_says_which_part_decided_and_lists_all(shown):
+    page, run, images = shown(2)
+    place = {"local": "", "global": ""} | dict.fromkeys(WITHOUT_PLACE, ": the whole image")
+    for image in images:
+        result = image["runs"][0]
+        card = page.all(".card")[page.names().index(image["name"])]
+        # The second run, by the paper's scoring, has none.
+        (decided,) = (line.text for line in card.find_elements("css selector", ".decider"))
+        assert decided == f"decided by {result['decided_by']}{place[result['decided_by']]}"
+        assert decided in card.find_element("css selector", ".open").get_attribute("aria-label")
+        listed = [line.text.split() for line in card.find_elements("css selector", ".part")]
+        assert [name for name, _ in listed] == run["parts"] == list(place)
+        expected = [result["scores"][name] for name in place]
+        assert [float(value) for _, value in listed] == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 def test_the_gallery_is_sorted_and_filtered(shown):
@@ -324,6 +359,8 @@ def test_what_a_run_does_not_have_is_absent_with_the_reason_and_not_offered(show
     assert [len(page.all(f".run:first-child {part}")) for part in (".chart svg", ".curve")] == [2, 1]
     assert page.texts(".run:first-child .absent li") == run["absent"]
     assert page.texts(".run:first-child .tile dd")[1].startswith("–")
+    page.press("variants", "condensed")
+    assert "has no part condensed" in page.all(".run")[1].text
     page.press("variants", "global")
     assert "has no global student" in page.all(".run")[1].text
     assert page.texts("#cards .no-map") == ["no global student"] * 5
@@ -384,7 +421,7 @@ def test_everything_can_be_done_with_the_keyboard(shown):
     assert not page.one("#viewer-previous").is_enabled()
     (scores,) = (image["runs"][0]["scores"] for image in images if image["name"] == names[0])
     listed = [float(text) for text in page.texts("#viewer td")]
-    assert listed == pytest.approx([scores[variant] for variant in VARIANTS], rel=1e-3)
+    assert listed == pytest.approx([scores[variant] for variant in (*VARIANTS, *WITHOUT_PLACE)], rel=1e-3)
     page.tab_to("#viewer-mix")
     page.keys(Keys.END + Keys.ARROW_LEFT * 10)
     assert page.texts("#viewer-title") == names[:1]

@@ -5,8 +5,8 @@
   const SVG = "http://www.w3.org/2000/svg";
   const KINDS = ["good", "structural", "logical"];
   const ANOMALIES = ["structural", "logical"];
-  const VARIANTS = { combined: "Combined", local: "Local", global: "Global" };
-  const STUDENTS = { combined: "Combined", local: "Local student", global: "Global student" };
+  const STUDENTS = ["local", "global"];
+  const NO_PLACE = "no place: distance of the whole image";
   const MISTAKES = { all: "All", mistakes: "Mistakes", "false alarm": "False alarms", missed: "Missed" };
   // Cards are made this many at a time, when what is made ends less than so many pixels below the window.
   const PAGE = 60;
@@ -41,6 +41,12 @@
   const total = (counts) => KINDS.reduce((sum, kind) => sum + counts[kind], 0);
   const missed = (run, kind) => run.n_images[kind] - run.decisions[kind] - run.suspects[kind];
   const allMissed = (run) => ANOMALIES.reduce((sum, kind) => sum + missed(run, kind), 0);
+  // "Combined", "Local", "Global", "Global means": what there are scores of.
+  const called = (variant) => (variant[0].toUpperCase() + variant.slice(1)).replaceAll("-", " ");
+  const longName = (variant) => (STUDENTS.includes(variant) ? `${called(variant)} student` : called(variant));
+  const lack = (variant) => (STUDENTS.includes(variant) ? `no ${variant} student` : `no part ${variant}`);
+  /** Whether there are maps of it; of parts that measure an image as a whole there are none, in no run. */
+  const hasPlace = (variant) => data.runs.every((run) => run.variants[variant]?.has_place ?? true);
   const plural = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 
   /** "false alarm", "missed", or null where the decision is right, is "suspect", or there is none. */
@@ -202,9 +208,10 @@
       "tr", {}, html("th", { scope: "row" }, `${name} ${kind}`),
       ...variants.map((variant) => html("td", mark(variant), figure(run.variants[variant][key][kind]))),
     )));
-    const head = variants.map((variant) => html("th", { scope: "col", ...mark(variant) }, VARIANTS[variant]));
+    const head = variants.map((variant) => html("th", { scope: "col", ...mark(variant) }, called(variant)));
     const table = html("table", {}, html("thead", {}, html("tr", {}, html("td"), ...head)), html("tbody", {}, ...rows));
-    return html("div", { class: "students scroll", tabindex: "0", role: "region", "aria-label": `Figures of ${run.name}` }, table);
+    const width = variants.length > 3 ? "students wide scroll" : "students scroll";
+    return html("div", { class: width, tabindex: "0", role: "region", "aria-label": `Figures of ${run.name}` }, table);
   }
 
   function runCard(run) {
@@ -217,21 +224,28 @@
     );
     const children = [head];
     const figures = run.variants[state.variant];
+    if (figures !== undefined && run.parts.includes(state.variant)) {
+      const place = figures.has_place ? "" : ` – ${NO_PLACE}; the ${figures.map} map is shown`;
+      children.push(html("p", { class: "meaning muted" }, `${called(state.variant)}: ${data.meanings[state.variant]}${place}`));
+    }
     const images = tile("Test images", String(total(run.n_images)), ...KINDS.map((kind) => `${run.n_images[kind]} ${kind}`));
     if (figures === undefined) {
       children.push(html("dl", { class: "tiles" }, images, ...decisionTiles(run)));
-      children.push(html("p", { class: "none muted" }, `This run has no ${STUDENTS[state.variant].toLowerCase()}.`), studentsTable(run));
+      children.push(html("p", { class: "none muted" }, `This run has ${lack(state.variant)}.`), studentsTable(run));
     } else {
       const measures = [
         tile("AUROC, mean", figure(figures.auroc.mean), ...byKind(figures.auroc)),
-        tile(`sPRO@${data.spro_limit}, mean`, figure(figures.spro.mean), ...byKind(figures.spro)),
+        tile(`sPRO@${data.spro_limit}, mean`, figure(figures.spro.mean), ...(figures.has_place ? byKind(figures.spro) : [NO_PLACE])),
       ];
       children.push(html("dl", { class: "tiles" }, ...measures, ...decisionTiles(run), images));
+      const sproTitle = `sPRO to FPR ${data.spro_limit}, area`;
       children.push(html(
         "div", { class: "charts" },
         histogramChart(run, state.variant),
         curveChart("ROC, area", run, figures.roc, figures.auroc, 1, ["false positive rate", "true positive rate"], true),
-        curveChart(`sPRO to FPR ${data.spro_limit}, area`, run, figures.spro_curve, figures.spro, data.spro_limit, ["false positive rate (pixels)", "sPRO"], false),
+        figures.has_place
+          ? curveChart(sproTitle, run, figures.spro_curve, figures.spro, data.spro_limit, ["false positive rate (pixels)", "sPRO"], false)
+          : noChart(sproTitle, NO_PLACE),
         studentsTable(run),
       ));
     }
@@ -259,7 +273,7 @@
       html("th", { scope: "col" }, "False", html("br"), "alarms"), html("th", { scope: "col" }, "Missed"),
     );
     const note = sameImages ? "; the best of each column is underlined" : "";
-    const caption = html("caption", {}, `${VARIANTS[state.variant]} scores and maps; false alarms and missed images by the combined score${note}`);
+    const caption = html("caption", {}, `${called(state.variant)} scores${hasPlace(state.variant) ? " and maps" : ""}; false alarms and missed images by the combined score${note}`);
     return html("table", {}, caption, html("thead", {}, head), html("tbody", {}, ...rows));
   }
 
@@ -271,13 +285,22 @@
 
   // ------------------------------------------------------------------------------------------------- gallery
 
-  function frame(image, result) {
+  function frame(image, run, result) {
     const node = html("span", { class: "frame" }, html("img", { class: "photo", alt: "", src: `data:image/jpeg;base64,${image.photo}` }));
     node.style.setProperty("--ratio", image.width / image.height);
-    const map = result.maps[state.variant];
-    if (map === undefined) node.append(html("span", { class: "no-map" }, `no ${STUDENTS[state.variant].toLowerCase()}`));
-    else node.append(html("img", { class: "heat", alt: "", src: `data:image/png;base64,${map}` }));
+    const view = run.variants[state.variant];
+    if (view !== undefined) node.append(html("img", { class: "heat", alt: "", src: `data:image/png;base64,${result.maps[view.map]}` }));
+    if (!view?.has_place) node.append(html("span", { class: "no-map" }, view === undefined ? lack(state.variant) : NO_PLACE));
     return node;
+  }
+
+  const decider = (run, result) => `decided by ${result.decided_by}${run.variants[result.decided_by].has_place ? "" : ": the whole image"}`;
+
+  /** Which part decided, and the values of all. */
+  function partsList(run, result) {
+    if (result.decided_by === null) return null;
+    const values = run.parts.map((name) => html("span", { class: "part" }, `${name} ${scoreText(result.scores[name])}`));
+    return html("span", { class: "parts" }, html("span", { class: "decider" }, decider(run, result)), ...values);
   }
 
   function caption(image, run, result) {
@@ -288,6 +311,7 @@
       data.runs.length > 1 ? html("span", { class: "run-name" }, run.name) : null,
       html("span", { class: "score" }, score === undefined ? "–" : scoreText(score)),
       wrong === null ? html("span", { class: "decision" }, result.decision ?? "") : html("span", { class: "mistake" }, wrong),
+      partsList(run, result),
     );
   }
 
@@ -296,7 +320,7 @@
     return image.runs.flatMap((result, i) => {
       if (result === null) return [];
       const run = data.runs[i];
-      return [make(html("span", { class: "panel" }, frame(image, result), caption(image, run, result)), run, result)];
+      return [make(html("span", { class: "panel" }, frame(image, run, result), caption(image, run, result)), run, result)];
     });
   }
 
@@ -309,6 +333,7 @@
         data.runs.length > 1 ? data.runs[i].name : null,
         score === undefined ? "no score" : `score ${scoreText(score)}`,
         mistake(image, result) ?? result.decision,
+        result.decided_by === null ? null : decider(data.runs[i], result),
       ];
       return [said.filter((part) => part !== null).join(", ")];
     });
@@ -380,7 +405,7 @@
   function scoresTable(run, result) {
     const rows = Object.keys(run.variants).map((variant) => html(
       "tr", variant === state.variant ? { class: "current" } : {},
-      html("th", { scope: "row" }, STUDENTS[variant]), html("td", {}, scoreText(result.scores[variant])),
+      html("th", { scope: "row" }, longName(variant)), html("td", {}, scoreText(result.scores[variant])),
     ));
     return html("table", {}, html("tbody", {}, ...rows));
   }
@@ -389,7 +414,8 @@
     shown = position;
     const image = chosen[position];
     byId("viewer-title").textContent = image.name;
-    byId("viewer-about").textContent = `${image.kind}, ${VARIANTS[state.variant].toLowerCase()} map, ${position + 1} of ${chosen.length}`;
+    const what = hasPlace(state.variant) ? `${state.variant} map` : `${state.variant}, ${NO_PLACE}`;
+    byId("viewer-about").textContent = `${image.kind}, ${what}, ${position + 1} of ${chosen.length}`;
     byId("viewer-panels").replaceChildren(...panels(image, (panel, run, result) => html(
       "div", {}, panel, scoresTable(run, result), result.reason === null ? null : html("p", { class: "muted" }, `suspect: ${result.reason}`),
     )));
@@ -442,10 +468,10 @@
     return refresh;
   }
 
-  const offered = Object.keys(VARIANTS).filter((variant) => data.runs.some((run) => variant in run.variants));
+  const offered = ["combined", ...Object.keys(data.meanings)].filter((variant) => data.runs.some((run) => variant in run.variants));
   const refreshVariants = switches(
     byId("variants"),
-    Object.fromEntries(offered.map((variant) => [variant, VARIANTS[variant]])),
+    Object.fromEntries(offered.map((variant) => [variant, called(variant)])),
     (variant) => state.variant === variant,
     (variant) => {
       state.variant = variant;
