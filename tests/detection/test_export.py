@@ -21,7 +21,8 @@ from dskd_fast.data.layout import open_category
 from dskd_fast.detection import export as export_module
 from dskd_fast.detection.calibration import Calibration, Exposure, Scoring, Statistics, Threshold
 from dskd_fast.detection.detector import Detector
-from dskd_fast.detection.export import METADATA, OPSET, SUFFIXES, TOLERANCE, Inspection, enlarge, export, resize_square
+from dskd_fast.detection.export import METADATA, OPSET, SUFFIXES, TOLERANCE, export
+from dskd_fast.detection.program import Inspection, enlarge, resize_square
 from dskd_fast.errors import UserError
 
 FORMATS = ("torch", "onnx")
