@@ -46,7 +46,8 @@ class Exported:
     Attributes:
         path, n_bytes: of the file.
         metadata: what the file says of itself.
-        difference: the largest between its scores and maps and `Detector.predict`'s, as a multiple of 1 + |value|.
+        difference: the largest between its scores, maps and parts and `Detector.predict`'s, as a multiple of
+            1 + |value|.
     """
 
     path: Path
@@ -115,6 +116,7 @@ def _metadata(detector: Detector, file_format: Format, category: str, threshold:
     outputs = {
         "score": "float32 (batch,), standard deviations above the normal mean",
         "map": "float32 (batch, height, width), the same for every pixel",
+        "parts": f"float32 (batch, {len(detector.parts)}), what the score is made of, in the same unit",
     }
     if threshold is not None:
         outputs["anomalous"] = "bool (batch,), score above the threshold, or suspect"
@@ -128,6 +130,8 @@ def _metadata(detector: Detector, file_format: Format, category: str, threshold:
         "category": category,
         "teacher": detector.model.teacher.name,
         "image_size": detector.model.image_size,
+        "scoring": "paper" if detector.calibrated is None else "calibrated",
+        "parts": list(detector.parts),
         "threshold": threshold,
         **({} if exposure is None else {"exposure": limits}),
         **({"opset": OPSET} if file_format == "onnx" else {}),
@@ -226,7 +230,7 @@ def _load_onnx(path: Path) -> Callable[[NDArray[np.uint8]], Outputs]:
 
 
 def _difference(detector: Detector, run: Callable[[NDArray[np.uint8]], Outputs], threshold: float | None) -> float:
-    """The largest difference of a file's scores and maps from the detector's, as a multiple of 1 + |value|."""
+    """The largest difference of a file's scores, maps and parts from the detector's, as a multiple of 1 + |value|."""
     generator = np.random.default_rng(0)
     side = detector.model.image_size
     differences = []
@@ -237,6 +241,7 @@ def _difference(detector: Detector, run: Callable[[NDArray[np.uint8]], Outputs],
         expected = detector.predict(images.transpose(0, 2, 3, 1))
         pairs = [(found["score"], np.array([one.score for one in expected]))]
         pairs.append((found["map"], np.stack([one.map for one in expected])))
+        pairs.append((found["parts"], np.array([list(one.parts.values()) for one in expected])))
         differences += [np.max(np.abs(ours - theirs) / (1 + np.abs(theirs))) for ours, theirs in pairs]
         suspect = np.array([one.suspect is not None for one in expected])
         wrong = "suspect" in found and (found["suspect"] != suspect).any()

@@ -32,6 +32,7 @@ class Inspection(nn.Module):
             for name, weight in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
                 module.register_buffer(name, weight.detach())
+        self.calibrated = copy.deepcopy(detector.calibrated)
         self.scoring = detector.scoring
         calibration = calibration_of(detector)
         self.statistics = calibration.statistics
@@ -43,31 +44,21 @@ class Inspection(nn.Module):
         self.register_buffer("blur_columns", blur.mT.contiguous().to(detector.device))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 RGB (B, 3, H, W) -> "score" (B,) and "map" (B, H, W), float32, and (B,), bool: with a threshold
-        "anomalous", and "suspect" where the run knows the brightness and contrast of normal images."""
-        size, align_corners = self.model.image_size, self.scoring.align_corners
-        resized = resize_square(images, size)
-        raw_maps = self.model.anomaly_maps(
-            to_float(resized, images.device),
-            self.scoring.temperature,
-            local_map=self.scoring.local_map,
-            global_map=self.scoring.global_map,
-            align_corners=align_corners,
+        """uint8 RGB (B, 3, H, W) -> "score" (B,), "map" (B, H, W) and "parts" (B, parts), float32, and (B,), bool: with
+        a threshold "anomalous", and "suspect" where the run knows the brightness and contrast of normal images.
+
+        "parts" are what `Detector.parts` names: calibrated values, or with the paper's scoring each student's score.
+        """
+        resized = resize_square(images, self.model.image_size)
+        score, located, parts = (self._by_eq_8 if self.calibrated is None else self._calibrated)(
+            to_float(resized, images.device)
         )
-        normalised = [
-            (raw.double() - self.statistics[name].mean) / self.statistics[name].std
-            for name, raw in zip(("local", "global"), raw_maps, strict=True)
-            if raw is not None
-        ]
-        combined = torch.stack(normalised).sum(0).float()
-        # Rounded between the axes, as scipy does it.
-        blurred = ((self.blur_rows @ combined.double()).float().double() @ self.blur_columns).float()
         # Too small an image has no such pixel, so that reading it is an error, which ONNX has no other way to raise.
         pixel = images.select(2, MIN_SIDE - 1).select(2, MIN_SIDE - 1)[:, 0]
-        score = blurred.amax((1, 2)) + 0 * pixel.float()
+        score = score + 0 * pixel.float()
         height, width = images.shape[-2:]
-        located = enlarge(blurred if self.scoring.filter_maps else combined, (height, width), align_corners)
-        outputs = {"score": score, "map": located}
+        located = enlarge(located, (height, width), self.scoring.align_corners)
+        outputs = {"score": score, "map": located, "parts": parts}
         if self.threshold is not None:
             outputs["anomalous"] = is_above(score, self.threshold)
         if self.exposure is not None:
@@ -76,6 +67,39 @@ class Inspection(nn.Module):
                 outputs["anomalous"] = outputs["anomalous"] | suspect
             outputs["suspect"] = suspect
         return outputs
+
+    def _calibrated(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, S, S) -> score (B,), map (B, S, S), values of the parts (B, parts)."""
+        measured = self.model.measure(
+            images,
+            self.scoring.temperature,
+            local_map=self.scoring.local_map,
+            global_map=self.scoring.global_map,
+        )
+        scored = self.calibrated(measured)
+        return scored.score, torch.stack(list(scored.maps.values())).amax(0), scored.values
+
+    def _by_eq_8(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by the paper's scoring, the students' scores as the parts."""
+        raw_maps = self.model.anomaly_maps(
+            images,
+            self.scoring.temperature,
+            local_map=self.scoring.local_map,
+            global_map=self.scoring.global_map,
+            align_corners=self.scoring.align_corners,
+        )
+        normalised = torch.stack(
+            [
+                (raw.double() - self.statistics[name].mean) / self.statistics[name].std
+                for name, raw in zip(("local", "global"), raw_maps, strict=True)
+                if raw is not None
+            ]
+        )
+        maps = torch.cat([normalised.sum(0, keepdim=True), normalised]).float()
+        # Rounded between the axes, as scipy does it.
+        blurred = ((self.blur_rows @ maps.double()).float().double() @ self.blur_columns).float()
+        scores = blurred.amax((2, 3))
+        return scores[0], (blurred if self.scoring.filter_maps else maps)[0], scores[1:].mT
 
 
 def resize_square(images: Tensor, size: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Parts -> calibration -> one score and one map."""
 
+import keyword
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -90,7 +91,6 @@ class CalibratedScore(nn.Module):
             "teacher-means": True,
         }
         self.names = tuple(name for name in PARTS if has[name])
-        # A module's name holds no hyphen where programs are exported.
         self.parts = nn.ModuleDict({_module_name(name): _make_part(name) for name in self.names})
         weights = torch.tensor([PARTS[name].weight for name in self.names], dtype=torch.float64)
         self.register_buffer("handicap", (weights.log() / _SHARPNESS).float(), persistent=False)
@@ -221,7 +221,8 @@ def _vectors(name: str, measured: Measurements) -> Tensor:
 
 
 def _module_name(name: str) -> str:
-    return name.replace("-", "_")
+    """Of a part: exported programs are Python, in which "global" is a word of the language."""
+    return name.replace("-", "_") + ("_" if keyword.iskeyword(name) else "")
 
 
 def _centre_and_spread(
