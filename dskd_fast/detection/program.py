@@ -38,6 +38,8 @@ class Inspection(nn.Module):
         self.statistics = calibration.statistics
         self.threshold = threshold
         self.exposure = calibration.exposure
+        if self.calibrated is not None:
+            return
         # The filter is linear: its matrix is what it makes of the unit vectors.
         blur = torch.from_numpy(ndimage.gaussian_filter1d(np.eye(self.model.image_size), self.scoring.sigma, axis=0))
         self.register_buffer("blur_rows", blur.to(detector.device))
@@ -70,6 +72,7 @@ class Inspection(nn.Module):
 
     def _calibrated(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, S, S) -> score (B,), map (B, S, S), values of the parts (B, parts)."""
+        assert self.calibrated is not None
         measured = self.model.measure(
             images,
             self.scoring.temperature,
