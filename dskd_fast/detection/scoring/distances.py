@@ -64,10 +64,10 @@ class Mahalanobis(nn.Module):
 
         mean, std = _channel_statistics(vectors)
         standardised = ((vectors - mean) / std).double().cpu().numpy()
-        # Of a single image scikit-learn would warn.
-        covariance = ledoit_wolf(standardised, assume_centered=True)[0] if len(vectors) > 1 else np.zeros(2 * std.shape)
+        is_alone = len(standardised) == 1
+        covariance = np.eye(len(mean)) if is_alone else ledoit_wolf(standardised, assume_centered=True)[0]
         variances, axes = np.linalg.eigh(covariance)
-        # A single image, or ones that are equal but for rounding, have no covariance: then it is the plain distance.
+        # Equal images have no covariance: then it is the plain distance.
         variances = np.where(variances > 1e-8, variances, 1.0)
         whitening = (axes / np.sqrt(variances * len(variances))).T / std.double().cpu().numpy()
         self.mean, self.whitening = mean, torch.from_numpy(whitening).float().contiguous().to(vectors.device)
