@@ -66,7 +66,8 @@ def test_a_detection_has_score_decision_and_maps_at_the_size_of_the_image(detect
         assert one.anomalous is (one.score > detector.calibration.threshold.value)
         for anomaly_map in (one.map, one.local_map, one.global_map):
             assert (anomaly_map.shape, anomaly_map.dtype) == ((96, 120), np.float32)
-        np.testing.assert_allclose(one.map, one.local_map + one.global_map, rtol=1e-4, atol=1e-4)
+        # Enlarged after the larger of both has been taken.
+        assert (one.map >= np.maximum(one.local_map, one.global_map) - 1e-5).all()
 
 
 @pytest.mark.parametrize("threshold", [1e6, None])
@@ -148,12 +149,12 @@ def test_images_of_different_sizes_go_together(detector, pixels):
     images = [pixels[0], pixels[1, :40, :50], pixels[2, :, :33], np.tile(pixels[3], (2, 3, 1))]
     for one, image in zip(detector.predict(images), images, strict=True):
         assert one.map.shape == image.shape[:2]
-        assert one.score == pytest.approx(detector.predict(image)[0].score, rel=1e-4)
+        assert one.score == pytest.approx(detector.predict(image)[0].score, rel=1e-4, abs=1e-4)
 
 
 def test_the_batch_size_changes_no_more_than_rounding(detector, pixels, expected):
     found = [one.score for one in detector.predict(pixels, batch_size=np.int64(3))]
-    np.testing.assert_allclose(found, [one.score for one in expected], rtol=1e-4)
+    np.testing.assert_allclose(found, [one.score for one in expected], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1"])

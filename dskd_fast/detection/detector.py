@@ -138,9 +138,9 @@ class Detector:
         if self.calibrated is None:
             maps = self.maps(images)
             scores = {variant: self.image_scores(found) for variant, found in maps.existing.items()}
-            return Findings(maps, scores, {name: scores[name] for name in self.parts}, [None] * len(images))
+            return Findings(maps, scores, {name: scores[name] for name in self.model.students}, [None] * len(images))
         calibration_of(self)
-        with torch.inference_mode():
+        with torch.inference_mode(), numerics("fp32", self.device):
             scored = self.calibrated(self.measured(images))
             combined = torch.stack(list(scored.maps.values())).amax(0)
         arrays = {name: found.cpu().numpy() for name, found in scored.maps.items()}

@@ -4,7 +4,6 @@ The file does all that `Detector.predict` does with images in memory: it resizes
 the networks, applies the statistics, filters, enlarges the map and decides.
 """
 
-import copy
 import importlib.util
 import io
 import json
@@ -16,15 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
-from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 import dskd_fast
-from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import MIN_SIDE
 from dskd_fast.detection.calibration import TOLERANCE, is_above
-from dskd_fast.detection.detector import Detector, calibration_of, to_float
+from dskd_fast.detection.detector import Detector, calibration_of
+from dskd_fast.detection.program import Inspection
 from dskd_fast.device import numerics
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
@@ -38,8 +35,6 @@ METADATA = "dskd_fast.json"
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _MAX_ONNX_BYTES = 2**31 - 2**25  # protobuf's 2 GiB, less room for what is not weights
-# Pillow rounds the weights of its filter to multiples of this.
-_WEIGHT_UNIT = 2.0**-22
 
 Outputs = dict[str, NDArray[Any]]
 
@@ -51,7 +46,8 @@ class Exported:
     Attributes:
         path, n_bytes: of the file.
         metadata: what the file says of itself.
-        difference: the largest between its scores and maps and `Detector.predict`'s, as a multiple of 1 + |value|.
+        difference: the largest between its scores, maps and parts and `Detector.predict`'s, as a multiple of
+            1 + |value|.
     """
 
     path: Path
@@ -103,117 +99,6 @@ def export(detector: Detector, path: Path, file_format: Format, *, category: str
     return Exported(path, path.stat().st_size, metadata, difference)
 
 
-class Inspection(nn.Module):
-    """From images to scores, maps and decisions, in operations that depend neither on data nor on sizes."""
-
-    blur_rows: Tensor
-    blur_columns: Tensor
-
-    def __init__(self, detector: Detector, threshold: float | None) -> None:
-        super().__init__()
-        # Both formats hold weights in the usual order; the run's lie channels last.
-        model = copy.deepcopy(detector.model).to(memory_format=torch.contiguous_format)
-        self.model = model.eval()
-        # Parameters would come back requiring grad from the files of some versions of PyTorch.
-        for module in self.model.modules():
-            for name, weight in list(module.named_parameters(recurse=False)):
-                delattr(module, name)
-                module.register_buffer(name, weight.detach())
-        self.scoring = detector.scoring
-        calibration = calibration_of(detector)
-        self.statistics = calibration.statistics
-        self.threshold = threshold
-        self.exposure = calibration.exposure
-        # The filter is linear: its matrix is what it makes of the unit vectors.
-        blur = torch.from_numpy(ndimage.gaussian_filter1d(np.eye(self.model.image_size), self.scoring.sigma, axis=0))
-        self.register_buffer("blur_rows", blur.to(detector.device))
-        self.register_buffer("blur_columns", blur.mT.contiguous().to(detector.device))
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 RGB (B, 3, H, W) -> "score" (B,) and "map" (B, H, W), float32, and (B,), bool: with a threshold
-        "anomalous", and "suspect" where the run knows the brightness and contrast of normal images."""
-        size, align_corners = self.model.image_size, self.scoring.align_corners
-        resized = resize_square(images, size)
-        raw_maps = self.model.anomaly_maps(
-            to_float(resized, images.device),
-            self.scoring.temperature,
-            local_map=self.scoring.local_map,
-            global_map=self.scoring.global_map,
-            align_corners=align_corners,
-        )
-        normalised = [
-            (raw.double() - self.statistics[name].mean) / self.statistics[name].std
-            for name, raw in zip(("local", "global"), raw_maps, strict=True)
-            if raw is not None
-        ]
-        combined = torch.stack(normalised).sum(0).float()
-        # Rounded between the axes, as scipy does it.
-        blurred = ((self.blur_rows @ combined.double()).float().double() @ self.blur_columns).float()
-        # Too small an image has no such pixel, so that reading it is an error, which ONNX has no other way to raise.
-        pixel = images.select(2, MIN_SIDE - 1).select(2, MIN_SIDE - 1)[:, 0]
-        score = blurred.amax((1, 2)) + 0 * pixel.float()
-        height, width = images.shape[-2:]
-        located = enlarge(blurred if self.scoring.filter_maps else combined, (height, width), align_corners)
-        outputs = {"score": score, "map": located}
-        if self.threshold is not None:
-            outputs["anomalous"] = is_above(score, self.threshold)
-        if self.exposure is not None:
-            suspect = torch.stack(list(self.exposure.beyond(*measure_exposure(resized)).values())).any(0)
-            if self.threshold is not None:
-                outputs["anomalous"] = outputs["anomalous"] | suspect
-            outputs["suspect"] = suspect
-        return outputs
-
-
-def resize_square(images: Tensor, size: int) -> Tensor:
-    """uint8 (B, C, H, W) -> uint8 (B, C, size, size), to the bit as `dskd_fast.data.images.resize_square`.
-
-    Pillow works in fixed point, of which float64 holds every number exactly.
-    """
-    rows, columns = (
-        (_interpolation(images.shape[axis], size, axis, images.device) / _WEIGHT_UNIT + 0.5).floor() * _WEIGHT_UNIT
-        for axis in (-2, -1)
-    )
-    narrowed = (images.double() @ columns + 0.5).floor()
-    return (rows @ narrowed + 0.5).floor().clamp(max=255).to(torch.uint8)
-
-
-def enlarge(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """Maps (B, S, S) at (height, width), as `Detector.localisation_map`, smaller ones included."""
-    offset: float | Tensor = 0.5
-    if align_corners:
-        # Antialiased interpolation in PyTorch keeps the scale of aligned corners, but does not align them.
-        smaller = torch.stack([_number(side, maps.device) for side in size]).amin(0) < maps.shape[-1]
-        offset = 0.5 * smaller.double()
-    rows, columns = (
-        _interpolation(maps.shape[-1], side, axis, maps.device, align_corners, offset)
-        for side, axis in zip(size, (-2, -1), strict=True)
-    )
-    return (rows @ maps.double() @ columns).float()
-
-
-def _interpolation(
-    source: int, target: int, axis: int, device: torch.device, align_corners: bool = False, offset: float | Tensor = 0.5
-) -> Tensor:
-    """Weights of bilinear interpolation, antialiased where `target` is the smaller, float64.
-
-    (target, source) for axis -2, whose images they multiply from the left, (source, target) for -1. They are made as
-    they are used: ONNX Runtime before 1.26 fuses a transposition with a product of float64, for which it has no kernel.
-    """
-    n_source, n_target = _number(source, device), _number(target, device)
-    scale = (n_source - 1) / (n_target - 1) if align_corners else n_source / n_target
-    at = torch.arange(source, device=device).double() + offset
-    centre = (torch.arange(target, device=device).double() + offset) * scale
-    distances = (at - centre[:, None] if axis == -2 else at[:, None] - centre).abs()
-    weights = (1 - distances / scale.clamp(min=1)).clamp(min=0)
-    return weights / weights.sum(-1 if axis == -2 else -2, keepdim=True)
-
-
-def _number(value: int, device: torch.device) -> Tensor:
-    """A size, which may be one that is left open in an exported program, as a float64 tensor."""
-    return torch.full((), value, dtype=torch.float64, device=device)
-
-
 def _program(detector: Detector, threshold: float | None) -> torch.export.ExportedProgram:
     side = detector.model.image_size
     example = torch.zeros((2, 3, side + 3, side + 5), dtype=torch.uint8, device=detector.device)
@@ -231,6 +116,7 @@ def _metadata(detector: Detector, file_format: Format, category: str, threshold:
     outputs = {
         "score": "float32 (batch,), standard deviations above the normal mean",
         "map": "float32 (batch, height, width), the same for every pixel",
+        "parts": f"float32 (batch, {len(detector.parts)}), what the score is made of, in the same unit",
     }
     if threshold is not None:
         outputs["anomalous"] = "bool (batch,), score above the threshold, or suspect"
@@ -244,6 +130,8 @@ def _metadata(detector: Detector, file_format: Format, category: str, threshold:
         "category": category,
         "teacher": detector.model.teacher.name,
         "image_size": detector.model.image_size,
+        "scoring": "paper" if detector.calibrated is None else "calibrated",
+        "parts": list(detector.parts),
         "threshold": threshold,
         **({} if exposure is None else {"exposure": limits}),
         **({"opset": OPSET} if file_format == "onnx" else {}),
@@ -342,7 +230,7 @@ def _load_onnx(path: Path) -> Callable[[NDArray[np.uint8]], Outputs]:
 
 
 def _difference(detector: Detector, run: Callable[[NDArray[np.uint8]], Outputs], threshold: float | None) -> float:
-    """The largest difference of a file's scores and maps from the detector's, as a multiple of 1 + |value|."""
+    """The largest difference of a file's scores, maps and parts from the detector's, as a multiple of 1 + |value|."""
     generator = np.random.default_rng(0)
     side = detector.model.image_size
     differences = []
@@ -353,6 +241,7 @@ def _difference(detector: Detector, run: Callable[[NDArray[np.uint8]], Outputs],
         expected = detector.predict(images.transpose(0, 2, 3, 1))
         pairs = [(found["score"], np.array([one.score for one in expected]))]
         pairs.append((found["map"], np.stack([one.map for one in expected])))
+        pairs.append((found["parts"], np.array([list(one.parts.values()) for one in expected])))
         differences += [np.max(np.abs(ours - theirs) / (1 + np.abs(theirs))) for ours, theirs in pairs]
         suspect = np.array([one.suspect is not None for one in expected])
         wrong = "suspect" in found and (found["suspect"] != suspect).any()

@@ -95,9 +95,9 @@ def reproduce(
     """
     if experiment == "ablation-temperature" and importlib.util.find_spec("matplotlib") is None:
         raise UserError('the plot needs matplotlib, which is not installed: run pip install "dskd-fast[plots]"')
-    plan = make_plan(experiment, data_root, categories, recipe, seeds)
     # Ours are made beside, from the same networks.
     recipe = dataclasses.replace(recipe, scoring="paper")
+    plan = make_plan(experiment, data_root, categories, recipe, seeds)
     recipe_file, record = out / "recipe.json", _record_of(recipe)
     _check_recipe(recipe_file, record)
     work = _Work(plan, out, training, evaluation)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 
@@ -7,6 +8,7 @@ import torch
 
 from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.detection.calibration import (
+    FEW_IMAGES,
     TOLERANCE,
     Exposure,
     Scoring,
@@ -18,7 +20,9 @@ from dskd_fast.detection.calibration import (
     threshold_from,
 )
 from dskd_fast.detection.detector import Detector
+from dskd_fast.detection.scoring.calibrated import PARTS, CalibratedScore
 from dskd_fast.errors import UserError
+from dskd_fast.models import DSKD
 
 
 class Networks:
@@ -162,6 +166,102 @@ def test_what_does_not_vary_is_warned_of_and_its_rounding_is_below_the_threshold
 def test_numbers_that_no_image_set_are_an_error(kind, values):
     with pytest.raises(UserError, match=r"cannot normalise|not a finite number|limits"):
         kind(*values)
+
+
+# ------------------------------------------------------------------------------------------- parts of a score
+
+
+def random_images(n, seed, size=64):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 3, size, size), dtype=np.uint8))
+
+
+def make_calibrated(students="both", source="validation", n=6):
+    """With random networks, but the maps and scores of any others."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = DSKD("lite", image_size=64, gccb=8, students=students, pretrained=False).eval()
+    detector = Detector(model, Scoring(temperature=1.0, sigma=1.5), calibrated=CalibratedScore(model, 1.5))
+    detector.calibrate(random_images(n, 0).split(4), source, training=[random_images(8, 1)])
+    return detector
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    """Read only."""
+    return make_calibrated()
+
+
+def test_calibrated_scores_are_found_with_their_parts_and_the_one_that_decides(calibrated):
+    found = calibrated.find(random_images(5, 2))
+    assert tuple(found.parts) == calibrated.parts == tuple(PARTS)
+    values = np.stack(list(found.parts.values()), 1)
+    assert found.decided_by == [calibrated.parts[i] for i in values.argmax(1)]
+    assert tuple(found.scores) == calibrated.variants == ("combined", "local", "global")
+    assert (found.scores["combined"] >= values.max(1)).all()
+    for student in ("local", "global"):
+        np.testing.assert_array_equal(found.scores[student], found.parts[student])
+    np.testing.assert_array_equal(found.maps.combined, np.maximum(found.maps.local, found.maps.global_))
+    assert found.maps.combined.dtype == np.float32
+
+
+def test_each_detection_has_the_parts_of_its_score_and_calibrated_maps_are_not_filtered_again(calibrated):
+    images = random_images(5, 2)
+    found = calibrated.find(images)
+    filtering = dataclasses.replace(calibrated, scoring=dataclasses.replace(calibrated.scoring, filter_maps=True))
+    for i, one in enumerate(filtering.predict(images, batch_size=2)):
+        assert one.score == pytest.approx(found.scores["combined"][i], rel=1e-4, abs=1e-4)
+        assert tuple(one.parts) == calibrated.parts
+        assert one.parts == pytest.approx({name: values[i] for name, values in found.parts.items()}, rel=1e-4, abs=1e-4)
+        assert one.decided_by == max(one.parts, key=one.parts.get)
+        assert one.has_place == PARTS[one.decided_by].has_map
+        for name in ("map", "local_map", "global_map"):
+            expected = found.maps.of({"map": "combined"}.get(name, name.removesuffix("_map")))[i]
+            np.testing.assert_allclose(getattr(one, name), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("student", ["local", "global"])
+def test_with_one_student_its_map_is_the_map(student):
+    detector = make_calibrated(student)
+    (found,) = detector.predict(random_images(1, 2))
+    assert tuple(found.parts) == detector.parts
+    assert detector.variants == ("combined", student)
+    assert (found.local_map is None, found.global_map is None) == (student == "global", student == "local")
+    np.testing.assert_array_equal(found.map, getattr(found, f"{student}_map"))
+
+
+def test_the_parts_of_the_papers_score_are_those_of_its_students_and_none_decides(images):
+    detector = make_detector()
+    detector.calibrate([images], "validation")
+    found = detector.find(images)
+    assert tuple(found.parts) == detector.parts == ("local", "global")
+    for name, scores in found.parts.items():
+        np.testing.assert_array_equal(scores, detector.image_scores(found.maps.of(name)))
+    assert found.decided_by == [None] * 7
+
+
+def test_calibrated_scores_set_a_threshold_and_few_images_are_warned_of(calibrated):
+    threshold = calibrated.calibration.threshold
+    assert "left out" in threshold.rule
+    assert threshold.n_images == 6
+    (warning,) = calibrated.calibration.warnings
+    assert warning.startswith("only 6 validation images set the threshold: expect 14% ")
+    assert make_calibrated(n=FEW_IMAGES).calibration.warnings == []
+    by_training = make_calibrated(source="train").calibration
+    assert (by_training.threshold, by_training.warnings) == (None, [])
+
+
+def test_before_it_is_calibrated_a_detector_finds_nothing(calibrated):
+    with pytest.raises(ValueError, match="calibrate"):
+        dataclasses.replace(calibrated, calibration=None).find(random_images(1, 0))
+
+
+def test_calibrated_scores_are_float32_whatever_the_program_around_them_has_chosen(calibrated):
+    images = random_images(3, 2)
+    expected = calibrated.find(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = calibrated.find(images)
+    np.testing.assert_array_equal(found.scores["combined"], expected.scores["combined"])
+    np.testing.assert_array_equal(found.maps.combined, expected.maps.combined)
 
 
 # ------------------------------------------------------------------------------------------- decision threshold

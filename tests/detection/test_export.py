@@ -21,8 +21,11 @@ from dskd_fast.data.layout import open_category
 from dskd_fast.detection import export as export_module
 from dskd_fast.detection.calibration import Calibration, Exposure, Scoring, Statistics, Threshold
 from dskd_fast.detection.detector import Detector
-from dskd_fast.detection.export import METADATA, OPSET, SUFFIXES, TOLERANCE, Inspection, enlarge, export, resize_square
+from dskd_fast.detection.export import METADATA, OPSET, SUFFIXES, TOLERANCE, export
+from dskd_fast.detection.program import Inspection, enlarge, resize_square
+from dskd_fast.detection.scoring.calibrated import CalibratedScore
 from dskd_fast.errors import UserError
+from dskd_fast.models import DSKD
 
 FORMATS = ("torch", "onnx")
 
@@ -41,11 +44,14 @@ def assert_agrees(found, detections, threshold):
     """Within the stated tolerance; decisions must not differ where the scores are farther from the threshold."""
     scores = np.array([one.score for one in detections])
     maps = np.stack([one.map for one in detections])
-    assert found["score"].dtype == found["map"].dtype == np.float32
+    parts = np.array([list(one.parts.values()) for one in detections])
+    assert found["score"].dtype == found["map"].dtype == found["parts"].dtype == np.float32
     assert found["score"].shape == (len(detections),)
     assert found["map"].shape == maps.shape
     assert (np.abs(found["score"] - scores) <= TOLERANCE * (1 + np.abs(scores))).all()
+    assert found["parts"].shape == parts.shape
     assert (np.abs(found["map"] - maps) <= TOLERANCE * (1 + np.abs(maps))).all()
+    assert (np.abs(found["parts"] - parts) <= TOLERANCE * (1 + np.abs(parts))).all()
     if threshold is None:
         assert "anomalous" not in found
         return
@@ -82,7 +88,7 @@ def test_every_test_image_gets_what_predict_gives(run_file, tiny_detector, thres
     images = np.stack([read_image(path).transpose(2, 0, 1) for path in paths])
     for batch_size in (1, 3):
         parts = [run_file(images[start : start + batch_size]) for start in range(0, len(paths), batch_size)]
-        found = {name: np.concatenate([part[name] for part in parts]) for name in ("score", "map", "anomalous")}
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         assert_agrees(found, tiny_detector.predict(paths), threshold)
 
 
@@ -124,7 +130,9 @@ def test_a_file_says_what_it_is(exported, tiny_detector, threshold):
     assert exported.metadata["category"] == "screw_bag"
     assert exported.metadata["image_size"] == 64
     assert exported.metadata["threshold"] == threshold
-    assert list(exported.metadata["outputs"]) == ["score", "map", "anomalous", "suspect"]
+    assert exported.metadata["scoring"] == "calibrated"
+    assert exported.metadata["parts"] == list(tiny_detector.parts)
+    assert list(exported.metadata["outputs"]) == ["score", "map", "parts", "anomalous", "suspect"]
     limits = tiny_detector.calibration.exposure
     assert exported.metadata["exposure"] == {"brightness": [*limits.brightness], "contrast": [*limits.contrast]}
     if exported.path.suffix == ".pt2":
@@ -237,12 +245,37 @@ def test_settings_of_a_run_are_in_the_file_and_without_a_threshold_there_are_no_
     path = tmp_path / f"model{SUFFIXES[file_format]}"
     exported = export(detector, path, file_format, category="c", threshold=None)
     # The detector is one from before there were limits of brightness and contrast.
-    assert list(exported.metadata["outputs"]) == ["score", "map"]
+    assert list(exported.metadata["outputs"]) == ["score", "map", "parts"]
+    assert (exported.metadata["scoring"], exported.metadata["parts"]) == ("paper", ["local", "global"])
     assert "exposure" not in exported.metadata
     assert exported.metadata["threshold"] is None
     run = load(path)
     for images in (random_images(1, 32, 45), random_images(4, 61, 32), random_images(2, 90, 70)):
         assert_agrees(run(images), detector.predict(images.transpose(0, 2, 3, 1)), None)
+
+
+@pytest.mark.parametrize(
+    ("networks", "scoring"),
+    [
+        ({"students": "local"}, {}),
+        ({"students": "global"}, {"filter_maps": True}),
+        ({"gccb": 0}, {"align_corners": True}),
+    ],
+    ids=str,
+)
+def test_calibrated_scores_of_any_run_are_in_the_module(networks, scoring):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = DSKD("lite", image_size=64, pretrained=False, **{"gccb": 8} | networks).eval()
+    scoring = Scoring(**{"temperature": 1.0, "sigma": 1.5} | scoring)
+    detector = Detector(model, scoring, calibrated=CalibratedScore(model, scoring.sigma))
+    normal, training = (torch.from_numpy(random_images(n, 64, 64)) for n in (5, 6))
+    detector.calibrate([normal], "validation", training=[training])
+    module = Inspection(detector, 2.0)
+    assert {x.dtype for x in module.calibrated.buffers()} == {torch.float32}
+    for images in (random_images(1, 40, 64), random_images(3, 70, 90)):
+        found = {name: x.numpy() for name, x in module(torch.from_numpy(images)).items()}
+        assert_agrees(found, detector.predict(images.transpose(0, 2, 3, 1)), 2.0)
 
 
 def test_the_decision_is_strict():
@@ -293,10 +326,11 @@ def test_maps_are_enlarged_as_those_of_predict(align_corners):
         ("score", lambda score: score * np.nan),
         ("score", lambda score: score * 1.01),
         ("map", lambda located: located + 0.1),
+        ("parts", lambda parts: parts[:, ::-1]),
         ("suspect", lambda suspect: ~suspect),
         ("anomalous", lambda anomalous: ~anomalous),
     ],
-    ids=["no score", "another score", "another map", "another suspect", "another decision"],
+    ids=["no score", "another score", "another map", "other parts", "another suspect", "another decision"],
 )
 def test_a_file_that_disagrees_is_not_kept(tmp_path, below, monkeypatch, output, change):
     path = tmp_path / "model.pt2"

@@ -1,5 +1,6 @@
 """Parts -> calibration -> one score and one map."""
 
+import keyword
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -101,7 +102,6 @@ class CalibratedScore(nn.Module):
             "teacher-means": True,
         }
         self.names = tuple(name for name in PARTS if has[name])
-        # A module's name holds no hyphen where programs are exported.
         self.parts = nn.ModuleDict({_module_name(name): _make_part(name) for name in self.names})
         weights = torch.tensor([PARTS[name].weight for name in self.names], dtype=torch.float64)
         self.register_buffer("handicap", (weights.log() / _SHARPNESS).float(), persistent=False)
@@ -160,11 +160,13 @@ class CalibratedScore(nn.Module):
                 columns.append(distances(vectors))
         raw = torch.stack([column.double().cpu() for column in columns], 1).numpy()
         least = [_MIN_SPREAD_OF_MAPS if PARTS[n].has_map else _MIN_SPREAD_OF_DISTANCES for n in self.names]
-        centre, spread = _centre_and_spread(raw, np.array(least))
+        rounding = [self._part(n).rounding() if PARTS[n].has_map else 0.0 for n in self.names]
+        floors = np.array(least), np.array(rounding)
+        centre, spread = _centre_and_spread(raw, *floors)
         self.centre.copy_(torch.from_numpy(centre))
         self.spread.copy_(torch.from_numpy(spread))
         if len(raw) > 1:
-            pairs = [_centre_and_spread(np.delete(raw, i, 0), np.array(least)) for i in range(len(raw))]
+            pairs = [_centre_and_spread(np.delete(raw, i, 0), *floors) for i in range(len(raw))]
             centre, spread = (np.stack(values) for values in zip(*pairs, strict=True))
         values = (raw - centre) / spread + self.handicap.double().cpu().numpy()
         self.left_out = values
@@ -255,15 +257,19 @@ def _vectors(name: str, measured: Measurements) -> Tensor:
 
 
 def _module_name(name: str) -> str:
-    return name.replace("-", "_")
+    """Of a part: exported programs are Python, in which "global" is a word of the language."""
+    return name.replace("-", "_") + ("_" if keyword.iskeyword(name) else "")
 
 
 def _centre_and_spread(
-    raw: NDArray[np.float64], least: NDArray[np.float64]
+    raw: NDArray[np.float64], least: NDArray[np.float64], rounding: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and deviation (parts,) of raw values (n, parts): as a new image's would lie around them."""
+    """Mean and deviation (parts,) of raw values (n, parts): as a new image's would lie around them.
+
+    The deviation is at least the share `least` of the mean, and what `rounding` makes of the values.
+    """
     n = len(raw)
     centre = raw.mean(0)
     deviation = raw.std(0, ddof=1) if n > 1 else np.zeros_like(centre)
-    spread = np.maximum(deviation, least * np.abs(centre)) * math.sqrt(1 + 1 / n)
+    spread = np.maximum(np.maximum(deviation, least * np.abs(centre)) * math.sqrt(1 + 1 / n), rounding)
     return centre, np.where(spread > 0, spread, 1.0)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 MAX_REFERENCES = 1000
 # Parts into which training images are divided where they have to stand in for others.
 _FOLDS = 5
+# Vectors that differ by less than this share of their largest value are equal but for float32 rounding.
+_ROUNDING = 1e-5
 
 
 class NearestNeighbour(nn.Module):
@@ -74,9 +76,9 @@ class Mahalanobis(nn.Module):
         covariance = np.eye(len(mean)) if is_alone else ledoit_wolf(standardised, assume_centered=True)[0]
         variances, axes = np.linalg.eigh(covariance)
         # Equal images have no covariance: then it is the plain distance.
-        variances = np.where(variances > 1e-12, variances, 1.0)
+        variances = np.where(variances > 1e-8, variances, 1.0)
         whitening = (axes / np.sqrt(variances * len(variances))).T / std.double().cpu().numpy()
-        self.mean, self.whitening = mean, torch.from_numpy(whitening).float().to(vectors.device)
+        self.mean, self.whitening = mean, torch.from_numpy(whitening).float().contiguous().to(vectors.device)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """(B, C) -> (B,)."""
@@ -99,11 +101,14 @@ class Mahalanobis(nn.Module):
 
 
 def _channel_statistics(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (C,) of vectors (n, C); of a single one, or equal ones, the largest value as deviation."""
     mean = vectors.mean(0)
     std = (vectors - mean).square().mean(0).sqrt()
+    largest, size = float(std.max()), float(vectors.abs().max())
+    if largest <= _ROUNDING * size:
+        return mean, torch.full_like(std, size or 1.0)
     # A channel that is constant but for rounding says nothing, and must not blow up a new image's rounding.
-    smallest = 1e-3 * std.max()
-    return mean, torch.where(std > smallest, std, smallest).clamp(min=1e-12)
+    return mean, std.clamp(min=1e-3 * largest)
 
 
 def _cross_fitted(kind: type[NearestNeighbour] | type[Mahalanobis], vectors: Tensor) -> Tensor:

@@ -1,0 +1,166 @@
+"""From measurements to calibrated scores: against NumPy and SciPy in float64."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from dskd_fast.detection.scoring import calibrated as calibrated_module
+from dskd_fast.detection.scoring.calibrated import PARTS, CalibratedScore, collected, soft_maximum
+from dskd_fast.models import Measurements
+
+SIZE, SIGMA = 32, 1.5
+SHARPNESS = calibrated_module._SHARPNESS
+BOTH = ("local", "global")
+
+
+def make_score(students=BOTH, gccb=6):
+    return CalibratedScore(SimpleNamespace(students=students, gccb=gccb, image_size=SIZE), SIGMA)
+
+
+def measured(n, seed=0, students=BOTH, gccb=6):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return 1 + torch.rand(n, *shape, generator=generator)
+
+    def levels():
+        return [random(side, side) for side in (16, 8, 4)]
+
+    has_global = "global" in students
+    return Measurements(
+        levels() if "local" in students else None,
+        levels() if has_global else None,
+        random(gccb) if has_global and gccb else None,
+        random(5) if has_global else None,
+        random(7),
+    )
+
+
+def trained(normal, n_training=8, **which):
+    score = make_score(**which)
+    score.fit(measured(n_training, 1, **which))
+    return score, score.calibrate(normal, "validation")
+
+
+def split(images, size):
+    n = len(images.teacher_means)
+    for start in range(0, n, size):
+        part = slice(start, start + size)
+        yield Measurements(*([level[part] for level in x] if isinstance(x, list) else x[part] for x in images))
+
+
+@pytest.mark.parametrize(
+    ("which", "names"),
+    [
+        ({}, tuple(PARTS)),
+        ({"gccb": 0}, ("local", "global", "global-means", "teacher-means")),
+        ({"students": ("local",)}, ("local", "teacher-means")),
+        ({"students": ("global",)}, ("global", "condensed", "global-means", "teacher-means")),
+    ],
+    ids=str,
+)
+def test_a_run_has_the_parts_whose_student_there_is(which, names):
+    score, _ = trained(measured(4, **which), **which)
+    assert score.names == names
+    scored = score(measured(3, 2, **which))
+    assert (scored.score.shape, scored.values.shape) == ((3,), (3, len(names)))
+    assert {name: tuple(found.shape) for name, found in scored.maps.items()} == {
+        name: (3, SIZE, SIZE) for name in names if PARTS[name].has_map
+    }
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in (scored.score, scored.values))
+
+
+@pytest.mark.parametrize("are_training", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_scored(n, are_training):
+    normal, new = measured(n), measured(4, 2)
+    score = make_score()
+    score.fit(normal if are_training else measured(8, 1))
+    left_out = score.calibrate(normal, "train" if are_training else "validation")
+    scored = score(new)
+    expected, of_normal = [], []
+    for i, name in enumerate(score.names):
+        part, handicap = score._part(name), math.log(PARTS[name].weight) / SHARPNESS
+        if PARTS[name].has_map:
+            type_of = calibrated_module._make_part(name)
+            raw = ndimage.gaussian_filter(type_of.calibrate(normal, SIZE).double(), (0, SIGMA, SIGMA)).max((1, 2))
+            maps = part(new, SIZE).double()
+            raw_new = ndimage.gaussian_filter(maps, (0, SIGMA, SIGMA)).max((1, 2))
+            least, rounding = calibrated_module._MIN_SPREAD_OF_MAPS, part.rounding()
+            sigma = calibrated_module._MAP_SIGMA * SIGMA
+            shown = ndimage.gaussian_filter(maps, (0, sigma, sigma))
+            shown = (shown - float(score.centre[i])) / float(score.spread[i]) + handicap
+            np.testing.assert_allclose(scored.maps[name], shown, rtol=1e-4, atol=1e-4)
+        else:
+            vectors = calibrated_module._vectors(name, normal)
+            raw = (part.of_training(vectors) if are_training else part(vectors)).double().numpy()
+            raw_new = part(calibrated_module._vectors(name, new)).double().numpy()
+            least, rounding = calibrated_module._MIN_SPREAD_OF_DISTANCES, 0
+
+        def standardised(values, others, least=least, rounding=rounding, handicap=handicap):
+            deviation = others.std(ddof=1) if len(others) > 1 else 0
+            spread = max(max(deviation, least * abs(others.mean())) * math.sqrt(1 + 1 / len(others)), rounding)
+            return (values - others.mean()) / (spread or 1) + handicap
+
+        expected.append(standardised(raw_new, raw))
+        of_normal.append([standardised(raw[j], np.delete(raw, j) if n > 1 else raw) for j in range(n)])
+    # Float32 and few images: a deviation as small as 1e-2 of the value that it is of.
+    np.testing.assert_allclose(scored.values.T, expected, rtol=1e-4, atol=1e-4)
+    of_all = np.log(np.exp(SHARPNESS * np.array(of_normal)).sum(0)) / SHARPNESS
+    np.testing.assert_allclose(left_out, of_all, rtol=1e-4, atol=1e-4)
+
+
+def test_the_score_is_between_the_largest_part_and_that_of_as_many_equal_ones_and_the_largest_decides():
+    values = 5 * torch.randn(200, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values[0], values[1] = 1e4, -1e4
+    raised = soft_maximum(values) - values.amax(1)
+    most = math.log(5) / SHARPNESS
+    assert (raised >= 0).all()
+    assert (raised <= most + 1e-9).all()
+    torch.testing.assert_close(raised[:2], torch.full((2,), most, dtype=torch.float64))
+    score = make_score()
+    assert score.deciding(5 * np.eye(5) - 7) == list(score.names)
+
+
+def test_where_a_map_is_high_so_is_the_score():
+    score, _ = trained(measured(4))
+    scored = score(measured(30, 2))
+    for i, name in enumerate(scored.maps):
+        assert (scored.maps[name].amax((1, 2)) <= scored.values[:, i] + 1e-5).all()
+    assert (scored.values.amax(1) <= scored.score + 1e-5).all()
+
+
+def test_a_student_whose_maps_are_constant_does_not_blow_up_rounding():
+    def constant(images, value):
+        return images._replace(local_levels=[torch.full_like(level, value) for level in images.local_levels])
+
+    values = [0.1 + i * 7.5e-9 for i in range(4)]  # the smallest steps of float32
+    normal = [constant(one, value) for one, value in zip(split(measured(4), 1), values, strict=True)]
+    score, _ = trained(collected(normal))
+    for value in (0.1 - 3e-8, 0.1 + 6e-8):
+        local = score(constant(measured(2, 2), value)).values[:, 0]
+        np.testing.assert_allclose(local, float(score.handicap[0]), atol=0.1)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_batches_do_not_matter(size):
+    normal, new = measured(5), measured(7, 2)
+    score, thresholds = trained(normal)
+    again, same = trained(collected(split(normal, size)))
+    np.testing.assert_array_equal(thresholds, same)
+    parts = [again(batch) for batch in split(new, size)]
+    torch.testing.assert_close(torch.cat([part.values for part in parts]), score(new).values, rtol=1e-5, atol=1e-4)
+
+
+def test_a_saved_score_is_loaded_whatever_the_number_of_its_references_and_no_other():
+    score, _ = trained(measured(4), n_training=11)
+    loaded, _ = trained(measured(3, 5), n_training=6)
+    loaded.load(score.state_dict())
+    for found, expected in zip(loaded(measured(3, 2))[:2], score(measured(3, 2))[:2], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="other parts"):
+        make_score(gccb=0).load(score.state_dict())
