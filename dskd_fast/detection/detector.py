@@ -270,14 +270,18 @@ class Detector:
         n_images = 0
         of_batches = []
         measured: list[Measurements] = []
+        if self.calibrated is not None and not are_new:
+            self.calibrated.fit(self.measured(images) for images in (batches if source == "train" else training))
+            self.calibrated.to(self.device)
         for images in batches:
             if exposures is None:
                 of_batches.append(measure_exposure(images))
             if self.calibrated is None:
                 raw_maps = self.raw_maps(images)
             else:
-                measured.append(self.measured(images))
-                raw_maps = self._added(measured[-1])
+                of_batch = self.measured(images)
+                raw_maps = self._added(of_batch)
+                measured.append(self.calibrated.reduced(of_batch, n_images if source == "train" else None))
             raw = torch.stack(raw_maps).double().flatten(1)
             # Sums of deviations from the first batch's mean: squares of the values themselves would cancel.
             if n_images == 0:
@@ -314,9 +318,6 @@ class Detector:
         self.calibration = Calibration(statistics, source, n_images, warnings=warnings, exposure=exposure)
         if self.calibrated is not None:
             self.calibrated.cpu()
-            if not are_new:
-                of_training = measured if source == "train" else [self.measured(images) for images in training]
-                self.calibrated.fit(collected(of_training))
             scores = self.calibrated.calibrate(collected(measured), "new" if are_new else source)
             self.calibrated.to(self.device)
             total_rounding = self.calibrated.rounding()

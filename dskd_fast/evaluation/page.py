@@ -213,7 +213,7 @@ def _describe_run(
         variant: _describe_variant(truth, detector, test, variant, kinds, threshold, progress)
         for variant in test.scores
     }
-    for name in _without_map(test):
+    for name in _without_own_map(test):
         variants[name] = _describe_part(source.category, test, name, kinds)
     said = remarks(source.category, truth)
     return {
@@ -258,17 +258,17 @@ def _describe_variant(
     }
 
 
-def _without_map(test: ScoredImages) -> list[str]:
-    """The parts of the score that measure an image as a whole."""
-    return [name for name in test.parts if not has_place(name)]
+def _without_own_map(test: ScoredImages) -> list[str]:
+    """The parts of the score that measure an image as a whole, or whose map is a part of the combined one alone."""
+    return [name for name in test.parts if name not in test.scores]
 
 
 def _describe_part(category: Category, test: ScoredImages, name: str, kinds: NDArray[np.str_]) -> dict[str, Any]:
-    """As `_describe_variant`, for a part of the score without a map; beside it another map is shown."""
+    """As `_describe_variant`, for a part of the score without a map of its own; beside it another map is shown."""
     scores: dict[str, NDArray[np.float64]] = {kind: test.parts[name][kinds == kind] for kind in KINDS}
     return {
-        "map": "combined" if test.maps.global_ is None else "global",
-        "has_place": False,
+        "map": "combined" if has_place(name) or test.maps.global_ is None else "global",
+        "has_place": has_place(name),
         "auroc": part_auroc(category, test.parts[name]),
         "spro": dict.fromkeys((*ANOMALY_KINDS, "mean")),
         "roc": _roc(scores),

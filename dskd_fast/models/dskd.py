@@ -49,6 +49,8 @@ class Measurements(NamedTuple):
         local_levels, global_levels: how far each student is from the teacher, three maps (B, h, w), finest first.
         condensed: (B, g), see `Features`.
         global_means, teacher_means: spatial means of the first level's features, (B, C) each.
+        patches: (B, h, w, C), the teacher's second and third level side by side at the second's size, each the mean of
+            3 x 3 positions.
     """
 
     local_levels: list[Tensor] | None
@@ -56,6 +58,7 @@ class Measurements(NamedTuple):
     condensed: Tensor | None
     global_means: Tensor | None
     teacher_means: Tensor
+    patches: Tensor
 
 
 class DSKD(nn.Module):
@@ -256,6 +259,7 @@ class DSKD(nn.Module):
             None if features.condensed is None else features.condensed.float(),
             None if features.global_student is None else features.global_student[0].float().mean((2, 3)),
             features.teacher[0].float().mean((2, 3)),
+            _patches(features.teacher),
         )
 
     def _load_stage4(self, state: dict[str, Tensor]) -> None:
@@ -270,6 +274,13 @@ class DSKD(nn.Module):
         # A ResNet's relatives (grouped, squeeze-and-excitation, deeper stems) have a stage 4 of another kind.
         if {k: v.shape for k, v in stage4.items()} == {k: v.shape for k, v in ours.items()}:
             self.global_bottleneck.embed.load_state_dict(stage4)
+
+
+def _patches(teacher: list[Tensor]) -> Tensor:
+    """As PatchCore makes them (arXiv 2106.08265)."""
+    second, third = (nnf.avg_pool2d(x.float(), 3, 1, 1, count_include_pad=False) for x in teacher[1:])
+    third = nnf.interpolate(third, second.shape[2:], mode="bilinear")
+    return torch.cat([second, third], 1).permute(0, 2, 3, 1)
 
 
 def enlarged(level_maps: Sequence[Tensor], size: Sequence[int], align_corners: bool = False) -> Tensor:

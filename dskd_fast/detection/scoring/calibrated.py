@@ -2,7 +2,7 @@
 
 import keyword
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,28 +14,55 @@ from torch import Tensor, nn
 
 from dskd_fast.detection.scoring.distances import Mahalanobis, NearestNeighbour
 from dskd_fast.detection.scoring.maps import MapPart
+from dskd_fast.detection.scoring.patches import PatchPart, PatchSample
 from dskd_fast.models import DSKD, Measurements
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a part is, and how much it counts: `weight` is what is thought of its share in the anomalies there are."""
+    """What a part is, and how much it counts.
 
-    weight: float
+    Attributes:
+        meaning: for people.
+        weight: what is thought of its share in the anomalies there are.
+        weight_by_heart: the same where the students know their training images by heart.
+        least_spread: what its deviation is at least, as a share of its normal value. Validation images are few and
+            alike, and other normal images are farther from the training images by a factor, not by a sum: distances
+            of whole images are told from their double.
+        has_map: whether it has a place.
+    """
+
     meaning: str
+    weight: float
+    weight_by_heart: float
+    least_spread: float
     has_map: bool = False
 
 
 PARTS: dict[str, _Kind] = {
-    "local": _Kind(1.0, "the local student's map, its two finest levels", has_map=True),
-    "global": _Kind(0.3, "the global student's map", has_map=True),
-    "condensed": _Kind(0.1, "the global student's condensed vector, distance from the nearest training image's"),
-    "global-means": _Kind(0.1, "the global student's mean features, Mahalanobis distance from the training images'"),
-    "teacher-means": _Kind(0.1, "the teacher's mean features, Mahalanobis distance from the training images'"),
+    "local": _Kind("the local student's map, its two finest levels", 1.0, 0.03, 0.1, has_map=True),
+    "global": _Kind("the global student's map", 0.3, 0.03, 0.1, has_map=True),
+    "patches": _Kind(
+        "the teacher's patches, distance of each from the nearest one of the training images'",
+        0.03,
+        1.0,
+        0.2,
+        has_map=True,
+    ),
+    "condensed": _Kind(
+        "the global student's condensed vector, distance from the nearest training image's", 0.1, 0.03, 1.0
+    ),
+    "global-means": _Kind(
+        "the global student's mean features, Mahalanobis distance from the training images'", 0.1, 0.03, 1.0
+    ),
+    "teacher-means": _Kind(
+        "the teacher's mean features, Mahalanobis distance from the training images'", 0.1, 0.03, 1.0
+    ),
 }
 """Everything a calibrated score is made of; a run has those whose student there is."""
 
-_LEVELS = {"local": (0, 1), "global": (0, 1, 2)}
+LEVELS = {"local": (0, 1), "global": (0, 1, 2)}
+"""Which levels of a student make its map. The local student's coarsest finds what the global one finds, less well."""
 
 # Of the soft maximum: two equal values together are ln 2 / 1.5 = 0.46 deviations more than one.
 _SHARPNESS = 1.5
@@ -46,9 +73,9 @@ _MAP_SIGMA = 2.0
 # Deviations by which the value of a part that is not used is lowered.
 _FAR_BELOW = 1e6
 
-# What a part's deviation is at least, as a share of its normal value. Validation images are few and alike, and other
-# normal images are further from the training images by a factor, not by a sum: distances are told from their double.
-_MIN_SPREAD_OF_MAPS, _MIN_SPREAD_OF_DISTANCES = 0.1, 1.0
+# Where the local student's error at its coarsest level is so many times as large on validation images as on those that
+# it was trained on, it begins to know, and knows, these by heart: with 200 training images it is 1.6, with 30 2.8.
+_BEGINS_BY_HEART, _BY_HEART = 1.5, 2.5
 
 
 class Scored(NamedTuple):
@@ -84,6 +111,7 @@ class CalibratedScore(nn.Module):
 
     left_out: NDArray[np.float64]
 
+    training_error: Tensor
     centre: Tensor
     spread: Tensor
     is_used: Tensor
@@ -99,12 +127,13 @@ class CalibratedScore(nn.Module):
             "global": "global" in model.students,
             "condensed": "global" in model.students and model.gccb > 0,
             "global-means": "global" in model.students,
+            "patches": True,
             "teacher-means": True,
         }
         self.names = tuple(name for name in PARTS if has[name])
         self.parts = nn.ModuleDict({_module_name(name): _make_part(name) for name in self.names})
-        weights = torch.tensor([PARTS[name].weight for name in self.names], dtype=torch.float64)
-        self.register_buffer("handicap", (weights.log() / _SHARPNESS).float(), persistent=False)
+        self.register_buffer("handicap", _handicaps(self.names, 0.0))
+        self.register_buffer("training_error", torch.zeros(()))
         self.register_buffer("centre", torch.zeros(len(self.names)))
         self.register_buffer("spread", torch.ones(len(self.names)))
         self.register_buffer("is_used", torch.ones(len(self.names)))
@@ -114,11 +143,12 @@ class CalibratedScore(nn.Module):
             self.register_buffer(name, matrix, persistent=False)
 
     def forward(self, measured: Measurements) -> Scored:
+        measured = self.reduced(measured)
         maps: dict[str, Tensor] = {}
         values = []
         for i, name in enumerate(self.names):
             if PARTS[name].has_map:
-                found = self._part(name)(measured, self.size)
+                found = self._part(name)(_maps(name, measured), self.size)
                 found = (found - self.centre[i]) / self.spread[i] + self.handicap[i]
                 values.append(_filtered(found, self.filter).amax((1, 2)))
                 maps[name] = _filtered(found, self.map_filter)
@@ -128,11 +158,25 @@ class CalibratedScore(nn.Module):
         stacked = torch.stack(values, 1)
         return Scored(soft_maximum(stacked - self._unused()), stacked, maps)
 
-    def fit(self, training: Measurements) -> None:
-        """Learn what training images are like."""
+    def reduced(self, measured: Measurements, training_image: int | None = None) -> Measurements:
+        """The same with distances (B, h, w) in place of the patches, which are many; see `PatchPart.distances`."""
+        return measured._replace(patches=self._part("patches").distances(measured.patches, training_image))
+
+    def fit(self, training: Iterable[Measurements]) -> None:
+        """Learn what training images are like; of the batches each is taken once."""
+        sample = PatchSample()
+        batches = []
+        for measured in training:
+            sample.add(measured.patches)
+            batches.append(measured._replace(patches=torch.empty(0)))
+        of_all = collected(batches)
         for name in self.names:
-            if not PARTS[name].has_map:
-                self._part(name).fit(_vectors(name, training))
+            if name == "patches":
+                self._part(name).fit(sample)
+            elif not PARTS[name].has_map:
+                self._part(name).fit(_vectors(name, of_all))
+        if of_all.local_levels is not None:
+            self.training_error.copy_(of_all.local_levels[-1].mean())
 
     def calibrate(
         self, normal: Measurements, kind: Literal["validation", "train", "new"] = "validation"
@@ -140,7 +184,7 @@ class CalibratedScore(nn.Module):
         """Take statistics, centre and spread from normal images.
 
         Args:
-            normal: of n images.
+            normal: of n images, `reduced`.
             kind: "train" for those of `fit`, since there are no others; they then stand in for new ones, a fold at a
                 time. "new": they look different from the training images, and so do all from now on: distances are
                 measured from them, too.
@@ -152,15 +196,21 @@ class CalibratedScore(nn.Module):
         for name in self.names:
             part = self._part(name)
             if PARTS[name].has_map:
-                maps = part.calibrate(normal, self.size)
+                maps = (
+                    part(normal.patches, self.size)
+                    if name == "patches"
+                    else part.calibrate(_maps(name, normal), self.size)
+                )
                 columns.append(_filtered(maps, self.filter.cpu()).amax((1, 2)))
             else:
                 vectors = _vectors(name, normal)
                 distances = {"validation": part, "train": part.of_training, "new": part.add}[kind]
                 columns.append(distances(vectors))
         raw = torch.stack([column.double().cpu() for column in columns], 1).numpy()
-        least = [_MIN_SPREAD_OF_MAPS if PARTS[n].has_map else _MIN_SPREAD_OF_DISTANCES for n in self.names]
-        rounding = [self._part(n).rounding() if PARTS[n].has_map else 0.0 for n in self.names]
+        if kind == "validation":
+            self.handicap.copy_(_handicaps(self.names, self._share_by_heart(normal)))
+        least = [PARTS[name].least_spread for name in self.names]
+        rounding = [self._part(name).rounding() if name in LEVELS else 0.0 for name in self.names]
         floors = np.array(least), np.array(rounding)
         centre, spread = _centre_and_spread(raw, *floors)
         self.centre.copy_(torch.from_numpy(centre))
@@ -179,10 +229,15 @@ class CalibratedScore(nn.Module):
     def rounding(self) -> float:
         """By how much rounding of maps may change a score."""
         return sum(
-            self._part(name).rounding() / float(self.spread[i])
-            for i, name in enumerate(self.names)
-            if PARTS[name].has_map
+            self._part(name).rounding() / float(self.spread[i]) for i, name in enumerate(self.names) if name in LEVELS
         )
+
+    def _share_by_heart(self, normal: Measurements) -> float:
+        """How much the students know the training images by heart, from 0 to 1."""
+        if normal.local_levels is None or not self.training_error > 0:
+            return 0.0
+        ratio = float(normal.local_levels[-1].mean() / self.training_error)
+        return min(1.0, max(0.0, (ratio - _BEGINS_BY_HEART) / (_BY_HEART - _BEGINS_BY_HEART)))
 
     def deciding(self, values: NDArray[np.floating]) -> list[str]:
         """The part that decided each score: the largest of its values (B, parts)."""
@@ -241,9 +296,22 @@ def collected(measured: Iterable[Measurements]) -> Measurements:
 
 
 def _make_part(name: str) -> nn.Module:
-    if name in _LEVELS:
-        return MapPart("local" if name == "local" else "global", _LEVELS[name])
+    if name in LEVELS:
+        return MapPart(LEVELS[name])
+    if name == "patches":
+        return PatchPart()
     return NearestNeighbour() if name == "condensed" else Mahalanobis()
+
+
+def _maps(name: str, measured: Measurements) -> Any:
+    """What the map of a part is made of."""
+    return {"local": measured.local_levels, "global": measured.global_levels, "patches": measured.patches}[name]
+
+
+def _handicaps(names: Sequence[str], by_heart: float) -> Tensor:
+    """(parts,): what takes the parts' weights into a maximum; between those of the two kinds of students."""
+    ends = [(math.log(PARTS[name].weight), math.log(PARTS[name].weight_by_heart)) for name in names]
+    return torch.tensor([(1 - by_heart) * low + by_heart * high for low, high in ends]) / _SHARPNESS
 
 
 def _vectors(name: str, measured: Measurements) -> Tensor:

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
-from dskd_fast.models import Measurements
-from dskd_fast.models.dskd import Branch, enlarged
+from dskd_fast.models.dskd import enlarged
 
 # Of the Gaussian that smooths the statistics, as a share of the image's side: objects do not lie to the pixel.
 _SMOOTHING = 1 / 4
@@ -26,23 +25,21 @@ class MapPart(nn.Module):
     position: smoothed, and the variance drawn towards that of all positions (ours).
 
     Args:
-        student: whose.
-        levels: which of its three, from 0, the finest.
+        levels: which of its three count, from 0, the finest.
     """
 
-    def __init__(self, student: Branch, levels: Sequence[int]) -> None:
+    def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
-        self.student = student
         self.levels = tuple(levels)
         for level in self.levels:
             for name in ("mean", "std"):
                 self.register_buffer(f"{name}{level}", torch.empty(0))
 
-    def calibrate(self, measured: Measurements, size: int) -> Tensor:
+    def calibrate(self, level_maps: list[Tensor], size: int) -> Tensor:
         """Take the statistics from normal images.
 
         Args:
-            measured: of n images.
+            level_maps: of n images, (n, h, w) for each level.
             size: S of the maps.
 
         Returns:
@@ -50,18 +47,18 @@ class MapPart(nn.Module):
             images are.
         """
         left_out = []
-        for level, maps in self._of(measured):
-            values = maps.double().cpu().numpy()
+        for level in self.levels:
+            values = level_maps[level].double().cpu().numpy()
             mean, std = (torch.from_numpy(x).float() for x in _statistics(values))
             setattr(self, f"mean{level}", mean)
             setattr(self, f"std{level}", std)
             left_out.append(torch.from_numpy(_without_each(values)).float())
         return enlarged(left_out, (size, size)).mean(1)
 
-    def forward(self, measured: Measurements, size: int) -> Tensor:
+    def forward(self, level_maps: list[Tensor], size: int) -> Tensor:
         """Maps (B, S, S), in deviations from the normal mean."""
         normalised = [
-            (maps - getattr(self, f"mean{level}")) / getattr(self, f"std{level}") for level, maps in self._of(measured)
+            (level_maps[level] - getattr(self, f"mean{level}")) / getattr(self, f"std{level}") for level in self.levels
         ]
         return enlarged(normalised, (size, size)).mean(1)
 
@@ -69,11 +66,6 @@ class MapPart(nn.Module):
         """By how much rounding of 1e-5 of the level maps may change a map, in its own unit."""
         ratios = [(getattr(self, f"mean{x}").abs() / getattr(self, f"std{x}")).max() for x in self.levels]
         return 1e-5 * float(torch.stack(ratios).mean())
-
-    def _of(self, measured: Measurements) -> list[tuple[int, Tensor]]:
-        maps = measured.local_levels if self.student == "local" else measured.global_levels
-        assert maps is not None  # a part of a student that is not there is not made
-        return [(level, maps[level]) for level in self.levels]
 
 
 def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:

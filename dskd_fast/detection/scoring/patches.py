@@ -1,0 +1,91 @@
+"""How far each place of an image is from every place of the training images, in the teacher's features alone."""
+
+import torch
+from torch import Tensor, nn
+
+from dskd_fast.models.dskd import enlarged
+
+# Patches of training images that are looked at, and those of them that are kept.
+MAX_PATCHES = 30_000
+N_KEPT = 1000
+# Dimensions of the random projection in which those are chosen.
+_N_PROJECTED = 32
+
+
+class PatchPart(nn.Module):
+    """Distance of each patch from the nearest one of the training images' (PatchCore, arXiv 2106.08265).
+
+    It learns no weights, so it cannot learn few training images by heart, as students do.
+    """
+
+    bank: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bank", torch.empty(0))
+        self._images = torch.empty(0)  # of which training image each is
+
+    def fit(self, sample: "PatchSample") -> None:
+        """Keep those of the training images' patches that are farthest from each other: greedily, in a projection."""
+        patches = sample.patches()
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(patches.shape[1], min(_N_PROJECTED, patches.shape[1]), generator=generator)
+        projected = patches @ directions
+        nearest = torch.full((len(patches),), torch.inf)
+        chosen = [0]
+        for _ in range(min(N_KEPT, len(patches)) - 1):
+            nearest = torch.minimum(nearest, (projected - projected[chosen[-1]]).square().sum(1))
+            chosen.append(int(nearest.argmax()))
+        self.bank = patches[chosen].contiguous()
+        self._images = sample.images()[chosen]
+
+    def distances(self, patches: Tensor, training_image: int | None = None) -> Tensor:
+        """Patches (B, h, w, C) -> maps (B, h, w).
+
+        Args:
+            patches: of images.
+            training_image: the first one's number, where they are the training images themselves: each is then
+                compared with the others alone, if there are others.
+        """
+        products = patches @ self.bank.mT
+        squares = patches.square().sum(3, keepdim=True) + self.bank.square().sum(1) - 2 * products
+        if training_image is not None:
+            numbers = torch.arange(training_image, training_image + len(patches))
+            is_own = (self._images == numbers[:, None]).to(squares.device)
+            is_own &= ~is_own.all(1, keepdim=True)
+            squares = squares.masked_fill(is_own[:, None, None], torch.inf)
+        return squares.amin(3).clamp(min=0).sqrt()
+
+    def forward(self, distances: Tensor, size: int) -> Tensor:
+        """Maps (B, h, w) of distances -> (B, S, S)."""
+        return enlarged([distances], (size, size))[:, 0]
+
+
+class PatchSample:
+    """Patches of any number of images, of which every k-th is kept: so many that memory is bounded."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+        self._numbers: list[Tensor] = []
+        self._n_images = 0
+        self._step = 1
+
+    def add(self, patches: Tensor) -> None:
+        """Take patches (B, h, w, C)."""
+        n, n_places = len(patches), patches.shape[1] * patches.shape[2]
+        numbers = torch.arange(self._n_images, self._n_images + n).repeat_interleave(n_places)
+        self._kept.append(patches.flatten(0, 2)[:: self._step].cpu())
+        self._numbers.append(numbers[:: self._step])
+        self._n_images += n
+        while sum(map(len, self._kept)) > MAX_PATCHES:
+            self._step *= 2
+            self._kept = [kept[::2].clone() for kept in self._kept]
+            self._numbers = [numbers[::2] for numbers in self._numbers]
+
+    def patches(self) -> Tensor:
+        """(n, C)."""
+        return torch.cat(self._kept)
+
+    def images(self) -> Tensor:
+        """(n,): the number of the image of each."""
+        return torch.cat(self._numbers)
