@@ -289,7 +289,7 @@ def _describe_result(detector: Detector, test: ScoredImages, index: int, thresho
         "reason": test.suspicions[index],
         "decided_by": test.decided_by[index],
         "scores": {variant: float(test.scores[variant][index]) for variant in test.scores}
-        | {name: float(test.parts[name][index]) for name in _without_map(test)},
+        | {name: float(test.parts[name][index]) for name in _without_own_map(test)},
         "maps": {variant: _map_png(detector, maps[index], high) for variant, maps in test.maps.existing.items()},
     }
 
