@@ -177,7 +177,7 @@ RECIPE_OPTIONS: dict[str, dict[str, Any]] = {
     "fast": {
         "batch_size": 8,
         "lr": 0.005,
-        "schedule": "cosine",
+        "schedule": "constant",
         "warmup": 0.05,
         "averaging": 0.99,
         "local_loss": "flattened-cosine",

@@ -13,7 +13,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from dskd_fast.detection.scoring.distances import Mahalanobis, NearestNeighbour
-from dskd_fast.detection.scoring.maps import MapPart
+from dskd_fast.detection.scoring.maps import MapPart, SumPart
 from dskd_fast.detection.scoring.patches import PatchPart, PatchSample
 from dskd_fast.models import DSKD, Measurements
 
@@ -40,8 +40,9 @@ class _Kind:
 
 
 PARTS: dict[str, _Kind] = {
-    "local": _Kind("the local student's map, its two finest levels", 1.0, 0.03, 0.1, has_map=True),
-    "global": _Kind("the global student's map", 0.3, 0.03, 0.1, has_map=True),
+    "local": _Kind("the local student's map, its two finest levels", 1.0, 0.01, 0.1, has_map=True),
+    "global": _Kind("the global student's map", 0.2, 0.01, 0.1, has_map=True),
+    "sum": _Kind("the sum of both students' maps", 0.2, 0.01, 0.1, has_map=True),
     "patches": _Kind(
         "the teacher's patches, distance of each from the nearest one of the training images'",
         0.03,
@@ -50,19 +51,19 @@ PARTS: dict[str, _Kind] = {
         has_map=True,
     ),
     "condensed": _Kind(
-        "the global student's condensed vector, distance from the nearest training image's", 0.1, 0.03, 1.0
+        "the global student's condensed vector, distance from the nearest training image's", 0.1, 0.01, 1.0
     ),
     "global-means": _Kind(
-        "the global student's mean features, Mahalanobis distance from the training images'", 0.1, 0.03, 1.0
+        "the global student's mean features, Mahalanobis distance from the training images'", 0.1, 0.01, 1.0
     ),
     "teacher-means": _Kind(
-        "the teacher's mean features, Mahalanobis distance from the training images'", 0.1, 0.03, 1.0
+        "the teacher's mean features, Mahalanobis distance from the training images'", 0.1, 0.01, 1.0
     ),
 }
 """Everything a calibrated score is made of; a run has those whose student there is."""
 
-LEVELS = {"local": (0, 1), "global": (0, 1, 2)}
-"""Which levels of a student make its map. The local student's coarsest finds what the global one finds, less well."""
+LEVELS = {"local": (0, 1), "global": (0, 1, 2), "sum": (0, 1, 2)}
+"""Which levels make a map. The local student's coarsest finds what the global one finds, less well."""
 
 # Of the soft maximum: two equal values together are ln 2 / 1.5 = 0.46 deviations more than one.
 _SHARPNESS = 1.5
@@ -127,6 +128,7 @@ class CalibratedScore(nn.Module):
             "global": "global" in model.students,
             "condensed": "global" in model.students and model.gccb > 0,
             "global-means": "global" in model.students,
+            "sum": "local" in model.students and "global" in model.students,
             "patches": True,
             "teacher-means": True,
         }
@@ -296,6 +298,8 @@ def collected(measured: Iterable[Measurements]) -> Measurements:
 
 
 def _make_part(name: str) -> nn.Module:
+    if name == "sum":
+        return SumPart(LEVELS[name])
     if name in LEVELS:
         return MapPart(LEVELS[name])
     if name == "patches":
@@ -305,7 +309,12 @@ def _make_part(name: str) -> nn.Module:
 
 def _maps(name: str, measured: Measurements) -> Any:
     """What the map of a part is made of."""
-    return {"local": measured.local_levels, "global": measured.global_levels, "patches": measured.patches}[name]
+    return {
+        "local": measured.local_levels,
+        "global": measured.global_levels,
+        "sum": (measured.local_levels, measured.global_levels),
+        "patches": measured.patches,
+    }[name]
 
 
 def _handicaps(names: Sequence[str], by_heart: float) -> Tensor:

@@ -12,8 +12,10 @@ from dskd_fast.models.dskd import enlarged
 
 # Of the Gaussian that smooths the statistics, as a share of the image's side: objects do not lie to the pixel.
 _SMOOTHING = 1 / 4
-# How much of a position's variance is that of all positions: where objects lie anywhere, positions differ by chance.
-_SHRINKAGE = 0.7
+# What is known of a position counts n / (n + 40) for n images, the rest is known of all positions together: few images
+# cannot tell positions apart. Of the variance, which takes more images to know, half as much counts.
+_IMAGES_TO_KNOW = 40
+_SHARE_OF_VARIANCE = 0.5
 # Deviations below this share of the mean are float32 rounding, which must not be blown up.
 _ROUNDING = float(np.finfo(np.float32).eps)
 
@@ -22,7 +24,7 @@ class MapPart(nn.Module):
     """The map of one student: its deviation from what is normal at each place, the mean over the levels that count.
 
     Paper eq. 8 has one mean and one deviation for all positions and levels. Here each level has its own at every
-    position: smoothed, and the variance drawn towards that of all positions (ours).
+    position: smoothed, and drawn towards that of all positions the more, the fewer images there are (ours).
 
     Args:
         levels: which of its three count, from 0, the finest.
@@ -68,22 +70,59 @@ class MapPart(nn.Module):
         return 1e-5 * float(torch.stack(ratios).mean())
 
 
+class SumPart(nn.Module):
+    """Both students' maps, all levels, each in deviations of its own pixels, added up (as in paper eq. 8).
+
+    What each of them sees faintly, they see together.
+    """
+
+    deviations: Tensor
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        super().__init__()
+        self.local, self.global_ = MapPart(levels), MapPart(levels)
+        self.register_buffer("deviations", torch.ones(2))
+
+    def calibrate(self, level_maps: tuple[list[Tensor], list[Tensor]], size: int) -> Tensor:
+        """As `MapPart.calibrate`; the maps are the local student's and the global one's."""
+        maps = [
+            part.calibrate(of_part, size) for part, of_part in zip((self.local, self.global_), level_maps, strict=True)
+        ]
+        for i, (part, found) in enumerate(zip((self.local, self.global_), maps, strict=True)):
+            self.deviations[i] = max(float(found.std()), part.rounding()) or 1.0
+        return maps[0] / self.deviations[0] + maps[1] / self.deviations[1]
+
+    def forward(self, level_maps: tuple[list[Tensor], list[Tensor]], size: int) -> Tensor:
+        """Maps (B, S, S)."""
+        of_local, of_global = self.local(level_maps[0], size), self.global_(level_maps[1], size)
+        return of_local / self.deviations[0] + of_global / self.deviations[1]
+
+    def rounding(self) -> float:
+        """See `MapPart.rounding`."""
+        local, global_ = (float(x) for x in self.deviations)
+        return self.local.rounding() / local + self.global_.rounding() / global_
+
+
 def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     sigma = _SMOOTHING * values.shape[-1]
     return ndimage.gaussian_filter(values, (0,) * (values.ndim - 2) + (sigma, sigma), mode="nearest")
 
 
-def _deviation(variance: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
-    variance = np.maximum(variance, 0)
-    of_all = variance.mean((-2, -1), keepdims=True)
-    deviation = np.sqrt((1 - _SHRINKAGE) * variance + _SHRINKAGE * of_all)
+def _towards_all(values: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    """Maps (..., h, w) of which a share stays and the rest is their mean over positions."""
+    return share * values + (1 - share) * values.mean((-2, -1), keepdims=True)
+
+
+def _deviation(variance: NDArray[np.float64], mean: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    deviation = np.sqrt(_towards_all(np.maximum(variance, 0), _SHARE_OF_VARIANCE * share))
     return np.where(deviation > _ROUNDING * np.abs(mean), deviation, 1.0)
 
 
 def _statistics(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and deviation (h, w) of maps (n, h, w)."""
-    mean = _smoothed(values.mean(0))
-    return mean, _deviation(_smoothed(((values - mean) ** 2).mean(0)), mean)
+    share = len(values) / (len(values) + _IMAGES_TO_KNOW)
+    mean = _towards_all(_smoothed(values.mean(0)), share)
+    return mean, _deviation(_smoothed(((values - mean) ** 2).mean(0)), mean, share)
 
 
 def _without_each(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -94,7 +133,8 @@ def _without_each(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return (values - mean) / std
     centred = values - values.mean()  # squares of the values themselves would cancel
     of_others = (centred.sum(0) - centred) / (n - 1)
-    mean = _smoothed(of_others)
+    share = (n - 1) / (n - 1 + _IMAGES_TO_KNOW)
+    mean = _towards_all(_smoothed(of_others), share)
     # The mean of the others' squared distances from their smoothed mean.
     squares = ((centred**2).sum(0) - centred**2) / (n - 1) - 2 * mean * of_others + mean**2
-    return (centred - mean) / _deviation(_smoothed(squares), mean + values.mean())
+    return (centred - mean) / _deviation(_smoothed(squares), mean + values.mean(), share)
