@@ -8,7 +8,7 @@ from dskd_fast.data.layout import open_category
 from dskd_fast.data.synthetic import CATEGORY, make_screw_bag
 from dskd_fast.device import has_fast_bf16, resolve_device
 from dskd_fast.models.teacher import LITE
-from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.runs.options import TrainingOptions, recipe_options
 
 
 class _Counts(TypedDict):
@@ -29,20 +29,13 @@ def make_data(folder: Path, seed: int) -> Category:
 
 
 def options_for_demo(device: str, seed: int) -> TrainingOptions:
-    """A recipe for minutes, not for records: small images, the bundled teacher, a narrow condensing block.
-
-    So few steps want a high learning rate that falls, and unaugmented images, whose variety they could not use.
-    """
-    return TrainingOptions(
-        teacher=LITE,
-        image_size=128,
-        gccb=256,
-        epochs=24,
-        batch_size=8,
-        lr=0.01,
-        schedule="cosine",
-        local_loss="flattened-cosine",
-        precision="bf16" if has_fast_bf16(resolve_device(device)) else "fp32",
-        device=device,
-        seed=seed,
-    )
+    """The recipe "fast" on small images, with the bundled teacher and a narrow condensing block."""
+    given = {
+        "teacher": LITE,
+        "image_size": 128,
+        "gccb": 256,
+        "precision": "bf16" if has_fast_bf16(resolve_device(device)) else "fp32",
+        "device": device,
+        "seed": seed,
+    }
+    return TrainingOptions(**recipe_options("fast", _COUNTS["n_train"], given))
