@@ -30,7 +30,9 @@ def recalibrated(tiny_detector):
 
 
 @pytest.mark.parametrize("n_first", [3, 6])
-def test_images_that_a_detector_was_calibrated_on_before_are_not_their_own_neighbours(recalibrated, paths, data_root, n_first):
+def test_images_that_a_detector_was_calibrated_on_before_are_not_their_own_neighbours(
+    recalibrated, paths, data_root, n_first
+):
     test = ImageStore([item.path for item in open_category(data_root, "screw_bag").test], 64).batch(range(10))
     once, twice = recalibrated(paths), recalibrated(paths[:n_first], paths)
     assert twice.calibration.threshold.value == pytest.approx(once.calibration.threshold.value, rel=1e-4)
