@@ -173,11 +173,15 @@ def test_the_notes_tell_the_papers_categories_and_every_difference_of_the_recipe
     assert "ours over the" not in notes
     assert "seed 0 alone, so no spread" in notes
     assert "Recipe: the paper's (teacher wide_resnet50_2, image size 256, epochs 200, batch size 16, lr 0.005" in notes
-    recipe = TrainingOptions("lite", image_size=128, epochs=8, lr=0.01, precision="bf16")
+    recipe = TrainingOptions("lite", image_size=128, epochs=8, lr=0.01, averaging=0.9, precision="bf16")
     found = results("loco", [part("x", is_papers=False)], {(0, "x"): metrics(0.6, 0.4)}, recipe=recipe)
     notes = " ".join(notes_on(found, []))
-    assert "Recipe here: teacher lite, image size 128, epochs 8, lr 0.01, precision bf16. That is NOT" in notes
-    assert "which has teacher wide_resnet50_2, image size 256, epochs 200, lr 0.005, precision fp32." in notes
+    assert (
+        "Recipe here: teacher lite, image size 128, epochs 8, lr 0.01, averaging 0.9, precision bf16. That is NOT"
+        in notes
+    )
+    papers = "which has teacher wide_resnet50_2, image size 256, epochs 200, lr 0.005, averaging 0.0, precision fp32."
+    assert papers in notes
     assert "batch size" not in notes
 
 
