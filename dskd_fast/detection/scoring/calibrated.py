@@ -128,6 +128,13 @@ class CalibratedScore(nn.Module):
         stacked = torch.stack(values, 1)
         return Scored(soft_maximum(stacked - self._unused()), stacked, maps)
 
+    def combined(self, maps: Mapping[str, Tensor]) -> Tensor:
+        """The largest of `Scored.maps` at each place, (B, S, S): of parts that decide, if any of these has a map."""
+        of_unused = self._unused()
+        lowered = torch.stack([of_unused[i] for i, name in enumerate(self.names) if name in maps])
+        lowered = lowered - lowered.amin(0)
+        return (torch.stack(list(maps.values())) - lowered[:, None, None, None]).amax(0)
+
     def fit(self, training: Measurements) -> None:
         """Learn what training images are like."""
         for name in self.names:
