@@ -309,7 +309,7 @@ class Detector:
             warnings.append(
                 f"{n_suspect} of {exposure.n_images} normal images {'is' if n_suspect == 1 else 'are'} suspect, since "
                 "brightness or contrast is very different from the others': `predict` on their folder says which; take "
-                "out what does not belong there, and train again"
+                f"out what does not belong there, and {'recalibrate' if are_new else 'train again'}"
             )
         self.calibration = Calibration(statistics, source, n_images, warnings=warnings, exposure=exposure)
         if self.calibrated is not None:
@@ -325,10 +325,12 @@ class Detector:
             total_rounding = sum(rounding.values())
         if source == "validation":
             if np.ptp(scores) <= margin_above(scores.max(), total_rounding):
+                more = "put more good images, and different ones, into validation/good"
+                if are_new:
+                    more = "recalibrate with more good images, and different ones"
                 warnings.append(
                     f"the threshold rests on one score, {scores.max():.4g}, which all validation images have "
-                    f"({n_images} in number), so that other good images may well be above it: put more good images, "
-                    "and different ones, into validation/good"
+                    f"({n_images} in number), so that other good images may well be above it: {more}"
                 )
             threshold = threshold_from(
                 scores, total_rounding, false_alarms=false_alarms, are_left_out=self.calibrated is not None

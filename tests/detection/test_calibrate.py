@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
@@ -48,6 +49,16 @@ def test_the_threshold_is_that_of_images_each_scored_by_the_others(recalibrated,
     # Each is compared with itself as well by now.
     found = detector.find(ImageStore(paths, 64).batch(range(6)))
     assert (found.scores["combined"] < scores + 1e-3).all()
+
+
+def test_what_makes_a_new_calibration_doubtful_asks_for_another_and_not_for_a_training(recalibrated, paths, tmp_path):
+    Image.fromarray(np.zeros((64, 80, 3), np.uint8)).save(tmp_path / "black.png")
+    doubts = recalibrated([*paths, tmp_path / "black.png"]).calibration.warnings + (
+        recalibrated(paths[:1]).calibration.warnings
+    )
+    assert any(text.endswith("take out what does not belong there, and recalibrate") for text in doubts)
+    assert any(text.endswith("recalibrate with more good images, and different ones") for text in doubts)
+    assert not any("train again" in text or "validation/good" in text for text in doubts)
 
 
 @pytest.mark.parametrize(("n", "rank"), [(198, 1), (199, 1), (398, 1), (399, 2), (599, 3)])
