@@ -115,6 +115,13 @@ def test_the_rate_of_false_alarms_is_a_share_or_a_percentage(cli, run, good, tex
     assert (f"not {rate}, for which 199 are needed" in out) == (rate == "0.005")
 
 
+def test_a_run_that_had_no_threshold_gets_one(cli, run, good, edit):
+    edit(run / "calibration.json", lambda content: content.update(threshold=None, source="train"))
+    out = cli("recalibrate", run, "--good", good).out
+    threshold = load_run(run, "cpu")[0].calibration.threshold
+    assert f"threshold {threshold.value:.4g} (it was none) from 6 good images" in out
+
+
 def test_too_few_images_say_what_they_can_promise_and_how_many_are_needed(cli, run, good):
     out = " ".join(cli("recalibrate", run, "--good", good).out.split())
     promise = (
@@ -174,6 +181,21 @@ def test_chosen_parts_alone_decide_and_the_run_says_so_until_it_is_calibrated_wi
     assert cli("recalibrate", run, "--good", good).code == 0
     assert load_run(run, "cpu")[0].calibrated.used == detector.parts
     assert calibration(run)["chosen_parts"] is None
+
+
+def test_where_no_choice_of_parts_finds_more_all_decide_and_nothing_was_chosen(cli, run, good, bad, monkeypatch):
+    monkeypatch.setattr(recalibration, "score_bad", found_by_all)
+    out = cli("recalibrate", run, "--good", good, "--bad", bad, "--choose-parts").out
+    assert "all parts decide: no choice of them finds more of the bad images\n" in out
+    content = calibration(run)
+    assert content["chosen_parts"] is None
+    assert not any("decide" in text for text in content["warnings"])
+    detector = load_run(run, "cpu")[0]
+    assert detector.calibrated.used == detector.parts
+
+
+def found_by_all(detector, paths):
+    return Caught(paths, {name: np.full(len(paths), 99.0) for name in detector.parts}, ["local"] * len(paths))
 
 
 def found_by_local_alone(detector, paths):
