@@ -98,6 +98,9 @@ def _choose_parts(detector: Detector, caught: Caught, false_alarms: float) -> No
     calibrated.use(chosen.parts)
     caught.parts["score"] = _scores(detector, caught)
     caught.decided_by[:] = calibrated.deciding(_values(detector, caught))
+    if chosen.parts == calibrated.names:
+        print_line("all parts decide: no choice of them finds more of the bad images")
+        return
     calibration = calibration_of(detector)
     warning = (
         f"only {', '.join(chosen.parts)} decide: chosen by {len(caught.paths)} known bad images, so that figures on "

@@ -10,6 +10,9 @@ from dskd_fast.choices import BITS_RANGE, TEMPERATURE_RANGE
 
 Number = TypeVar("Number", int, float)
 
+# A promise of less would need more images than there can be.
+_LEAST_RATE = 1e-9
+
 
 def path(text: str) -> Path:
     if not text:  # as from a shell's variable that is not set; to Path it is the current folder
@@ -45,11 +48,14 @@ def share(text: str) -> float:
 
 def rate(text: str) -> float:
     """A share above 0 and below 1, or a percentage."""
-    accepted = "a share such as 0.005 or a percentage such as 0.5%"
-    low, high = math.ulp(0.0), math.nextafter(1, 0)
-    if text.strip().endswith("%"):
-        return _number(text.strip()[:-1], float, accepted, low=low, high=100 * high) / 100
-    return _number(text, float, accepted, low=low, high=high)
+    number = text.strip().removesuffix("%")
+    percents = 100 if text.strip().endswith("%") else 1
+    value = math.nan
+    with contextlib.suppress(ValueError):
+        value = float(number) / percents
+    if not _LEAST_RATE <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.005 or a percentage such as 0.5%")
+    return value
 
 
 def finite(text: str) -> float:

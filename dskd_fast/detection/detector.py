@@ -142,7 +142,7 @@ class Detector:
         calibration_of(self)
         with torch.inference_mode(), numerics("fp32", self.device):
             scored = self.calibrated(self.measured(images))
-            combined = torch.stack(list(scored.maps.values())).amax(0)
+            combined = self.calibrated.combined(scored.maps)
         arrays = {name: found.cpu().numpy() for name, found in scored.maps.items()}
         values = scored.values.double().cpu().numpy()
         parts: dict[str, NDArray[np.float64]] = dict(zip(self.parts, values.T, strict=True))
@@ -313,7 +313,7 @@ class Detector:
             warnings.append(
                 f"{n_suspect} of {exposure.n_images} normal images {'is' if n_suspect == 1 else 'are'} suspect, since "
                 "brightness or contrast is very different from the others': `predict` on their folder says which; take "
-                "out what does not belong there, and train again"
+                f"out what does not belong there, and {'recalibrate' if are_new else 'train again'}"
             )
         self.calibration = Calibration(statistics, source, n_images, warnings=warnings, exposure=exposure)
         if self.calibrated is not None:
@@ -326,10 +326,12 @@ class Detector:
             total_rounding = sum(rounding.values())
         if source == "validation":
             if np.ptp(scores) <= margin_above(scores.max(), total_rounding):
+                more = "put more good images, and different ones, into validation/good"
+                if are_new:
+                    more = "recalibrate with more good images, and different ones"
                 warnings.append(
                     f"the threshold rests on one score, {scores.max():.4g}, which all validation images have "
-                    f"({n_images} in number), so that other good images may well be above it: put more good images, "
-                    "and different ones, into validation/good"
+                    f"({n_images} in number), so that other good images may well be above it: {more}"
                 )
             threshold = threshold_from(
                 scores, total_rounding, false_alarms=false_alarms, are_left_out=self.calibrated is not None

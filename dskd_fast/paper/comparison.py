@@ -13,7 +13,7 @@ FIGURES = ("structural", "logical", "mean")
 MEASURES = {"auroc": "AUROC", "spro": "sPRO@0.05"}
 
 # What is said of a recipe. Where it runs, and what differs between the trainings of a table, are no part of it.
-_RECIPE = ("teacher", "image_size", "epochs", "batch_size", "lr", "schedule", "precision")
+_RECIPE = ("teacher", "image_size", "epochs", "batch_size", "lr", "schedule", "warmup", "averaging", "precision")
 
 
 class Results:

@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dskd_fast.choices import HOLDOUT
+from dskd_fast.choices import HOLDOUT, RECIPES
 from dskd_fast.cli import commands
+from dskd_fast.data.augment import for_category
 from dskd_fast.data.images import read_image
 from dskd_fast.detection.export import Exported
 from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
-from dskd_fast.runs.options import CHOICES, TrainingOptions
+from dskd_fast.runs.options import CHOICES, RECIPE_OPTIONS, TrainingOptions, recipe_options
 
 RUN_FILES = ["calibration.json", "config.json", "history.json", "scores.safetensors", "weights.safetensors"]
 
@@ -143,6 +144,40 @@ def test_defaults_are_those_of_the_options_and_the_categorys_augmentation(
         out, found, options, holdout = asked_for("--category", category)
         assert (found.name, options, holdout) == (category, TrainingOptions(augmentation=augmentation), HOLDOUT)
         assert re.fullmatch(rf"runs/{category}-\d{{8}}-\d{{6}}", out.as_posix())
+
+
+@pytest.mark.parametrize(
+    ("given", "recipe", "teacher"),
+    [
+        (["--teacher", "lite"], "fast", "lite"),
+        (["--teacher", "resnet18"], "paper", "resnet18"),
+        ([], "paper", TrainingOptions.teacher),
+        (["--teacher", "lite", "--recipe", "paper"], "paper", "lite"),
+        (["--recipe", "fast"], "fast", TrainingOptions.teacher),
+    ],
+    ids=str,
+)
+def test_the_recipe_is_the_teachers_or_the_one_that_is_given(asked_for, write_images, tmp_path, given, recipe, teacher):
+    write_images(tmp_path / "part", 20)
+    _, category, options, _ = asked_for("--data-root", tmp_path / "part", *given)
+    assert len(category.train) == 18
+    of_recipe = recipe_options(recipe, 18, {"teacher": teacher})
+    assert options == TrainingOptions(**of_recipe, augmentation=for_category("part", recipe).to_text())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_options_besides_a_recipe_win(asked_for, write_images, tmp_path, recipe):
+    write_images(tmp_path / "part", 20)
+    more = ["--epochs", 3, "--batch-size", 4, "--averaging", 0.5, "--local-loss", "cosine", "--augment", "hflip"]
+    _, _, options, _ = asked_for("--data-root", tmp_path / "part", "--recipe", recipe, *more)
+    others = RECIPE_OPTIONS[recipe] | {"epochs": 3, "batch_size": 4, "averaging": 0.5, "local_loss": "cosine"}
+    assert options == TrainingOptions(**others, augmentation="hflip")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_training_that_goes_on_keeps_its_recipe(cli_error, tiny_run, recipe):
+    message = cli_error("train", "--resume", tiny_run, "--recipe", recipe)
+    assert "--recipe belongs to a new training: with --resume only" in message
 
 
 def test_values_above_a_cameras_bits_are_named_by_all_that_reads_images_of_a_run(

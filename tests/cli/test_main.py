@@ -132,6 +132,13 @@ def test_bad_option_values_are_named_before_anything_happens(cli, monkeypatch, g
     assert err.splitlines()[-1].startswith(f"dskd-fast train: error: argument {given.partition('=')[0]}: ")
 
 
+@pytest.mark.parametrize("text", ["0", "0%", "1", "100%", "-1", "-1%", "nan", "inf", "1e-310", "some", "%", ""])
+def test_a_rate_of_false_alarms_that_is_none_is_refused_as_it_was_given(cli, text):
+    code, out, err = cli("recalibrate", "run", "--good", "good", f"--false-alarms={text}")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].endswith(f"{text!r} is not a share such as 0.005 or a percentage such as 0.5%")
+
+
 @pytest.mark.parametrize("command", [["predict", "run", "image.png"], ["evaluate", "run"]])
 def test_a_threshold_is_any_finite_number(cli, monkeypatch, command):
     seen = []

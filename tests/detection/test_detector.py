@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 import re
@@ -202,6 +203,21 @@ def test_calibrated_scores_are_found_with_their_parts_and_the_one_that_decides(c
         np.testing.assert_array_equal(found.scores[student], found.parts[student])
     np.testing.assert_array_equal(found.maps.combined, np.maximum(found.maps.local, found.maps.global_))
     assert found.maps.combined.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("used", "shown"),
+    [(("global", "teacher-means"), "global"), (("local",), "local"), (("condensed",), None)],
+    ids=str,
+)
+def test_the_map_is_of_the_parts_that_decide_if_they_have_one(calibrated, used, shown):
+    detector = dataclasses.replace(calibrated, calibrated=copy.deepcopy(calibrated.calibrated))
+    detector.calibrated.use(used)
+    images = random_images(5, 2)
+    maps, expected = detector.find(images).maps, calibrated.find(images).maps
+    np.testing.assert_array_equal(maps.combined, expected.combined if shown is None else expected.of(shown))
+    np.testing.assert_array_equal(maps.local, expected.local)
+    np.testing.assert_array_equal(maps.global_, expected.global_)
 
 
 def test_each_detection_has_the_parts_of_its_score_and_calibrated_maps_are_not_filtered_again(calibrated):

@@ -255,15 +255,16 @@ def test_settings_of_a_run_are_in_the_file_and_without_a_threshold_there_are_no_
 
 
 @pytest.mark.parametrize(
-    ("networks", "scoring"),
+    ("networks", "scoring", "used"),
     [
-        ({"students": "local"}, {}),
-        ({"students": "global"}, {"filter_maps": True}),
-        ({"gccb": 0}, {"align_corners": True}),
+        ({"students": "local"}, {}, None),
+        ({"students": "global"}, {"filter_maps": True}, None),
+        ({"gccb": 0}, {"align_corners": True}, None),
+        ({}, {}, ["global", "condensed"]),
     ],
     ids=str,
 )
-def test_calibrated_scores_of_any_run_are_in_the_module(networks, scoring):
+def test_calibrated_scores_of_any_run_are_in_the_module(networks, scoring, used):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = DSKD("lite", image_size=64, pretrained=False, **{"gccb": 8} | networks).eval()
@@ -271,6 +272,7 @@ def test_calibrated_scores_of_any_run_are_in_the_module(networks, scoring):
     detector = Detector(model, scoring, calibrated=CalibratedScore(model, scoring.sigma))
     normal, training = (torch.from_numpy(random_images(n, 64, 64)) for n in (5, 6))
     detector.calibrate([normal], "validation", training=[training])
+    detector.calibrated.use(used or detector.parts)
     module = Inspection(detector, 2.0)
     assert {x.dtype for x in module.calibrated.buffers()} == {torch.float32}
     for images in (random_images(1, 40, 64), random_images(3, 70, 90)):

@@ -30,7 +30,8 @@ def metrics(structural, logical, absent=()):
     auroc = {kind: None if value is None else value + 0.05 for kind, value in figures.items()}
     one = {"auroc": auroc, "spro": figures, "spro_at": {"0.05": figures}}
     local = {"auroc": auroc, "spro": dict.fromkeys(figures, 0.111), "spro_at": {}}
-    return one | {"local": local, "global": local, "absent": list(absent)}
+    calibrated = one | {"auroc": {kind: value and value + 0.1 for kind, value in figures.items()}}
+    return one | {"local": local, "global": local, "calibrated": calibrated, "absent": list(absent)}
 
 
 def results(experiment, parts, figures, seeds=1, recipe=RECIPE):
@@ -52,15 +53,28 @@ def on_loco(seeds=1):
 
 
 def test_the_papers_rows_stand_above_ours():
-    spro, auroc, details = tables_of(on_loco())
+    spro, auroc, details, _ = tables_of(on_loco())
     assert list(spro.columns) == [*LOCO, "mean"]
-    assert [row.source for row in spro.rows] == ["paper"] * 11 + ["here"]
+    assert [row.source for row in spro.rows] == ["paper"] * 11 + ["here"] * 2
     assert texts(spro, "DSKD") == ["0.568", "0.627", "0.825", "0.767", "0.865", "0.730"]
     assert texts(spro, "DSKD, here") == ["0.400", "0.450", "0.500", "0.550", "0.600", "0.500"]
     assert texts(auroc, "GCAD") == ["0.806", "0.860", "0.833"]
     assert texts(auroc, "DSKD, here") == ["0.750", "0.350", "0.550"]
     assert texts(details, "pushpins") == ["0.750", "0.350", "0.550", "0.700", "0.300", "0.500"]
     assert texts(details, "mean") == ["0.750", "0.350", "0.550", "0.700", "0.300", "0.500"]
+
+
+@pytest.mark.parametrize("experiment", ["loco", "mvtec-ad"])
+def test_calibrated_scores_of_the_same_networks_have_a_row_and_a_table_of_their_own_that_says_whose_they_are(
+    experiment,
+):
+    found = results(experiment, [part("x", is_papers=False)], {(0, "x"): metrics(0.6, 0.4)})
+    tables = tables_of(found)
+    label = "DSKD, calibrated scores (ours, not the paper's)"
+    assert [row.label for row in tables[0].rows][-2:] == ["DSKD, here", f"{label}, here"]
+    assert [table.title for table in tables[-2:]] == ["DSKD here, by category", f"{label} here, by category"]
+    assert texts(tables[-2], "x") == ["0.650", "0.450", "0.550", "0.600", "0.400", "0.500"]
+    assert texts(tables[-1], "x") == ["0.700", "0.500", "0.600", "0.600", "0.400", "0.500"]
 
 
 def test_the_spread_of_a_mean_is_that_of_the_seeds_means_and_a_seed_that_failed_is_left_out_and_counted():
@@ -80,7 +94,7 @@ def test_mvtec_ads_logical_mean_is_over_the_categories_that_have_logical_images(
     parts = [part("cable"), part("wood", logical=0, validation=0)]
     values = {(0, "cable"): metrics(0.5, 0.4), (0, "wood"): metrics(0.7, None, ["no logical test images, so nothing"])}
     found = results("mvtec-ad", parts, values)
-    table, details = tables_of(found)
+    table, details, _ = tables_of(found)
     assert list(table.columns)[:2] == ["AUROC structural", "sPRO@0.05 structural"]
     assert texts(table, "PatchCore-25") == ["0.985", "0.790", "0.998", "0.619", "0.992", "0.705"]
     assert texts(table, "DSKD, here") == ["0.650", "0.600", "0.450", "0.400", "0.550", "0.500"]
@@ -98,7 +112,7 @@ def test_a_missing_figure_leaves_no_mean_that_would_pass_for_one(how):
     if how == "without masks":
         values[0, "wood"] = metrics(None, None, ["no sPRO of structural anomalies: no masks"])
     found = results("mvtec-ad", parts, values)
-    table, details = tables_of(found)
+    table, details, _ = tables_of(found)
     assert texts(table, "DSKD, here") == ["-"] * 6
     assert texts(details, "cable")[3] == "0.500"
     notes = notes_on(found, ["wood: it is gone"] if how != "without masks" else [])
@@ -159,11 +173,15 @@ def test_the_notes_tell_the_papers_categories_and_every_difference_of_the_recipe
     assert "ours over the" not in notes
     assert "seed 0 alone, so no spread" in notes
     assert "Recipe: the paper's (teacher wide_resnet50_2, image size 256, epochs 200, batch size 16, lr 0.005" in notes
-    recipe = TrainingOptions("lite", image_size=128, epochs=8, lr=0.01, precision="bf16")
+    recipe = TrainingOptions("lite", image_size=128, epochs=8, lr=0.01, averaging=0.9, precision="bf16")
     found = results("loco", [part("x", is_papers=False)], {(0, "x"): metrics(0.6, 0.4)}, recipe=recipe)
     notes = " ".join(notes_on(found, []))
-    assert "Recipe here: teacher lite, image size 128, epochs 8, lr 0.01, precision bf16. That is NOT" in notes
-    assert "which has teacher wide_resnet50_2, image size 256, epochs 200, lr 0.005, precision fp32." in notes
+    assert (
+        "Recipe here: teacher lite, image size 128, epochs 8, lr 0.01, averaging 0.9, precision bf16. That is NOT"
+        in notes
+    )
+    papers = "which has teacher wide_resnet50_2, image size 256, epochs 200, lr 0.005, averaging 0.0, precision fp32."
+    assert papers in notes
     assert "batch size" not in notes
 
 

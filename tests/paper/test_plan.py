@@ -25,11 +25,14 @@ def losses_of(contestant):
     )
 
 
-def test_a_data_set_needs_the_papers_method_alone():
+def test_a_data_set_needs_the_papers_method_alone_scored_in_two_ways():
     for experiment in ("loco", "mvtec-ad"):
-        (contestant,) = contestants_of(experiment, RECIPE, PAPER)
-        assert contestant.pair == Pair()
-        assert [student.options(RECIPE) for student in contestant.pair] == [RECIPE, RECIPE]
+        contestants = contestants_of(experiment, RECIPE, PAPER)
+        assert [(contestant.pair, contestant.of) for contestant in contestants] == [
+            (Pair(), "combined"),
+            (Pair(), "calibrated"),
+        ]
+        assert [student.options(RECIPE) for student in Pair()] == [RECIPE, RECIPE]
 
 
 def test_the_students_are_those_that_the_paper_prints():

@@ -132,13 +132,25 @@ def test_the_figures_are_those_of_evaluate_and_their_mean_over_the_seeds(first, 
         assert {name: metrics[name] for name in figures} == figures
         aurocs.append(figures["auroc"]["logical"])
     content = json.loads((out / "table-loco.json").read_text())
-    assert [entry["auroc"]["logical"] for entry in content["figures"]] == aurocs
+    assert [entry["auroc"]["logical"] for entry in content["figures"] if entry["row"] == "DSKD"] == aurocs
     assert content["categories"][0]["is_synthetic"]
     with (out / "table-loco.csv").open(newline="") as file:
         rows = {(row["table"], row["row"], row["column"]): row for row in csv.DictReader(file)}
     row = rows["DSKD here, by category", "mean", "AUROC logical"]
     assert float(row["value"]) == pytest.approx(np.mean(aurocs))
     assert float(row["spread"]) == pytest.approx(np.std(aurocs, ddof=1))
+
+
+def test_calibrated_figures_are_those_of_a_run_with_the_same_networks_and_that_scoring(first, data_root, tmp_path):
+    category, options = open_category(data_root, "screw_bag", holdout=0), load_run(first[0] / RUN, "cpu")[1]
+    assert options.scoring == "paper"
+    run = start_run(tmp_path / "run", category, dataclasses.replace(options, scoring="calibrated"), holdout=0)
+    figures = evaluate(run, category, threshold=None, batch_size=4)
+    content = json.loads((first[0] / "table-loco.json").read_text())
+    (found,) = (entry for entry in content["figures"] if "calibrated" in entry["row"] and entry["seed"] == 0)
+    assert {name: found[name] for name in ("auroc", "spro", "spro_at")} == {
+        name: figures[name] for name in ("auroc", "spro", "spro_at")
+    }
 
 
 def test_the_examples_are_the_median_images_with_the_maps_of_the_run(first, data_root):

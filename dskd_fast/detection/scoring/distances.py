@@ -46,9 +46,17 @@ class NearestNeighbour(nn.Module):
     def add(self, vectors: Tensor) -> Tensor:
         """Compare with these normal images (n, C), too, from now on; their distances (n,) from all others."""
         own = (vectors - self.mean) / self.std
-        among_them = (own[:, None] - own).square().mean(2).sqrt().fill_diagonal_(torch.inf).amin(1)
-        distances = torch.minimum(among_them, self(vectors))
-        self.references = torch.cat([self.references, own])
+        # An image that was added before would be at no distance from itself.
+        rounding = _ROUNDING * vectors.abs().max()
+        is_other = [((vector - self.references) * self.std).abs().amax(1) > rounding for vector in own]
+        self.references = torch.cat([self.references[torch.stack(is_other).all(0)], own])
+        first = len(self.references) - len(own)
+        distances = torch.zeros(len(own), device=own.device)
+        if len(self.references) > 1:
+            for i, vector in enumerate(own):  # one at a time: there may be many of both
+                squares = (vector - self.references).square().mean(1)
+                squares[first + i] = torch.inf
+                distances[i] = squares.amin().sqrt()
         return distances
 
 

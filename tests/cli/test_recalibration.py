@@ -1,0 +1,256 @@
+"""`recalibrate`: new good images set a run's statistics and threshold; known bad ones are reported on."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from dskd_fast.cli import recalibration
+from dskd_fast.data.store import ImageStore
+from dskd_fast.detection.calibrate import Caught
+from dskd_fast.detection.calibration import threshold_from
+from dskd_fast.runs import folder as runs
+from dskd_fast.runs.folder import load_run
+
+BAD = "test/structural_anomalies"
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+@pytest.fixture
+def papers_run(run, edit):
+    """The same networks by the paper's scoring."""
+    edit(run / "config.json", lambda config: config["options"].update(scoring="paper"))
+    edit(run / "calibration.json", lambda calibration: calibration.pop("scores"))
+    (run / "scores.safetensors").unlink()
+    return run
+
+
+@pytest.fixture
+def good(write_images, tmp_path):
+    """A folder of six images that look unlike those of the training."""
+    return write_images(tmp_path / "good", 6)[0].parent
+
+
+@pytest.fixture
+def bad(data_root):
+    return data_root / "screw_bag" / BAD
+
+
+def state(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def calibration(run):
+    return json.loads((run / "calibration.json").read_text())
+
+
+def found_in(run, folder):
+    """Score and deciding part of each image of a folder."""
+    found = load_run(run, "cpu")[0].find(ImageStore(sorted(folder.glob("*.png")), 64).batch([0, 1, 2]))
+    return found.scores["combined"].tolist(), found.decided_by
+
+
+def test_new_good_images_change_statistics_and_threshold_and_not_the_weights(cli, run, good):
+    before, old = state(run), calibration(run)
+    code, out, err = cli("recalibrate", run, "--good", good)
+    assert (code, err) == (0, "")
+    new = calibration(run)
+    for name in ("statistics", "threshold", "exposure", "scores"):
+        assert new[name] != old[name]
+    assert new["n_images"] == new["threshold"]["n_images"] == 6
+    assert new["weights"] == old["weights"]
+    after = state(run)
+    assert {name for name, content in before.items() if after[name] != content} == {"calibration.json"}
+    value, was = (content["threshold"]["value"] for content in (new, old))
+    assert f"threshold {value:.4g} (it was {was:.4g}) from 6 good images, expected false alarms 14.29%" in out
+
+
+def test_new_good_images_are_then_normal_and_were_anomalous(run, good, cli):
+    def anomalous():
+        detector = load_run(run, "cpu")[0]
+        return [one.score > detector.calibration.threshold.value for one in detector.predict(sorted(good.iterdir()))]
+
+    assert all(anomalous())
+    assert cli("recalibrate", run, "--good", good).code == 0
+    assert not any(anomalous())
+
+
+def test_the_old_calibration_is_kept_and_counts_again_where_it_is_copied_back(cli, run, good, bad):
+    scores, old = found_in(run, bad), state(run)["calibration.json"]
+    out = cli("recalibrate", run, "--good", good).out
+    (kept,) = run.glob("calibration-*.json")
+    assert out.endswith(f"the calibration that was there is kept as {kept.name}\n")
+    assert json.loads(kept.read_bytes()) == json.loads(old)
+    assert found_in(run, bad) != scores
+    shutil.copy(kept, run / "calibration.json")
+    assert found_in(run, bad) == scores
+
+
+def test_killed_before_the_calibration_is_written_the_run_is_the_old_one(run, good, bad, cli, monkeypatch):
+    scores, old = found_in(run, bad), state(run)
+    write = runs.write_json
+
+    def killed(path, content):
+        if path.name == "calibration.json":
+            raise SystemExit("killed")
+        write(path, content)
+
+    monkeypatch.setattr(runs, "write_json", killed)
+    assert cli("recalibrate", run, "--good", good).code == "killed"
+    assert len(list(run.glob("scores-*.safetensors"))) == 1
+    assert state(run).items() > old.items()
+    assert found_in(run, bad) == scores
+
+
+@pytest.mark.parametrize(("text", "rate"), [("0.5%", "0.005"), ("0.005", "0.005"), ("20 %", "0.2")])
+def test_the_rate_of_false_alarms_is_a_share_or_a_percentage(cli, run, good, text, rate):
+    out = " ".join(cli("recalibrate", run, "--good", good, "--false-alarms", text).out.split())
+    assert calibration(run)["threshold"]["rule"].count(f"at most {100 * float(rate):g} %") == 1
+    assert (f"not {rate}, for which 199 are needed" in out) == (rate == "0.005")
+
+
+def test_a_run_that_had_no_threshold_gets_one(cli, run, good, edit):
+    edit(run / "calibration.json", lambda content: content.update(threshold=None, source="train"))
+    out = cli("recalibrate", run, "--good", good).out
+    threshold = load_run(run, "cpu")[0].calibration.threshold
+    assert f"threshold {threshold.value:.4g} (it was none) from 6 good images" in out
+
+
+def test_too_few_images_say_what_they_can_promise_and_how_many_are_needed(cli, run, good):
+    out = " ".join(cli("recalibrate", run, "--good", good).out.split())
+    promise = (
+        "6 normal images can promise 0.14 false alarms at best, not 0.01, for which 99 are needed: the threshold is "
+        "above the highest score of them"
+    )
+    assert f"warning: {promise}" in out
+    assert promise in calibration(run)["warnings"]
+
+
+def test_bad_images_alone_change_nothing(cli, run, good, bad, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    assert cli("recalibrate", run, "--good", good).code == 0
+    code, out, _ = cli("recalibrate", other, "--good", good, "--bad", bad)
+    assert code == 0
+    assert "bad images found at the threshold: " in out
+    ours, theirs = (sorted(folder.iterdir()) for folder in (run, other))
+    assert [without_date(path) for path in ours] == [without_date(path) for path in theirs]
+
+
+def without_date(path):
+    """Name and content of a run's file."""
+    return tuple(re.sub(rb"-\d{8}-\d{6}", b"", part) for part in (path.name.encode(), path.read_bytes()))
+
+
+def test_each_bad_image_is_reported_with_what_decided_and_each_part_with_what_it_would_find(cli, run, good, bad):
+    out = cli("recalibrate", run, "--good", good, "--bad", bad).out
+    scores, decided_by = found_in(run, bad)
+    threshold = calibration(run)["threshold"]["value"]
+    lines = [line for line in out.splitlines() if line.startswith(("found ", "MISSED "))]
+    for i, line in zip(np.argsort(scores), lines, strict=True):
+        assert line.startswith("found" if scores[i] > threshold else "MISSED")
+        assert f" by {decided_by[i]}" in line
+        assert f"score {scores[i]:.4g}  {bad}/{i:03d}.png" in line
+    assert f"bad images found at the threshold: {sum(s > threshold for s in scores)} of 3\n" in out
+    for name in (*load_run(run, "cpu")[0].parts, "all together"):
+        assert f"\n  {name:14} " in out
+    assert out.count("% at 0.2 false alarms\n") == 6
+
+
+def test_chosen_parts_alone_decide_and_the_run_says_so_until_it_is_calibrated_without_them(
+    cli, run, good, bad, monkeypatch
+):
+    monkeypatch.setattr(recalibration, "score_bad", found_by_local_alone)
+    assert load_run(run, "cpu")[0].calibrated.used == load_run(run, "cpu")[0].parts
+    out = " ".join(cli("recalibrate", run, "--good", good, "--bad", bad, "--choose-parts").out.split())
+    assert "bad images found at the threshold: 3 of 3" in out
+    content = calibration(run)
+    (warning,) = (text for text in content["warnings"] if "decide" in text)
+    assert warning.startswith("only local decide: chosen by 3 known bad images")
+    assert f"warning: {warning}" in out
+    detector = load_run(run, "cpu")[0]
+    assert detector.calibrated.used == tuple(content["chosen_parts"]) == tuple(detector.calibration.chosen_parts)
+    assert found_in(run, bad)[1] == ["local"] * 3
+
+    monkeypatch.setattr(runs, "replace_calibration", lambda folder, detector, _: save(folder, detector))
+    assert cli("recalibrate", run, "--good", good).code == 0
+    assert load_run(run, "cpu")[0].calibrated.used == detector.parts
+    assert calibration(run)["chosen_parts"] is None
+
+
+def test_where_no_choice_of_parts_finds_more_all_decide_and_nothing_was_chosen(cli, run, good, bad, monkeypatch):
+    monkeypatch.setattr(recalibration, "score_bad", found_by_all)
+    out = cli("recalibrate", run, "--good", good, "--bad", bad, "--choose-parts").out
+    assert "all parts decide: no choice of them finds more of the bad images\n" in out
+    content = calibration(run)
+    assert content["chosen_parts"] is None
+    assert not any("decide" in text for text in content["warnings"])
+    detector = load_run(run, "cpu")[0]
+    assert detector.calibrated.used == detector.parts
+
+
+def found_by_all(detector, paths):
+    return Caught(paths, {name: np.full(len(paths), 99.0) for name in detector.parts}, ["local"] * len(paths))
+
+
+def found_by_local_alone(detector, paths):
+    """What the other parts say of the good images raises the threshold of all above this."""
+    calibrated = detector.calibrated
+    value = threshold_from(calibrated.left_out[:, 0], calibrated.rounding()).value + 1e-3
+    parts = {name: np.full(len(paths), value if name == "local" else -99.0) for name in detector.parts}
+    return Caught(paths, parts, ["local"] * len(paths))
+
+
+def save(folder, detector):
+    """Two calibrations within a second have no names of their own."""
+    runs.save_calibration(folder, detector, "scores-later.safetensors")
+    return "calibration-later.json"
+
+
+def test_the_papers_scoring_is_calibrated_as_well(cli, papers_run, good, bad):
+    old = calibration(papers_run)
+    code, out, _ = cli("recalibrate", papers_run, "--good", good, "--bad", bad)
+    assert code == 0
+    new = calibration(papers_run)
+    assert new["statistics"] != old["statistics"]
+    assert new["threshold"]["value"] != old["threshold"]["value"]
+    assert "scores" not in new
+    assert "bad images found at the threshold: " in out
+    assert "each part" not in out
+    scores, decided_by = found_in(papers_run, good)
+    assert max(scores) < new["threshold"]["value"]
+    assert decided_by == [None] * 3
+
+
+def test_what_does_not_fit_is_one_sentence_and_changes_nothing(cli_error, run, good, bad, tmp_path):
+    before, empty = state(run), tmp_path / "empty"
+    empty.mkdir()
+    both = shutil.copytree(bad, good / "bad")
+    for arguments, message in (
+        (["--good", good, "--choose-parts"], "--choose-parts needs known bad images"),
+        (["--good", empty], f"{empty} holds no images: pass a folder of images with --good"),
+        (["--good", good, "--bad", empty], f"{empty} holds no images: pass a folder of images with --bad"),
+        (["--good", tmp_path / "gone"], f"there is no folder {tmp_path / 'gone'}"),
+        (["--good", good, "--bad", both], f"{both / '000.png'} is among the good and the bad images"),
+    ):
+        assert message in cli_error("recalibrate", run, *arguments)
+    assert state(run) == before
+
+
+def test_the_papers_scores_have_no_parts_to_choose(cli_error, papers_run, good, bad):
+    before = state(papers_run)
+    message = cli_error("recalibrate", papers_run, "--good", good, "--bad", bad, "--choose-parts")
+    assert f"{papers_run} has the paper's scores, which have no parts" in message
+    assert state(papers_run) == before
+
+
+def test_a_bad_file_among_the_images_is_named_and_changes_nothing(cli_error, run, good):
+    before = state(run)
+    (good / "003.png").write_bytes(b"no image")
+    assert str(good / "003.png") in cli_error("recalibrate", run, "--good", good)
+    assert state(run) == before
