@@ -42,7 +42,7 @@ class _Kind:
 PARTS: dict[str, _Kind] = {
     "local": _Kind("the local student's map, its two finest levels", 1.0, 0.01, 0.1, has_map=True),
     "global": _Kind("the global student's map", 0.2, 0.01, 0.1, has_map=True),
-    "sum": _Kind("the sum of both students' maps", 0.2, 0.01, 0.1, has_map=True),
+    "sum": _Kind("the sum of both students' maps", 0.1, 0.01, 0.1, has_map=True),
     "patches": _Kind(
         "the teacher's patches, distance of each from the nearest one of the training images'",
         0.03,

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from dskd_fast.models.dskd import enlarged
 
 # Of the Gaussian that smooths the statistics, as a share of the image's side: objects do not lie to the pixel.
-_SMOOTHING = 1 / 4
-# What is known of a position counts n / (n + 40) for n images, the rest is known of all positions together: few images
-# cannot tell positions apart. Of the variance, which takes more images to know, half as much counts.
-_IMAGES_TO_KNOW = 40
-_SHARE_OF_VARIANCE = 0.5
+_SMOOTHING = 1 / 5
+# What is known of a position counts n / (n + 10) for n images, the rest is known of all positions together: few images
+# cannot tell positions apart. Of the variance, which takes far more images to know, a tenth as much counts.
+_IMAGES_TO_KNOW = 10
+_SHARE_OF_VARIANCE = 0.1
 # Deviations below this share of the mean are float32 rounding, which must not be blown up.
 _ROUNDING = float(np.finfo(np.float32).eps)
 
