@@ -69,7 +69,7 @@ LEVELS = {"local": (0, 1), "global": (0, 1, 2), "sum": (0, 1, 2)}
 _SHARPNESS = 1.5
 
 # Of the filter for maps that are looked at, as a multiple of the score's.
-_MAP_SIGMA = 2.0
+_MAP_SIGMA = 3.0
 
 # Deviations by which the value of a part that is not used is lowered.
 _FAR_BELOW = 1e6
