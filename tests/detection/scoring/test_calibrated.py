@@ -206,3 +206,12 @@ def test_new_images_leave_the_weights_as_they_were():
 def test_without_a_local_student_the_weights_are_the_plain_ones():
     score, _ = trained(measured(4, students=("global",)), students=("global",))
     np.testing.assert_allclose(score.handicap, handicaps(score.names, 0), rtol=1e-5)
+
+
+def test_where_training_images_stand_in_for_others_the_weights_are_the_plain_ones():
+    images, score = measured(4), make_score()
+    score.fit([images])
+    score.calibrate(score.reduced(with_error(images, calibrated_module._BY_HEART)), "validation")
+    score.fit([images])
+    score.calibrate(score.reduced(images, 0), "train")
+    np.testing.assert_allclose(score.handicap, handicaps(score.names, 0), rtol=1e-5)
