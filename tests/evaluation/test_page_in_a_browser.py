@@ -207,13 +207,15 @@ def test_a_part_without_a_map_of_its_own_has_scores_and_curves_and_another_map(s
         assert page.texts(".tile dd")[0].startswith(f"{figures['auroc']['mean']:.3f}")
         assert len(page.all(".chart .curve")) == 2
         has_place = PARTS[part].has_map
-        meaning = page.one(".run .meaning").text
-        assert ("no place: distance of the whole image; the global map is shown" in meaning) is not has_place
+        lack = "no map of its own" if has_place else "no place: distance of the whole image"
+        shown_map = "combined" if has_place else "global"
+        assert f"{lack}; the {shown_map} map is shown" in page.one(".run .meaning").text
+        assert page.one(".run").text.count(lack) == 3  # also instead of the sPRO, and of its curve
         assert page.names() == by_score(images, part)
         scores = [float(text) for text in page.texts("#cards .score")]
         assert scores == pytest.approx([by_name[name]["scores"][part] for name in page.names()], rel=1e-3)
         maps = page.js("[...document.querySelectorAll('#cards .heat')].map((i) => i.src.split(',')[1])")
-        assert maps == [by_name[name]["maps"]["combined" if has_place else "global"] for name in page.names()]
+        assert maps == [by_name[name]["maps"][shown_map] for name in page.names()]
         assert page.texts("#cards .no-map") == ["no place: distance of the whole image"] * (0 if has_place else 10)
 
 
