@@ -219,7 +219,7 @@ class CalibratedScore(nn.Module):
         if kind != "new":
             self.handicap.copy_(_handicaps(self.names, self._share_by_heart(normal)))
         least = [PARTS[name].least_spread for name in self.names]
-        rounding = [self._part(name).rounding() if name in LEVELS else 0.0 for name in self.names]
+        rounding = [self._part(name).rounding() if PARTS[name].has_map else 0.0 for name in self.names]
         floors = np.array(least), np.array(rounding)
         centre, spread = _centre_and_spread(raw, *floors)
         self.centre.copy_(torch.from_numpy(centre))

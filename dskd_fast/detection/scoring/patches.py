@@ -9,6 +9,8 @@ from dskd_fast.models.dskd import enlarged
 # Patches of training images that are looked at, and those of them that are kept.
 MAX_PATCHES = 30_000
 N_KEPT = 1000
+# Squares of distances below this share of the patches' own squares are rounding of float32 products.
+_ROUNDING = 1e-5
 # Dimensions of the random projection in which those are chosen.
 _N_PROJECTED = 32
 
@@ -63,6 +65,10 @@ class PatchPart(nn.Module):
     def forward(self, distances: Tensor, size: int) -> Tensor:
         """Maps (B, h, w) of distances -> (B, S, S)."""
         return enlarged([distances], (size, size))[:, 0]
+
+    def rounding(self) -> float:
+        """Distances below this are rounding."""
+        return float((_ROUNDING * self.bank.square().sum(1).max()).sqrt())
 
 
 class PatchSample:

@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 
 from dskd_fast.detection.scoring import calibrated as calibrated_module
-from dskd_fast.detection.scoring.calibrated import LEVELS, PARTS, CalibratedScore, collected, soft_maximum
+from dskd_fast.detection.scoring.calibrated import PARTS, CalibratedScore, collected, soft_maximum
 from dskd_fast.models import Measurements
 
 SIZE, SIGMA = 32, 1.5
@@ -94,7 +94,7 @@ def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_
             raw = ndimage.gaussian_filter(raw_maps.double(), (0, SIGMA, SIGMA)).max((1, 2))
             maps = part(of_new, SIZE).double()
             raw_new = ndimage.gaussian_filter(maps, (0, SIGMA, SIGMA)).max((1, 2))
-            rounding = part.rounding() if name in LEVELS else 0
+            rounding = part.rounding()
             sigma = calibrated_module._MAP_SIGMA * SIGMA
             shown = ndimage.gaussian_filter(maps, (0, sigma, sigma))
             shown = (shown - float(score.centre[i])) / float(score.spread[i]) + handicap
@@ -149,6 +149,15 @@ def test_a_student_whose_maps_are_constant_does_not_blow_up_rounding():
     for value in (0.1 - 3e-8, 0.1 + 6e-8):
         local = score(constant(measured(2, 2), value)).values[:, 0]
         np.testing.assert_allclose(local, float(score.handicap[0]), atol=0.1)
+
+
+def test_where_validation_images_are_training_images_the_patches_do_not_blow_up_rounding():
+    images, score = measured(5), make_score()
+    score.fit([images])
+    score.calibrate(score.reduced(images), "validation")
+    moved = images._replace(patches=images.patches * (1 + 1e-7))
+    i = score.names.index("patches")
+    np.testing.assert_allclose(score(moved).values[:, i], float(score.handicap[i]), atol=0.3)
 
 
 @pytest.mark.parametrize("size", [1, 3])
