@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import math
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -11,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dskd_fast.cli.display import print_line
+from dskd_fast.data.contents import copies
 from dskd_fast.data.listing import walk
 from dskd_fast.detection.calibrate import Caught, recalibrate, score_bad
 from dskd_fast.detection.calibration import Threshold, is_above, threshold_from
 from dskd_fast.detection.detector import Detector, calibration_of
+from dskd_fast.detection.export import SUFFIXES
 from dskd_fast.detection.findings import has_place
+from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.errors import UserError
 from dskd_fast.runs import folder as runs
 
@@ -28,9 +32,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--choose-parts needs known bad images to choose by: give their folder with --bad")
     good = _images(arguments.good, "--good")
     bad = [] if arguments.bad is None else _images(arguments.bad, "--bad")
-    both = {path.resolve() for path in good} & {path.resolve() for path in bad}
+    both = copies(bad, good)
     if both:
-        raise UserError(f"{min(both)} is among the good and the bad images: take it out of one of the folders")
+        raise UserError(
+            f"{min(both)} is among the good and the bad images, as the same file or a copy: take it out of one of the "
+            "folders"
+        )
     detector, _, _ = runs.load_run(arguments.run, arguments.device)
     if arguments.choose_parts and detector.calibrated is None:
         raise UserError(f"{arguments.run} has the paper's scores, which have no parts: leave --choose-parts out")
@@ -53,6 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
         f"{threshold.expected_false_alarm_rate:.2%}"
     )
     print_line(f"the calibration that was there is kept as {kept}")
+    names = [runs.METRICS, *(f"model{suffix}" for suffix in SUFFIXES.values())]
+    outdated = [name for name in names if (arguments.run / name).exists()]
+    if outdated:
+        print_line(
+            f"of the calibration before, in {arguments.run}: {', '.join(outdated)}; evaluate or export again",
+            style="yellow",
+        )
     return 0
 
 
@@ -72,14 +86,20 @@ def _images(folder: Path, option: str) -> list[Path]:
 
 
 class _Choice(NamedTuple):
+    """Parts, and what they would find; the better choice is the larger one."""
+
     n_found: int
     n_parts: int
+    weight: float
     parts: tuple[str, ...]
     threshold: Threshold
 
 
 def _choose_parts(detector: Detector, caught: Caught, false_alarms: float) -> None:
-    """Let the parts decide with which most bad images are above the threshold; of equal choices the one with most."""
+    """Let the parts decide with which most bad images are above the threshold.
+
+    Of equal choices the one with most parts, then the one whose parts are thought to find more (`PARTS`).
+    """
     calibrated = detector.calibrated
     assert calibrated is not None
     choices = []
@@ -93,8 +113,10 @@ def _choose_parts(detector: Detector, caught: Caught, false_alarms: float) -> No
                 are_left_out=True,
             )
             scores = _scores(detector, caught)
-            choices.append(_Choice(int(is_above(scores, threshold.value).sum()), n, parts, threshold))
-    chosen = max(choices)
+            n_found = int(is_above(scores, threshold.value).sum())
+            weight = math.fsum(PARTS[name].weight for name in parts)
+            choices.append(_Choice(n_found, n, weight, parts, threshold))
+    chosen = max(choices, key=lambda choice: choice[:3])
     calibrated.use(chosen.parts)
     caught.parts["score"] = _scores(detector, caught)
     caught.decided_by[:] = calibrated.deciding(_values(detector, caught))

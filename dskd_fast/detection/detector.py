@@ -253,8 +253,8 @@ class Detector:
         """Set the statistics, the limits of brightness and contrast and, from validation images, the threshold.
 
         Args:
-            batches: uint8 RGB images of normal objects, (B, 3, S, S) each; visited once for the statistics and, with
-                the paper's scoring and validation images, once more for the scores.
+            batches: uint8 RGB images of normal objects, (B, 3, S, S) each; visited once for the statistics, and once
+                more with the paper's scoring of validation images and with calibrated scores of training images.
             source: what they are.
             exposures: brightness and contrast of all normal images, `measure_exposure`, where there are more than
                 those.

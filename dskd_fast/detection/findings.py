@@ -17,7 +17,8 @@ class Maps(NamedTuple):
 
     With the paper's scoring they are in standard deviations above the mean of all pixels of normal images. Calibrated
     ones are in the unit of the score: the highest place of a normal image is about 0, and where a map is above the
-    threshold, so is the score. The map of a student that there is not is None; `combined` is then the other's.
+    threshold, so is the score. The map of a student that there is not is None. `combined` is the sum of both, or the
+    one there is; of calibrated ones the largest at each place, parts without a map of their own here included.
     """
 
     combined: NDArray[np.float32]

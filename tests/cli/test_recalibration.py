@@ -6,11 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from dskd_fast.cli import recalibration
 from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.calibrate import Caught
 from dskd_fast.detection.calibration import threshold_from
+from dskd_fast.detection.scoring.calibrated import PARTS, soft_maximum
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.folder import load_run
 
@@ -157,9 +159,10 @@ def test_each_bad_image_is_reported_with_what_decided_and_each_part_with_what_it
         assert f" by {decided_by[i]}" in line
         assert f"score {scores[i]:.4g}  {bad}/{i:03d}.png" in line
     assert f"bad images found at the threshold: {sum(s > threshold for s in scores)} of 3\n" in out
-    for name in (*load_run(run, "cpu")[0].parts, "all together"):
+    names = (*load_run(run, "cpu")[0].parts, "all together")
+    for name in names:
         assert f"\n  {name:14} " in out
-    assert out.count("% at 0.2 false alarms\n") == 6
+    assert out.count("% at 0.2 false alarms\n") == len(names)
 
 
 def test_chosen_parts_alone_decide_and_the_run_says_so_until_it_is_calibrated_without_them(
@@ -192,6 +195,37 @@ def test_where_no_choice_of_parts_finds_more_all_decide_and_nothing_was_chosen(c
     assert not any("decide" in text for text in content["warnings"])
     detector = load_run(run, "cpu")[0]
     assert detector.calibrated.used == detector.parts
+
+
+def test_of_equal_choices_of_as_many_parts_the_one_of_most_weight_is_chosen(run):
+    """Each of two parts finds one of two bad images; both together find none, and so does every other choice."""
+    detector = load_run(run, "cpu")[0]
+    names = detector.parts
+    two = [f(names, key=lambda name: PARTS[name].weight) for f in (min, max)]
+    detector.calibrated.left_out = np.array([[0.0 if name in two else 50.0 for name in names]] * 6)
+    # Two equal values together are more than one.
+    above = 0.5 * float(soft_maximum(torch.zeros(1, 2)))
+    values = {name: np.full(2, -50.0) for name in names} | {two[0]: [above, -50.0], two[1]: [-50.0, above]}
+    recalibration._choose_parts(detector, Caught([], {k: np.array(v) for k, v in values.items()}, [None] * 2), 0.01)
+    assert detector.calibration.chosen_parts == two[1:]
+
+
+@pytest.mark.parametrize("written", [["metrics.json"], ["model.pt2", "model.onnx"], []])
+def test_what_was_written_by_the_calibration_before_is_named(cli, run, good, written):
+    for name in written:
+        (run / name).touch()
+    out = " ".join(cli("recalibrate", run, "--good", good).out.split())
+    line = f"of the calibration before, in {run}: {', '.join(written)}; evaluate or export again"
+    assert (line in out) == ("of the calibration before" in out) == bool(written)
+
+
+def test_a_copy_among_good_and_bad_images_is_refused(cli_error, run, good, bad, tmp_path):
+    before, mine = state(run), shutil.copytree(bad, tmp_path / "bad")
+    copy = shutil.copy(good / "002.png", mine / "another name.png")
+    assert f"{copy} is among the good and the bad images" in cli_error(
+        "recalibrate", run, "--good", good, "--bad", mine
+    )
+    assert state(run) == before
 
 
 def found_by_all(detector, paths):

@@ -23,7 +23,7 @@ from dskd_fast.detection.calibration import Calibration, Exposure, Scoring, Stat
 from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.export import METADATA, OPSET, SUFFIXES, TOLERANCE, export
 from dskd_fast.detection.program import Inspection, enlarge, resize_square
-from dskd_fast.detection.scoring.calibrated import CalibratedScore
+from dskd_fast.detection.scoring.calibrated import PARTS, CalibratedScore
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 
@@ -131,7 +131,7 @@ def test_a_file_says_what_it_is(exported, tiny_detector, threshold):
     assert exported.metadata["image_size"] == 64
     assert exported.metadata["threshold"] == threshold
     assert exported.metadata["scoring"] == "calibrated"
-    assert exported.metadata["parts"] == list(tiny_detector.parts)
+    assert exported.metadata["parts"] == list(tiny_detector.parts) == list(PARTS)
     assert list(exported.metadata["outputs"]) == ["score", "map", "parts", "anomalous", "suspect"]
     limits = tiny_detector.calibration.exposure
     assert exported.metadata["exposure"] == {"brightness": [*limits.brightness], "contrast": [*limits.contrast]}
@@ -261,6 +261,7 @@ def test_settings_of_a_run_are_in_the_file_and_without_a_threshold_there_are_no_
         ({"students": "global"}, {"filter_maps": True}, None),
         ({"gccb": 0}, {"align_corners": True}, None),
         ({}, {}, ["global", "condensed"]),
+        ({}, {}, ["sum", "patches"]),
     ],
     ids=str,
 )

@@ -20,13 +20,14 @@ from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.overlay import colours
+from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import evaluate
 from dskd_fast.evaluation.page import Path, render, write_report
 
 KINDS = ("good", "structural", "logical")
 VARIANTS = ("combined", "local", "global")
-WITHOUT_PLACE = ("condensed", "global-means", "teacher-means")
+WITHOUT_MAP = tuple(name for name in PARTS if name not in VARIANTS)
 
 # Markup, quotes, other scripts, an order that runs right to left, and a byte that is not UTF-8.
 NASTY = ["\"><img src=x onerror=alert(1)>'ü漢.png", "<svg onload=alert(1)>.png", "\u202e\U0001f529.png", "\udcff.png"]
@@ -100,12 +101,13 @@ def test_figures_scores_and_decisions_are_those_of_evaluate(page, tiny_run, tiny
     assert [row["decision"] for row in rows] == [result["decision"] for result in results]
     assert [row["decided_by"] for row in rows] == [result["decided_by"] for result in results]
     assert run["parts"] == list(tiny_detector.parts)
-    columns = "score", "local_score", "global_score", *(f"part_{name}" for name in WITHOUT_PLACE)
-    for variant, column in zip((*VARIANTS, *WITHOUT_PLACE), columns, strict=True):
+    columns = "score", "local_score", "global_score", *(f"part_{name}" for name in WITHOUT_MAP)
+    for variant, column in zip((*VARIANTS, *WITHOUT_MAP), columns, strict=True):
         part = run["variants"][variant]
-        if variant in WITHOUT_PLACE:
+        if variant in WITHOUT_MAP:
             assert part["auroc"] == figures["parts"][variant]
-            assert (part["map"], part["has_place"]) == ("global", False)
+            shown = ("combined", True) if PARTS[variant].has_map else ("global", False)
+            assert (part["map"], part["has_place"]) == shown
             assert set(part["spro"].values()) == set(part["spro_curve"].values()) == {None}
         else:
             for measure in ("auroc", "spro"):
@@ -128,7 +130,8 @@ def test_the_drawn_curves_have_the_areas_of_the_figures(page):
             assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
             # With so few images no corner is left out.
             assert trapezoid(y, x) == pytest.approx(part["auroc"][kind], abs=1e-4)
-            if not part["has_place"]:
+            if part["spro_curve"][kind] is None:
+                assert part["spro"][kind] is None
                 continue
             x, y = part["spro_curve"][kind]
             assert (x[0], y[0], x[-1]) == (0, 0, 0.05)
@@ -242,14 +245,14 @@ def test_runs_of_the_same_images_share_photographs_and_others_have_their_own_wit
     found = data_of(third, tiny_run, own_run, progress=lambda stage, *done: stages.update({stage: done}))
     runs = [(str(third), "third"), (str(tiny_run), "run"), (str(own_run), "own")]
     assert [(run["path"], run["name"]) for run in found["runs"]] == runs
-    assert [len(run["parts"]) for run in found["runs"]] == [5, 5, 0]
+    assert [run["parts"] for run in found["runs"]] == [[*PARTS], [*PARTS], []]
     images = found["images"]
     names = [*(f"part/good/00{i}.png" for i in range(3)), "screw_bag/good/000.png"]
     assert [image["name"] for image in images[:4]] == names
     has_result = [[result is not None for result in image["runs"]] for image in images]
     assert has_result == [[True, False, False]] * 3 + [[False, True, True]] * 10
     for _, first, second in (image["runs"] for image in images[3:]):
-        assert list(first["scores"])[3:] == list(WITHOUT_PLACE)
+        assert list(first["scores"])[3:] == list(WITHOUT_MAP)
         # By the paper's scoring there are no parts to list, and none that decides.
         assert (list(second["scores"]), second["decided_by"]) == (list(VARIANTS), None)
         assert first["scores"]["combined"] != second["scores"]["combined"]
@@ -313,12 +316,11 @@ def test_a_run_with_one_student_has_what_there_is(data_root, tiny_arguments, tmp
     found = data_of(tmp_path / "run")
     (run,) = found["runs"]
     assert run["recipe"].endswith("epochs: 1, the local student alone")
-    assert list(run["variants"]) == ["combined", "local", "teacher-means"]
+    assert list(run["variants"]) == ["combined", "local", "patches", "teacher-means"]
     assert run["variants"]["teacher-means"]["map"] == "combined"
     for result in (image["runs"][0] for image in found["images"]):
-        assert list(result["scores"]) == ["combined", "local", "teacher-means"]
+        assert list(result["scores"]) == ["combined", "local", "patches", "teacher-means"]
         assert list(result["maps"]) == ["combined", "local"]
-        assert result["maps"]["combined"] == result["maps"]["local"]
 
 
 def test_what_cannot_be_read_or_written_is_known_before_any_scoring(

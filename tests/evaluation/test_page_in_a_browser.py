@@ -13,6 +13,7 @@ from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
 from dskd_fast.detection.overlay import colours
+from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.evaluation.page import render, write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 KINDS = ("good", "structural", "logical")
 VARIANTS = ("combined", "local", "global")
-WITHOUT_PLACE = ("condensed", "global-means", "teacher-means")
+WITHOUT_MAP = tuple(name for name in PARTS if name not in VARIANTS)
 NASTY = ["\"><img src=x onerror=alert(1)>'ü漢.png", "<svg onload=alert(1)>&lt;b&gt;.png", "`${alert(1)}`\\.png"]
 OPTIONS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run "
@@ -196,27 +197,31 @@ def test_the_switch_changes_scores_curves_and_maps_but_no_decision(shown):
         assert len(page.all("svg .threshold")) == (variant == "combined")
 
 
-def test_a_part_without_a_place_has_scores_and_curves_and_the_map_of_the_global_student(shown):
+def test_a_part_without_a_map_of_its_own_has_scores_and_curves_and_another_map(shown):
     page, run, images = shown()
     by_name = {image["name"]: image["runs"][0] for image in images}
-    assert page.texts("#variants button")[3:] == ["Condensed", "Global means", "Teacher means"]
-    for part in WITHOUT_PLACE:
+    assert page.texts("#variants button")[3:] == ["Sum", "Patches", "Condensed", "Global means", "Teacher means"]
+    for part in WITHOUT_MAP:
         page.press("variants", part)
         figures = run["variants"][part]
         assert page.texts(".tile dd")[0].startswith(f"{figures['auroc']['mean']:.3f}")
         assert len(page.all(".chart .curve")) == 2
-        assert "no place: distance of the whole image; the global map is shown" in page.one(".run .meaning").text
+        has_place = PARTS[part].has_map
+        lack = "no map of its own" if has_place else "no place: distance of the whole image"
+        shown_map = "combined" if has_place else "global"
+        assert f"{lack}; the {shown_map} map is shown" in page.one(".run .meaning").text
+        assert page.one(".run").text.count(lack) == 3  # also instead of the sPRO, and of its curve
         assert page.names() == by_score(images, part)
         scores = [float(text) for text in page.texts("#cards .score")]
         assert scores == pytest.approx([by_name[name]["scores"][part] for name in page.names()], rel=1e-3)
         maps = page.js("[...document.querySelectorAll('#cards .heat')].map((i) => i.src.split(',')[1])")
-        assert maps == [by_name[name]["maps"]["global"] for name in page.names()]
-        assert page.texts("#cards .no-map") == ["no place: distance of the whole image"] * 10
+        assert maps == [by_name[name]["maps"][shown_map] for name in page.names()]
+        assert page.texts("#cards .no-map") == ["no place: distance of the whole image"] * (0 if has_place else 10)
 
 
 def test_each_image_says_which_part_decided_and_lists_all(shown):
     page, run, images = shown(2)
-    place = {"local": "", "global": ""} | dict.fromkeys(WITHOUT_PLACE, ": the whole image")
+    place = {name: "" if part.has_map else ": the whole image" for name, part in PARTS.items()}
     for image in images:
         result = image["runs"][0]
         card = page.all(".card")[page.names().index(image["name"])]
@@ -421,7 +426,7 @@ def test_everything_can_be_done_with_the_keyboard(shown):
     assert not page.one("#viewer-previous").is_enabled()
     (scores,) = (image["runs"][0]["scores"] for image in images if image["name"] == names[0])
     listed = [float(text) for text in page.texts("#viewer td")]
-    assert listed == pytest.approx([scores[variant] for variant in (*VARIANTS, *WITHOUT_PLACE)], rel=1e-3)
+    assert listed == pytest.approx([scores[variant] for variant in (*VARIANTS, *WITHOUT_MAP)], rel=1e-3)
     page.tab_to("#viewer-mix")
     page.keys(Keys.END + Keys.ARROW_LEFT * 10)
     assert page.texts("#viewer-title") == names[:1]
@@ -434,10 +439,16 @@ def test_everything_can_be_done_with_the_keyboard(shown):
 
 def test_every_control_has_a_name(shown):
     page, _, _ = shown(2)
+
+    def name_of(control):
+        # Cards far below the window are not laid out, and have no name until they are near it.
+        page.js("arguments[0].scrollIntoView()", control)
+        return control.accessible_name.strip()
+
     # What is behind an open dialog has no name while it is open.
     for where, n in ((":is(main, .view)", 20), ("#viewer", 4)):
         controls = page.all(f"{where} :is(button, select, input, [role=group], [role=region])")
-        named = [control.accessible_name.strip() for control in controls if control.is_displayed()]
+        named = [name_of(control) for control in controls if control.is_displayed()]
         assert len(named) >= n
         assert all(named), named
         page.js("document.querySelector('.open').click()")

@@ -2,8 +2,10 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import nn
 from torch.nn import functional as nnf
 
@@ -291,6 +293,30 @@ def test_anomaly_maps_convert_other_floating_images(small_model, images, dtype):
 def test_anomaly_maps_refuse_what_is_no_image_from_0_to_1(small_model, images, change, error, message):
     with pytest.raises(error, match=message):
         small_model.anomaly_maps(change(images))
+
+
+# Measurements
+
+
+def pooled(features):
+    """The mean of each position and its neighbours, as many as there are, (B, C, h, w) in float64."""
+    ones, window = np.ones(features.shape[2:]), np.ones((3, 3))
+    n_there = ndimage.convolve(ones, window, mode="constant")
+    return ndimage.convolve(features.double().numpy(), window[None, None], mode="constant") / n_there
+
+
+def test_patches_are_pooled_features_of_the_teachers_second_and_third_level(small_model, images):
+    with torch.no_grad():
+        _, second, third = small_model.teacher(images)
+    found = small_model.measure(images).patches
+    assert found.dtype == torch.float32
+    assert found.shape == (2, *second.shape[2:], second.shape[1] + third.shape[1])
+    # Bilinear between the centres of pixels, the edges repeated.
+    side, coarse = second.shape[-1], third.shape[-1]
+    position = np.clip((np.arange(side) + 0.5) * coarse / side - 0.5, 0, coarse - 1)
+    weights = np.maximum(1 - np.abs(position[:, None] - np.arange(coarse)), 0)
+    expected = np.concatenate([pooled(second), weights @ pooled(third) @ weights.T], 1).transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 # What does not fit

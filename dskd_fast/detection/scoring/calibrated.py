@@ -216,10 +216,10 @@ class CalibratedScore(nn.Module):
                 distances = {"validation": part, "train": part.of_training, "new": part.add}[kind]
                 columns.append(distances(vectors))
         raw = torch.stack([column.double().cpu() for column in columns], 1).numpy()
-        if kind == "validation":
+        if kind != "new":
             self.handicap.copy_(_handicaps(self.names, self._share_by_heart(normal)))
         least = [PARTS[name].least_spread for name in self.names]
-        rounding = [self._part(name).rounding() if name in LEVELS else 0.0 for name in self.names]
+        rounding = [self._part(name).rounding() if PARTS[name].has_map else 0.0 for name in self.names]
         floors = np.array(least), np.array(rounding)
         centre, spread = _centre_and_spread(raw, *floors)
         self.centre.copy_(torch.from_numpy(centre))

@@ -30,8 +30,7 @@ class NearestNeighbour(nn.Module):
     def fit(self, vectors: Tensor) -> None:
         """Take over the vectors (n, C) of training images."""
         self.mean, self.std = _channel_statistics(vectors)
-        chosen = torch.linspace(0, len(vectors) - 1, min(len(vectors), MAX_REFERENCES)).round().long()
-        self.references = (vectors[chosen] - self.mean) / self.std
+        self.references = (_thinned_out(vectors) - self.mean) / self.std
 
     def forward(self, vectors: Tensor) -> Tensor:
         """(B, C) -> (B,)."""
@@ -44,12 +43,15 @@ class NearestNeighbour(nn.Module):
         return _cross_fitted(NearestNeighbour, vectors)
 
     def add(self, vectors: Tensor) -> Tensor:
-        """Compare with these normal images (n, C), too, from now on; their distances (n,) from all others."""
+        """Compare with these normal images (n, C), too, from now on; their distances (n,) from all others.
+
+        Those from before are thinned out where they are many.
+        """
         own = (vectors - self.mean) / self.std
         # An image that was added before would be at no distance from itself.
         rounding = _ROUNDING * vectors.abs().max()
         is_other = [((vector - self.references) * self.std).abs().amax(1) > rounding for vector in own]
-        self.references = torch.cat([self.references[torch.stack(is_other).all(0)], own])
+        self.references = torch.cat([_thinned_out(self.references[torch.stack(is_other).all(0)]), own])
         first = len(self.references) - len(own)
         distances = torch.zeros(len(own), device=own.device)
         if len(self.references) > 1:
@@ -117,6 +119,12 @@ def _channel_statistics(vectors: Tensor) -> tuple[Tensor, Tensor]:
         return mean, torch.full_like(std, size or 1.0)
     # A channel that is constant but for rounding says nothing, and must not blow up a new image's rounding.
     return mean, std.clamp(min=1e-3 * largest)
+
+
+def _thinned_out(vectors: Tensor) -> Tensor:
+    """At most `MAX_REFERENCES` of them, evenly."""
+    chosen = torch.linspace(0, len(vectors) - 1, min(len(vectors), MAX_REFERENCES)).round().long()
+    return vectors[chosen]
 
 
 def _cross_fitted(kind: type[NearestNeighbour] | type[Mahalanobis], vectors: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """How far each place of an image is from every place of the training images, in the teacher's features alone."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +9,8 @@ from dskd_fast.models.dskd import enlarged
 # Patches of training images that are looked at, and those of them that are kept.
 MAX_PATCHES = 30_000
 N_KEPT = 1000
+# Squares of distances below this share of the patches' own squares are rounding of float32 products.
+_ROUNDING = 1e-5
 # Dimensions of the random projection in which those are chosen.
 _N_PROJECTED = 32
 
@@ -35,7 +38,10 @@ class PatchPart(nn.Module):
         chosen = [0]
         for _ in range(min(N_KEPT, len(patches)) - 1):
             nearest = torch.minimum(nearest, (projected - projected[chosen[-1]]).square().sum(1))
-            chosen.append(int(nearest.argmax()))
+            farthest = int(nearest.argmax())
+            if not nearest[farthest] > 0:
+                break  # all others are copies
+            chosen.append(farthest)
         self.bank = patches[chosen].contiguous()
         self._images = sample.images()[chosen]
 
@@ -60,32 +66,43 @@ class PatchPart(nn.Module):
         """Maps (B, h, w) of distances -> (B, S, S)."""
         return enlarged([distances], (size, size))[:, 0]
 
+    def rounding(self) -> float:
+        """Distances below this are rounding."""
+        return float((_ROUNDING * self.bank.square().sum(1).max()).sqrt())
+
 
 class PatchSample:
-    """Patches of any number of images, of which every k-th is kept: so many that memory is bounded."""
+    """Patches of any number of images, of which a random share is kept: so many that memory is bounded.
+
+    Every k-th one would be of a few columns of the images alone, the same in all of them.
+    """
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []
-        self._numbers: list[Tensor] = []
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # patches, numbers of their images, keys
         self._n_images = 0
-        self._step = 1
+        self._share = 1.0
+        # Its numbers do not depend on how many are drawn at a time.
+        self._generator = np.random.default_rng(0)
 
     def add(self, patches: Tensor) -> None:
         """Take patches (B, h, w, C)."""
         n, n_places = len(patches), patches.shape[1] * patches.shape[2]
         numbers = torch.arange(self._n_images, self._n_images + n).repeat_interleave(n_places)
-        self._kept.append(patches.flatten(0, 2)[:: self._step].cpu())
-        self._numbers.append(numbers[:: self._step])
+        keys = torch.from_numpy(self._generator.random(len(numbers)))
+        is_kept = keys < self._share
+        chosen = patches.flatten(0, 2)[is_kept.to(patches.device)].cpu()
+        self._kept.append((chosen, numbers[is_kept], keys[is_kept]))
         self._n_images += n
-        while sum(map(len, self._kept)) > MAX_PATCHES:
-            self._step *= 2
-            self._kept = [kept[::2].clone() for kept in self._kept]
-            self._numbers = [numbers[::2] for numbers in self._numbers]
+        while sum(len(keys) for *_, keys in self._kept) > MAX_PATCHES:
+            self._share /= 2
+            for i, (chosen, numbers, keys) in enumerate(self._kept):
+                is_kept = keys < self._share
+                self._kept[i] = chosen[is_kept], numbers[is_kept], keys[is_kept]
 
     def patches(self) -> Tensor:
         """(n, C)."""
-        return torch.cat(self._kept)
+        return torch.cat([patches for patches, _, _ in self._kept])
 
     def images(self) -> Tensor:
         """(n,): the number of the image of each."""
-        return torch.cat(self._numbers)
+        return torch.cat([numbers for _, numbers, _ in self._kept])

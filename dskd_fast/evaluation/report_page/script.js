@@ -7,6 +7,7 @@
   const ANOMALIES = ["structural", "logical"];
   const STUDENTS = ["local", "global"];
   const NO_PLACE = "no place: distance of the whole image";
+  const NO_OWN_MAP = "no map of its own";
   const MISTAKES = { all: "All", mistakes: "Mistakes", "false alarm": "False alarms", missed: "Missed" };
   // Cards are made this many at a time, when what is made ends less than so many pixels below the window.
   const PAGE = 60;
@@ -45,8 +46,11 @@
   const called = (variant) => (variant[0].toUpperCase() + variant.slice(1)).replaceAll("-", " ");
   const longName = (variant) => (STUDENTS.includes(variant) ? `${called(variant)} student` : called(variant));
   const lack = (variant) => (STUDENTS.includes(variant) ? `no ${variant} student` : `no part ${variant}`);
-  /** Whether there are maps of it; of parts that measure an image as a whole there are none, in no run. */
-  const hasPlace = (variant) => data.runs.every((run) => run.variants[variant]?.has_place ?? true);
+  /** Why there are no maps of it, in whatever run has it; null where there are. */
+  function lackOfMaps(variant) {
+    const other = data.runs.map((run) => run.variants[variant]).find((figures) => figures !== undefined && figures.map !== variant);
+    return other === undefined ? null : other.has_place ? NO_OWN_MAP : NO_PLACE;
+  }
   const plural = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 
   /** "false alarm", "missed", or null where the decision is right, is "suspect", or there is none. */
@@ -224,8 +228,9 @@
     );
     const children = [head];
     const figures = run.variants[state.variant];
+    const lackOfMap = lackOfMaps(state.variant);
     if (figures !== undefined && run.parts.includes(state.variant)) {
-      const place = figures.has_place ? "" : ` – ${NO_PLACE}; the ${figures.map} map is shown`;
+      const place = lackOfMap === null ? "" : ` – ${lackOfMap}; the ${figures.map} map is shown`;
       children.push(html("p", { class: "meaning muted" }, `${called(state.variant)}: ${data.meanings[state.variant]}${place}`));
     }
     const images = tile("Test images", String(total(run.n_images)), ...KINDS.map((kind) => `${run.n_images[kind]} ${kind}`));
@@ -235,7 +240,7 @@
     } else {
       const measures = [
         tile("AUROC, mean", figure(figures.auroc.mean), ...byKind(figures.auroc)),
-        tile(`sPRO@${data.spro_limit}, mean`, figure(figures.spro.mean), ...(figures.has_place ? byKind(figures.spro) : [NO_PLACE])),
+        tile(`sPRO@${data.spro_limit}, mean`, figure(figures.spro.mean), ...(lackOfMap === null ? byKind(figures.spro) : [lackOfMap])),
       ];
       children.push(html("dl", { class: "tiles" }, ...measures, ...decisionTiles(run), images));
       const sproTitle = `sPRO to FPR ${data.spro_limit}, area`;
@@ -243,9 +248,9 @@
         "div", { class: "charts" },
         histogramChart(run, state.variant),
         curveChart("ROC, area", run, figures.roc, figures.auroc, 1, ["false positive rate", "true positive rate"], true),
-        figures.has_place
+        lackOfMap === null
           ? curveChart(sproTitle, run, figures.spro_curve, figures.spro, data.spro_limit, ["false positive rate (pixels)", "sPRO"], false)
-          : noChart(sproTitle, NO_PLACE),
+          : noChart(sproTitle, lackOfMap),
         studentsTable(run),
       ));
     }
@@ -273,7 +278,7 @@
       html("th", { scope: "col" }, "False", html("br"), "alarms"), html("th", { scope: "col" }, "Missed"),
     );
     const note = sameImages ? "; the best of each column is underlined" : "";
-    const caption = html("caption", {}, `${called(state.variant)} scores${hasPlace(state.variant) ? " and maps" : ""}; false alarms and missed images by the combined score${note}`);
+    const caption = html("caption", {}, `${called(state.variant)} scores${lackOfMaps(state.variant) === null ? " and maps" : ""}; false alarms and missed images by the combined score${note}`);
     return html("table", {}, caption, html("thead", {}, head), html("tbody", {}, ...rows));
   }
 
@@ -414,7 +419,8 @@
     shown = position;
     const image = chosen[position];
     byId("viewer-title").textContent = image.name;
-    const what = hasPlace(state.variant) ? `${state.variant} map` : `${state.variant}, ${NO_PLACE}`;
+    const lackOfMap = lackOfMaps(state.variant);
+    const what = lackOfMap === null ? `${state.variant} map` : `${state.variant}, ${lackOfMap}`;
     byId("viewer-about").textContent = `${image.kind}, ${what}, ${position + 1} of ${chosen.length}`;
     byId("viewer-panels").replaceChildren(...panels(image, (panel, run, result) => html(
       "div", {}, panel, scoresTable(run, result), result.reason === null ? null : html("p", { class: "muted" }, `suspect: ${result.reason}`),

@@ -37,13 +37,14 @@ def measured(n, seed=0, students=BOTH, gccb=6):
         random(gccb) if has_global and gccb else None,
         random(5) if has_global else None,
         random(7),
+        random(8, 8, 6),
     )
 
 
 def trained(normal, n_training=8, **which):
     score = make_score(**which)
-    score.fit(measured(n_training, 1, **which))
-    return score, score.calibrate(normal, "validation")
+    score.fit([measured(n_training, 1, **which)])
+    return score, score.calibrate(score.reduced(normal), "validation")
 
 
 def split(images, size):
@@ -57,9 +58,9 @@ def split(images, size):
     ("which", "names"),
     [
         ({}, tuple(PARTS)),
-        ({"gccb": 0}, ("local", "global", "global-means", "teacher-means")),
-        ({"students": ("local",)}, ("local", "teacher-means")),
-        ({"students": ("global",)}, ("global", "condensed", "global-means", "teacher-means")),
+        ({"gccb": 0}, ("local", "global", "sum", "patches", "global-means", "teacher-means")),
+        ({"students": ("local",)}, ("local", "patches", "teacher-means")),
+        ({"students": ("global",)}, ("global", "patches", "condensed", "global-means", "teacher-means")),
     ],
     ids=str,
 )
@@ -79,18 +80,21 @@ def test_a_run_has_the_parts_whose_student_there_is(which, names):
 def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_scored(n, are_training):
     normal, new = measured(n), measured(4, 2)
     score = make_score()
-    score.fit(normal if are_training else measured(8, 1))
+    score.fit([normal if are_training else measured(8, 1)])
+    normal = score.reduced(normal, 0 if are_training else None)
     left_out = score.calibrate(normal, "train" if are_training else "validation")
-    scored = score(new)
+    scored, new = score(new), score.reduced(new)
     expected, of_normal = [], []
     for i, name in enumerate(score.names):
         part, handicap = score._part(name), math.log(PARTS[name].weight) / SHARPNESS
         if PARTS[name].has_map:
-            type_of = calibrated_module._make_part(name)
-            raw = ndimage.gaussian_filter(type_of.calibrate(normal, SIZE).double(), (0, SIGMA, SIGMA)).max((1, 2))
-            maps = part(new, SIZE).double()
+            of_normal_maps, of_new = (calibrated_module._maps(name, images) for images in (normal, new))
+            again = calibrated_module._make_part(name)
+            raw_maps = again(of_normal_maps, SIZE) if name == "patches" else again.calibrate(of_normal_maps, SIZE)
+            raw = ndimage.gaussian_filter(raw_maps.double(), (0, SIGMA, SIGMA)).max((1, 2))
+            maps = part(of_new, SIZE).double()
             raw_new = ndimage.gaussian_filter(maps, (0, SIGMA, SIGMA)).max((1, 2))
-            least, rounding = calibrated_module._MIN_SPREAD_OF_MAPS, part.rounding()
+            rounding = part.rounding()
             sigma = calibrated_module._MAP_SIGMA * SIGMA
             shown = ndimage.gaussian_filter(maps, (0, sigma, sigma))
             shown = (shown - float(score.centre[i])) / float(score.spread[i]) + handicap
@@ -99,9 +103,9 @@ def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_
             vectors = calibrated_module._vectors(name, normal)
             raw = (part.of_training(vectors) if are_training else part(vectors)).double().numpy()
             raw_new = part(calibrated_module._vectors(name, new)).double().numpy()
-            least, rounding = calibrated_module._MIN_SPREAD_OF_DISTANCES, 0
+            rounding = 0
 
-        def standardised(values, others, least=least, rounding=rounding, handicap=handicap):
+        def standardised(values, others, least=PARTS[name].least_spread, rounding=rounding, handicap=handicap):
             deviation = others.std(ddof=1) if len(others) > 1 else 0
             spread = max(max(deviation, least * abs(others.mean())) * math.sqrt(1 + 1 / len(others)), rounding)
             return (values - others.mean()) / (spread or 1) + handicap
@@ -115,22 +119,23 @@ def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_
 
 
 def test_the_score_is_between_the_largest_part_and_that_of_as_many_equal_ones_and_the_largest_decides():
-    values = 5 * torch.randn(200, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    n = len(PARTS)
+    values = 5 * torch.randn(200, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     values[0], values[1] = 1e4, -1e4
     raised = soft_maximum(values) - values.amax(1)
-    most = math.log(5) / SHARPNESS
+    most = math.log(n) / SHARPNESS
     assert (raised >= 0).all()
     assert (raised <= most + 1e-9).all()
     torch.testing.assert_close(raised[:2], torch.full((2,), most, dtype=torch.float64))
     score = make_score()
-    assert score.deciding(5 * np.eye(5) - 7) == list(score.names)
+    assert score.deciding(5 * np.eye(n) - 7) == list(score.names)
 
 
 def test_where_a_map_is_high_so_is_the_score():
     score, _ = trained(measured(4))
     scored = score(measured(30, 2))
-    for i, name in enumerate(scored.maps):
-        assert (scored.maps[name].amax((1, 2)) <= scored.values[:, i] + 1e-5).all()
+    for name, found in scored.maps.items():
+        assert (found.amax((1, 2)) <= scored.values[:, score.names.index(name)] + 1e-5).all()
     assert (scored.values.amax(1) <= scored.score + 1e-5).all()
 
 
@@ -144,6 +149,15 @@ def test_a_student_whose_maps_are_constant_does_not_blow_up_rounding():
     for value in (0.1 - 3e-8, 0.1 + 6e-8):
         local = score(constant(measured(2, 2), value)).values[:, 0]
         np.testing.assert_allclose(local, float(score.handicap[0]), atol=0.1)
+
+
+def test_where_validation_images_are_training_images_the_patches_do_not_blow_up_rounding():
+    images, score = measured(5), make_score()
+    score.fit([images])
+    score.calibrate(score.reduced(images), "validation")
+    moved = images._replace(patches=images.patches * (1 + 1e-7))
+    i = score.names.index("patches")
+    np.testing.assert_allclose(score(moved).values[:, i], float(score.handicap[i]), atol=0.3)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -164,3 +178,49 @@ def test_a_saved_score_is_loaded_whatever_the_number_of_its_references_and_no_ot
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="other parts"):
         make_score(gccb=0).load(score.state_dict())
+
+
+# ------------------------------------------------------------------------- students that know their training by heart
+
+
+def with_error(images, times):
+    """The same where the local student's error at its coarsest level is so many times as large."""
+    *finer, coarsest = images.local_levels
+    return images._replace(local_levels=[*finer, times * coarsest])
+
+
+def handicaps(names, by_heart):
+    weights = [(PARTS[name].weight, PARTS[name].weight_by_heart) for name in names]
+    return [((1 - by_heart) * math.log(low) + by_heart * math.log(high)) / SHARPNESS for low, high in weights]
+
+
+@pytest.mark.parametrize("by_heart", [-1, 0, 0.3, 1, 2])
+def test_weights_move_the_more_the_larger_the_error_is_on_validation_than_on_training_images(by_heart):
+    first, last = calibrated_module._BEGINS_BY_HEART, calibrated_module._BY_HEART
+    images, score = measured(4), make_score()
+    score.fit([images])
+    score.calibrate(score.reduced(with_error(images, first + by_heart * (last - first))), "validation")
+    np.testing.assert_allclose(score.handicap, handicaps(score.names, min(1, max(0, by_heart))), rtol=1e-5)
+
+
+def test_new_images_leave_the_weights_as_they_were():
+    images, score = measured(4), make_score()
+    score.fit([images])
+    times = (calibrated_module._BEGINS_BY_HEART + calibrated_module._BY_HEART) / 2
+    score.calibrate(score.reduced(with_error(images, times)), "validation")
+    score.calibrate(score.reduced(measured(5, 2)), "new")
+    np.testing.assert_allclose(score.handicap, handicaps(score.names, 0.5), rtol=1e-5)
+
+
+def test_without_a_local_student_the_weights_are_the_plain_ones():
+    score, _ = trained(measured(4, students=("global",)), students=("global",))
+    np.testing.assert_allclose(score.handicap, handicaps(score.names, 0), rtol=1e-5)
+
+
+def test_where_training_images_stand_in_for_others_the_weights_are_the_plain_ones():
+    images, score = measured(4), make_score()
+    score.fit([images])
+    score.calibrate(score.reduced(with_error(images, calibrated_module._BY_HEART)), "validation")
+    score.fit([images])
+    score.calibrate(score.reduced(images, 0), "train")
+    np.testing.assert_allclose(score.handicap, handicaps(score.names, 0), rtol=1e-5)

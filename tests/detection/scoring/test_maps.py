@@ -1,4 +1,4 @@
-"""A student's calibrated map, by formulas written out in float64."""
+"""Calibrated maps of students, by formulas written out in float64."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,12 @@ import torch
 from scipy import ndimage
 
 from dskd_fast.detection.scoring import maps as maps_module
-from dskd_fast.detection.scoring.maps import MapPart
-from dskd_fast.models import Measurements
+from dskd_fast.detection.scoring.maps import MapPart, SumPart
 
 SIZE = 32
 
 
-def measured(n, seed=0):
+def level_maps(n, seed=0):
     """Levels of 16, 8 and 4 positions a side, whose mean and deviation differ from place to place."""
     generator = np.random.default_rng(seed)
     levels = [
@@ -21,7 +20,7 @@ def measured(n, seed=0):
         )
         for side in (16, 8, 4)
     ]
-    return Measurements([x.float() for x in levels], None, None, None, torch.zeros(n, 1))
+    return [level.float() for level in levels]
 
 
 def smoothed(values):
@@ -30,10 +29,12 @@ def smoothed(values):
 
 def statistics(values):
     """Mean and deviation of each place over maps (n, h, w)."""
-    mean = smoothed(values.mean(0))
+    share = len(values) / (len(values) + maps_module._IMAGES_TO_KNOW)
+    of_places = smoothed(values.mean(0))
+    mean = share * of_places + (1 - share) * of_places.mean()
     variance = smoothed(np.mean([(one - mean) ** 2 for one in values], axis=0))
-    share = maps_module._SHRINKAGE
-    return mean, np.sqrt((1 - share) * variance + share * variance.mean())
+    share *= maps_module._SHARE_OF_VARIANCE
+    return mean, np.sqrt(share * variance + (1 - share) * variance.mean())
 
 
 def at_size(values):
@@ -47,19 +48,19 @@ def at_size(values):
 def expected_map(new, normal, levels):
     of_levels = []
     for level in levels:
-        mean, deviation = statistics(normal.local_levels[level].double().numpy())
-        of_levels.append(at_size((new.local_levels[level].double().numpy() - mean) / deviation))
+        mean, deviation = statistics(normal[level].double().numpy())
+        of_levels.append(at_size((new[level].double().numpy() - mean) / deviation))
     return np.mean(of_levels, axis=0)
 
 
-def only(images, kept):
-    return images._replace(local_levels=[level[kept] for level in images.local_levels])
+def only(levels, kept):
+    return [level[kept] for level in levels]
 
 
 @pytest.mark.parametrize("levels", [(0,), (0, 1), (0, 1, 2), (1,)])
 def test_a_map_is_the_mean_over_levels_of_deviations_from_what_is_normal_at_each_place(levels):
-    normal, new = measured(6), measured(3, seed=1)
-    part = MapPart("local", levels)
+    normal, new = level_maps(6), level_maps(3, seed=1)
+    part = MapPart(levels)
     part.calibrate(normal, SIZE)
     found = part(new, SIZE)
     assert found.dtype == torch.float32
@@ -68,20 +69,49 @@ def test_a_map_is_the_mean_over_levels_of_deviations_from_what_is_normal_at_each
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 def test_normal_images_are_normalised_as_if_each_had_not_been_among_them(n):
-    normal, levels = measured(n), (0, 1)
-    left_out = MapPart("local", levels).calibrate(normal, SIZE)
+    normal, levels = level_maps(n), (0, 1)
+    left_out = MapPart(levels).calibrate(normal, SIZE)
     for i in range(n):
         others = [j for j in range(n) if j != i] or [0]  # a single image has none
         expected = expected_map(only(normal, [i]), only(normal, others), levels)
         np.testing.assert_allclose(left_out[i : i + 1], expected, rtol=1e-5, atol=1e-5)
 
 
+def constant(value, n=5, side=8):
+    """One level, (n, side, side), of which some values are larger by the smallest step of float32."""
+    values = torch.full((n, side, side), value)
+    values[::2, ::3] = torch.nextafter(values[::2, ::3], torch.tensor(np.inf if value else 0.0))
+    return values
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-12, 0.1, -3.3, 1e6])
 def test_maps_that_are_constant_but_for_rounding_stay_small(value):
-    values = torch.full((5, 8, 8), value)
-    values[::2, ::3] = torch.nextafter(values[::2, ::3], torch.tensor(np.inf if value else 0.0))
-    normal = Measurements(None, [values], None, None, torch.zeros(5, 1))
-    part = MapPart("global", (0,))
+    normal = [constant(value)]
+    part = MapPart((0,))
     for found in (part.calibrate(normal, SIZE), part(normal, SIZE)):
         np.testing.assert_allclose(found, 0, atol=1e-6 * abs(value))
     assert part.rounding() == pytest.approx(1e-5 * abs(value))
+
+
+def test_the_sum_is_of_both_students_maps_each_in_deviations_of_its_own_pixels():
+    normal, new = (level_maps(6), level_maps(6, seed=1)), (level_maps(3, seed=2), level_maps(3, seed=3))
+    part, levels = SumPart((0, 1, 2)), (0, 1, 2)
+    left_out = part.calibrate(normal, SIZE)
+    expected, expected_left_out = 0, 0
+    for of_normal, of_new in zip(normal, new, strict=True):
+        alone = MapPart(levels).calibrate(of_normal, SIZE).double().numpy()
+        deviation = alone.std()
+        expected_left_out = expected_left_out + alone / deviation
+        expected = expected + expected_map(of_new, of_normal, levels) / deviation
+    np.testing.assert_allclose(left_out, expected_left_out, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(part(new, SIZE), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-12, 0.1, -3.3, 1e6])
+def test_in_the_sum_a_student_whose_maps_are_constant_but_for_rounding_stays_small(value):
+    varied = level_maps(5)[1:2]
+    normal, alone = ([constant(value)], varied), MapPart((0,))
+    part = SumPart((0,))
+    of_other = alone.calibrate(varied, SIZE)
+    np.testing.assert_allclose(part.calibrate(normal, SIZE), of_other / of_other.std(correction=0), atol=0.1)
+    np.testing.assert_allclose(part(normal, SIZE), alone(varied, SIZE) / of_other.std(correction=0), atol=0.1)

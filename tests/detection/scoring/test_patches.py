@@ -1,0 +1,136 @@
+"""Distances of patches from those of the training images, by brute force in float64."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+
+from dskd_fast.detection.scoring import patches as patches_module
+from dskd_fast.detection.scoring.patches import PatchPart, PatchSample
+
+CHANNELS, SIDE = 6, 4
+
+
+def patches(n, seed=0, side=SIDE):
+    """Of n images, (n, side, side, C)."""
+    return 1 + torch.rand(n, side, side, CHANNELS, generator=torch.Generator().manual_seed(seed))
+
+
+def sample_of(*batches):
+    sample = PatchSample()
+    for batch in batches:
+        sample.add(batch)
+    return sample
+
+
+def fitted(*batches):
+    part = PatchPart()
+    part.fit(sample_of(*batches))
+    return part
+
+
+def numbers(x):
+    return x.double().flatten(0, -2).numpy()
+
+
+def assert_are_distances(found, new, bank):
+    """Their squares are differences of float32 numbers as large as the patches' own squares."""
+    new, bank = numbers(new), numbers(bank)
+    expected = cdist(new, bank).min(1).reshape(found.shape)
+    largest = (new**2).sum(1).max() + (bank**2).sum(1).max()
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.double() ** 2, expected**2, atol=4 * np.finfo(np.float32).eps * largest)
+
+
+def test_distances_are_those_from_the_nearest_patch_of_all_training_images_where_all_are_kept():
+    training, new = patches(5), patches(3, seed=1)
+    assert_are_distances(fitted(training[:2], training[2:]).distances(new), new, training)
+
+
+def test_distances_are_those_from_the_nearest_patch_that_is_kept(monkeypatch):
+    monkeypatch.setattr(patches_module, "N_KEPT", 7)
+    part, new = fitted(patches(5)), patches(3, seed=1)
+    assert len(part.bank) == 7
+    assert_are_distances(part.distances(new), new, part.bank)
+
+
+def test_kept_patches_are_different_ones_of_the_sample(monkeypatch):
+    monkeypatch.setattr(patches_module, "N_KEPT", 20)
+    training = patches(5)
+    kept = {tuple(patch) for patch in fitted(training).bank.tolist()}
+    assert len(kept) == 20
+    assert kept <= {tuple(patch) for patch in training.flatten(0, 2).tolist()}
+
+
+def test_copies_are_kept_once():
+    assert len(fitted(*[patches(1)] * 3).bank) == SIDE**2
+
+
+def test_kept_patches_cover_the_sample_better_than_random_ones(monkeypatch):
+    monkeypatch.setattr(patches_module, "N_KEPT", 30)
+    generator = np.random.default_rng(0)
+    # Of many channels they have few dimensions, as features do, and the farther from the middle, the fewer they are.
+    training = (generator.normal(size=(640, 3)) ** 3 @ generator.normal(size=(3, 100))).astype(np.float32)
+
+    def farthest(bank):
+        return cdist(training, bank).min(1).max()
+
+    ours = farthest(fitted(torch.from_numpy(training).reshape(40, SIDE, SIDE, 100)).bank)
+    assert all(ours <= farthest(generator.choice(training, 30, replace=False)) for _ in range(20))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_each_training_image_is_compared_with_the_others_alone(batch_size):
+    training = patches(5)
+    part = fitted(training)
+    found = [part.distances(training[i : i + batch_size], i) for i in range(0, 5, batch_size)]
+    for i, one in enumerate(torch.cat(found)):
+        others = torch.cat([training[:i], training[i + 1 :]])
+        assert_are_distances(one, training[i], others)
+
+
+def test_a_training_image_alone_is_compared_with_itself():
+    alone = patches(1)
+    assert_are_distances(fitted(alone).distances(alone, 0), alone, alone)
+
+
+# ------------------------------------------------------------------------------------------------ the sample
+
+
+def numbered(n, first=0, side=SIDE):
+    """Patches (n, side, side, 3) that say which image, row and column they are of."""
+    places = torch.meshgrid(torch.arange(first, first + n), torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.stack(places, 3).float()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_of_any_number_of_images_no_more_patches_are_held(monkeypatch, batch_size):
+    monkeypatch.setattr(patches_module, "MAX_PATCHES", 100)
+    sample = PatchSample()
+    for first in range(0, 200, batch_size):
+        sample.add(numbered(batch_size, first))
+        assert len(sample.patches()) <= 100
+    # Not only those of some images are kept, and not much fewer than there may be.
+    assert len(sample.patches()) > 25
+    assert len(sample.images().unique()) > 20
+
+
+def test_patches_of_every_place_are_held(monkeypatch):
+    """As many columns as a power of two would be told from each other by a step through all patches."""
+    monkeypatch.setattr(patches_module, "MAX_PATCHES", 1000)
+    sample = sample_of(*(numbered(5, first, side=16) for first in range(0, 100, 5)))
+    for axis in (1, 2):
+        assert len(sample.patches()[:, axis].unique()) == 16
+
+
+def test_batches_do_not_matter_to_the_sample(monkeypatch):
+    monkeypatch.setattr(patches_module, "MAX_PATCHES", 100)
+    one, other = (sample_of(*numbered(30).split(size)) for size in (1, 7))
+    assert torch.equal(one.patches(), other.patches())
+
+
+@pytest.mark.parametrize("limit", [100, patches_module.MAX_PATCHES])
+def test_numbers_of_images_stay_with_their_patches(monkeypatch, limit):
+    monkeypatch.setattr(patches_module, "MAX_PATCHES", limit)
+    sample = sample_of(*(numbered(n, first) for n, first in ((3, 0), (1, 3), (20, 4), (7, 24))))
+    assert sample.images().tolist() == sample.patches()[:, 0].tolist()
