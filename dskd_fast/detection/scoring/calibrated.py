@@ -41,7 +41,7 @@ class _Kind:
 
 PARTS: dict[str, _Kind] = {
     "local": _Kind("the local student's map, its two finest levels", 1.0, 0.01, 0.1, has_map=True),
-    "global": _Kind("the global student's map", 0.2, 0.01, 0.1, has_map=True),
+    "global": _Kind("the global student's map", 0.5, 0.01, 0.1, has_map=True),
     "sum": _Kind("the sum of both students' maps", 0.1, 0.01, 0.1, has_map=True),
     "patches": _Kind(
         "the teacher's patches, distance of each from the nearest one of the training images'",
@@ -57,7 +57,7 @@ PARTS: dict[str, _Kind] = {
         "the global student's mean features, Mahalanobis distance from the training images'", 0.1, 0.01, 1.0
     ),
     "teacher-means": _Kind(
-        "the teacher's mean features, Mahalanobis distance from the training images'", 0.1, 0.01, 1.0
+        "the teacher's mean features, Mahalanobis distance from the training images'", 0.3, 0.01, 1.0
     ),
 }
 """Everything a calibrated score is made of; a run has those whose student there is."""
