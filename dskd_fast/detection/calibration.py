@@ -30,8 +30,8 @@ THRESHOLD_RULE = (
 )
 
 LEFT_OUT_RULE = (
-    "; each image was left out of the statistics by which it is scored, as a new one is, and the threshold lies as much "
-    "higher as 1.4 times as many images would be expected to raise it, since validation images are alike"
+    "; each image was left out of the statistics by which it is scored, as a new one is, and the threshold lies as "
+    "much higher as 1.4 times as many images would be expected to raise it, since validation images are alike"
 )
 
 # With fewer validation images the threshold is doubtful.
@@ -202,7 +202,7 @@ def threshold_from(
     score = float(ranked[k - 1])
     value = score + margin_above(score, rounding)
     if are_left_out:
-        # In an exponential tail the largest of n lies ln n of its units above the median, so sqrt(2) n raise it by this.
+        # In an exponential tail the largest of n lies about ln n units above the median: sqrt(2) n images add this.
         value += max(0.0, score - float(np.median(ranked))) * math.log(2) / 2 / math.log(n + 1)
     rule = THRESHOLD_RULE.format(f"{100 * false_alarms:g}") + (LEFT_OUT_RULE if are_left_out else "")
     return Threshold(value, rule, n, k / (n + 1))
