@@ -235,7 +235,7 @@ def found_by_all(detector, paths):
 def found_by_local_alone(detector, paths):
     """What the other parts say of the good images raises the threshold of all above this."""
     calibrated = detector.calibrated
-    value = threshold_from(calibrated.left_out[:, 0], calibrated.rounding()).value + 1e-3
+    value = threshold_from(calibrated.left_out[:, 0], calibrated.rounding(), are_left_out=True).value + 1e-3
     parts = {name: np.full(len(paths), value if name == "local" else -99.0) for name in detector.parts}
     return Caught(paths, parts, ["local"] * len(paths))
 

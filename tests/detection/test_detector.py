@@ -301,6 +301,15 @@ def test_the_threshold_is_the_kth_largest_score():
         assert threshold.expected_false_alarm_rate == pytest.approx(k / (n + 1), rel=1e-15)
 
 
+def test_of_images_that_were_left_out_the_threshold_lies_higher_by_what_more_like_them_would_raise_it():
+    scores = np.random.default_rng(0).exponential(size=40)
+    plain, raised = threshold_from(scores), threshold_from(scores, are_left_out=True)
+    step = (scores.max() - np.median(scores)) * math.log(math.sqrt(2)) / math.log(41)
+    assert raised.value - plain.value == pytest.approx(step, rel=1e-9)
+    assert raised.rule != plain.rule
+    assert threshold_from([1.0] * 5, are_left_out=True).value == threshold_from([1.0] * 5).value
+
+
 @pytest.mark.parametrize("n_above", [0, 2])
 @pytest.mark.parametrize("score", [-4.0, 0.0, 1e4])
 def test_equal_scores_raise_no_alarm_whatever_their_rank(score, n_above):

@@ -8,7 +8,7 @@ from dskd_fast.models.dskd import enlarged
 
 # Patches of training images that are looked at, and those of them that are kept.
 MAX_PATCHES = 30_000
-N_KEPT = 2000
+N_KEPT = 1000
 # Squares of distances below this share of the patches' own squares are rounding of float32 products.
 _ROUNDING = 1e-5
 # Dimensions of the random projection in which those are chosen.
