@@ -45,7 +45,8 @@ def test_the_threshold_is_that_of_images_each_scored_by_the_others(recalibrated,
     detector = recalibrated(paths)
     scores = detector.calibrated.scores_of(detector.calibrated.left_out)
     threshold = detector.calibration.threshold.value
-    assert threshold == pytest.approx(scores.max() + margin_above(scores.max(), detector.calibrated.rounding()))
+    expected = threshold_from(scores, detector.calibrated.rounding(), are_left_out=True)
+    assert threshold == pytest.approx(expected.value)
     # Each is compared with itself as well by now.
     found = detector.find(ImageStore(paths, 64).batch(range(6)))
     assert (found.scores["combined"] < scores + 1e-3).all()
