@@ -72,7 +72,7 @@ def test_features_of_many_kinds_of_backbone(name, channels, rectified):
     assert tuple(level.channels for level in model.teacher.levels) == channels
     assert model.teacher.rectified == rectified
     expected = [(2, c, side, side) for c, side in zip(channels, (16, 8, 4), strict=True)]
-    for features in model(torch.empty(2, 3, 64, 64, device="meta")):
+    for features in model(torch.empty(2, 3, 64, 64, device="meta"))[:3]:
         assert [tuple(f.shape) for f in features] == expected
 
 
