@@ -64,7 +64,8 @@ def add_recipe(parser: argparse._ActionsContainer) -> None:
     add_option(
         parser,
         "averaging",
-        "decay per step of the moving average of the students' weights, which is then the result; 0: none",
+        "decay per step of the moving average of the students' weights, which is then the result; less in the first "
+        "steps, (1 + n) / (10 + n) after n; 0: none",
         values.share,
         "X",
     )

@@ -136,7 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     arguments.add_run(recalibrate)
     recalibrate.add_argument(
-        "--good", type=values.path, required=True, metavar="FOLDER", help="folder of good images; 100 can promise 1 %%"
+        "--good", type=values.path, required=True, metavar="FOLDER", help="folder of good images; 99 can promise 1 %%"
     )
     recalibrate.add_argument(
         "--bad",
@@ -335,7 +335,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "filter the localisation maps, too; calibrated ones always are",
         action="store_true",
     )
-    arguments.add_option(scoring, "align_corners", "align corners when maps are enlarged", action="store_true")
+    arguments.add_option(
+        scoring,
+        "align_corners",
+        "align corners when maps are enlarged (the paper's scores, and maps at an image's size)",
+        action="store_true",
+    )
 
     running = parser.add_argument_group("running")
     arguments.add_device(running)

@@ -1,6 +1,7 @@
 """`dskd-fast recalibrate`."""
 
 import argparse
+import contextlib
 import itertools
 import math
 from dataclasses import replace
@@ -38,7 +39,16 @@ def run(arguments: argparse.Namespace) -> int:
             f"{min(both)} is among the good and the bad images, as the same file or a copy: take it out of one of the "
             "folders"
         )
-    detector, _, _ = runs.load_run(arguments.run, arguments.device)
+    known: list[Path] = []
+    detector, options, config = runs.load_run(arguments.run, arguments.device)
+    with contextlib.suppress(UserError):  # the training images may be elsewhere by now
+        trained_on = runs.find_category(arguments.run, config, None, holdout=config["holdout"], seed=options.seed).train
+        known = copies(good, trained_on)
+    if known:
+        raise UserError(
+            f"{len(known)} of the good images are copies of training images, such as {known[0]}: the students know "
+            "them, so take others"
+        )
     if arguments.choose_parts and detector.calibrated is None:
         raise UserError(f"{arguments.run} has the paper's scores, which have no parts: leave --choose-parts out")
     before = calibration_of(detector).threshold

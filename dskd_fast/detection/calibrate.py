@@ -37,8 +37,8 @@ def recalibrate(
     """Calibrate a detector on new normal images, as of another lamp or camera, without training.
 
     Statistics, threshold and the limits of brightness and contrast are then of these images alone. Distances are
-    measured from them and from the training images (`NearestNeighbour`), or from their mean in the training images'
-    covariance (`Mahalanobis`).
+    measured from them and from all images before (`NearestNeighbour`), or from their mean in the training images'
+    covariance (`Mahalanobis`); those of patches from the training images' alone.
 
     Args:
         detector: of a finished run; its calibration is replaced.

@@ -193,8 +193,7 @@ def threshold_from(
         rounding: what rounding of the maps may add to a score where they hardly vary.
         false_alarms: the expected share of them that is allowed; of n images the largest score stands for 1 / (n + 1).
         are_left_out: whether each image was scored by statistics of the others. These are calibrated scores, whose
-            threshold lies a little higher (`LEFT_OUT_RULE`): on photographs good test images went beyond validation
-            images four times as often as those did beyond each other.
+            threshold lies a little higher (`LEFT_OUT_RULE`).
     """
     ranked = np.sort(np.asarray(list(scores), dtype=np.float64))[::-1]
     n = len(ranked)

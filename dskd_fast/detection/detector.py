@@ -340,8 +340,7 @@ class Detector:
                 rate = threshold.expected_false_alarm_rate
                 warnings.append(
                     f"only {n_images} validation images set the threshold: expect {rate:.0%} "
-                    "of good images to be called anomalous, and up to three times as many where they differ more from "
-                    "each other than these"
+                    "of good images to be called anomalous, and more where they differ more from each other than these"
                 )
             self.calibration = replace(self.calibration, threshold=threshold)
 

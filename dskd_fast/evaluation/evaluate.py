@@ -114,7 +114,7 @@ def evaluate(
         "scoring": "paper" if detector.calibrated is None else "calibrated",
         "parts": {name: part_auroc(category, values) for name, values in test.parts.items()},
         "decided_by": None if threshold is None else count_parts(category, test, decisions),
-        **remarks(category, truth),
+        **remarks(category, truth, detector),
     }
     if scores_file is not None:
         _write_scores(scores_file, category, test, decisions, threshold)
@@ -206,11 +206,19 @@ def absences(category: Category, truth: GroundTruth) -> list[str]:
     return reasons
 
 
-def remarks(category: Category, truth: GroundTruth) -> dict[str, Any]:
+def remarks(category: Category, truth: GroundTruth, detector: Detector | None = None) -> dict[str, Any]:
     """What to say beside the figures: "absent", "warnings", "bad_masks" and "unused", see `evaluate`."""
+    chosen = None if detector is None else calibration_of(detector).chosen_parts
     return {
         "absent": absences(category, truth),
-        "warnings": _warnings(category),
+        "warnings": _warnings(category)
+        + (
+            []
+            if chosen is None
+            else [
+                f"only {', '.join(chosen)} decide, chosen by known bad images: figures on images like these say little"
+            ]
+        ),
         "bad_masks": truth.bad_masks(),
         "unused": category.unused_summary,
     }

@@ -120,7 +120,7 @@ def write_report(
         test = score_images(detector, category, options.batch_size, titled)
         truth = GroundTruth(category)
         runs.append(_describe_run(source, truth, detector, options, config, test, decided, titled))
-        remark(remarks(category, truth))
+        remark(remarks(category, truth, detector))
         for i, item in enumerate(category.test):
             # Runs with the same images share their photographs.
             key = item.path.resolve(), item.kind
@@ -215,7 +215,7 @@ def _describe_run(
     }
     for name in _without_own_map(test):
         variants[name] = _describe_part(source.category, test, name, kinds)
-    said = remarks(source.category, truth)
+    said = remarks(source.category, truth, detector)
     return {
         "name": source.name,
         "path": str(source.folder),

@@ -148,7 +148,8 @@ def _fit(
             at.order = torch.randperm(len(indices), generator=random).tolist()
         started = time.perf_counter() - at.seconds
         while at.seen < len(indices):
-            trainer.set_progress((len(at.history) + at.seen / len(indices)) / options.epochs)
+            done = (len(at.history) + at.seen / len(indices)) / options.epochs
+            trainer.set_progress(done, 1 / (options.epochs * steps_per_epoch))
             chosen = at.order[at.seen : at.seen + options.batch_size]
             with clear_errors(options, group):
                 # Random numbers are drawn for the whole batch, so that an image gets the same ones in any group.

@@ -52,11 +52,11 @@ class Trainer:
         self._averages = {name: tensor.clone() for name, tensor in self._averaged.items()}
         self._n_averaged = 0
 
-    def set_progress(self, done: float) -> None:
-        """Set the learning rate for a training of which the share `done`, from 0 to 1, is over."""
+    def set_progress(self, done: float, step: float) -> None:
+        """Set the learning rate of a step that is the share `step` of a training of which the share `done` is over."""
         scale = (1 + math.cos(math.pi * done)) / 2 if self.options.schedule == "cosine" else 1.0
-        if done < self.options.warmup:
-            scale *= done / self.options.warmup
+        if done + step < self.options.warmup:
+            scale *= (done + step) / self.options.warmup
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.options.lr * scale
 

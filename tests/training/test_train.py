@@ -221,7 +221,7 @@ def test_the_learning_rate_is_constant_or_falls_with_each_step(category, tiny_op
     monkeypatch.setattr(Trainer, "step", step)
     train(category, tiny_options(epochs=3, lr=0.004, schedule=schedule, warmup=warmup))
     factors = [(1 + math.cos(math.pi * step / 6)) / 2 if schedule == "cosine" else 1 for step in range(6)]
-    factors = [factor * min(1, step / 6 / warmup) if warmup else factor for step, factor in enumerate(factors)]
+    factors = [factor * min(1, (step + 1) / 6 / warmup) if warmup else factor for step, factor in enumerate(factors)]
     assert rates == pytest.approx([0.004 * factor for factor in factors])
 
 

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 # More training images than these are thinned out: each new image is compared with every one of them.
 MAX_REFERENCES = 1000
+# Images whose differences from all references are in memory together.
+_AT_A_TIME = 8
 # Parts into which training images are divided where they have to stand in for others.
 _FOLDS = 5
 # Vectors that differ by less than this share of their largest value are equal but for float32 rounding.
@@ -34,6 +36,8 @@ class NearestNeighbour(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """(B, C) -> (B,)."""
+        if len(vectors) > _AT_A_TIME and not torch.compiler.is_compiling():
+            return torch.cat([self(some) for some in vectors.split(_AT_A_TIME)])
         # Differences, not products: a neighbour is much nearer than vectors are long.
         differences = ((vectors - self.mean) / self.std)[:, None] - self.references
         return differences.square().mean(2).amin(1).sqrt()
