@@ -36,7 +36,7 @@ class NearestNeighbour(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """(B, C) -> (B,)."""
-        if len(vectors) > _AT_A_TIME and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and len(vectors) > _AT_A_TIME:
             return torch.cat([self(some) for some in vectors.split(_AT_A_TIME)])
         # Differences, not products: a neighbour is much nearer than vectors are long.
         differences = ((vectors - self.mean) / self.std)[:, None] - self.references
