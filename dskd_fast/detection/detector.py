@@ -28,13 +28,12 @@ from dskd_fast.detection.calibration import (
 from dskd_fast.detection.findings import Detection, Findings, Maps, Variant
 from dskd_fast.detection.inputs import Images, check_batch_size, rgb_images
 from dskd_fast.detection.scoring.calibrated import CalibratedScore, collected
+from dskd_fast.detection.scoring.maps import MAP_ROUNDING
 from dskd_fast.device import numerics
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD, Measurements
-from dskd_fast.models.dskd import enlarged
+from dskd_fast.models.dskd import added
 
-# Most that a value of a map before normalisation changes by rounding, as a share of the map's mean: measured, 2e-6.
-_MAP_ROUNDING = 1e-5
 # Standard deviations by which rounding may move a score before a warning says that it decides.
 _MAX_ROUNDING = 0.1
 
@@ -280,7 +279,9 @@ class Detector:
                 raw_maps = self.raw_maps(images)
             else:
                 of_batch = self.measured(images)
-                raw_maps = self._added(of_batch)
+                size, align_corners = images.shape[-2:], self.scoring.align_corners
+                of_students = (added(x, size, align_corners) for x in (of_batch.local_levels, of_batch.global_levels))
+                raw_maps = tuple(x for x in of_students if x is not None)
                 measured.append(self.calibrated.reduced(of_batch, n_images if source == "train" else None))
             raw = torch.stack(raw_maps).double().flatten(1)
             # Sums of deviations from the first batch's mean: squares of the values themselves would cancel.
@@ -299,7 +300,7 @@ class Detector:
         statistics: dict[str, Statistics] = {
             name: Statistics(float(mean[i]), 1.0 if constant[i] else float(std[i])) for i, name in enumerate(students)
         }
-        rounding = {name: _MAP_ROUNDING * abs(x.mean) / x.std for name, x in statistics.items()}
+        rounding = {name: MAP_ROUNDING * abs(x.mean) / x.std for name, x in statistics.items()}
         warnings = [
             f"the maps of the {name} student are constant over the normal images (mean {mean[i]:.3g}, standard "
             f"deviation {std[i]:.1e}), so that its part of a score is rounding: look at the images, and train longer"
@@ -343,12 +344,6 @@ class Detector:
                     "of good images to be called anomalous, and more where they differ more from each other than these"
                 )
             self.calibration = replace(self.calibration, threshold=threshold)
-
-    def _added(self, measured: Measurements) -> tuple[Tensor, ...]:
-        """The maps of paper eq. 8 before normalisation, as `raw_maps` gives them."""
-        size = (self.model.image_size, self.model.image_size)
-        of_students = (measured.local_levels, measured.global_levels)
-        return tuple(enlarged(x, size, self.scoring.align_corners).sum(1) for x in of_students if x is not None)
 
     def _filtered(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         return ndimage.gaussian_filter(maps, sigma=(0, self.scoring.sigma, self.scoring.sigma))

@@ -2,15 +2,14 @@
 
 import copy
 
-import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor, nn
 
 from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import MIN_SIDE
 from dskd_fast.detection.calibration import is_above
 from dskd_fast.detection.detector import Detector, calibration_of, to_float
+from dskd_fast.detection.scoring.calibrated import filter_matrix
 
 # Pillow rounds the weights of its filter to multiples of this.
 _WEIGHT_UNIT = 2.0**-22
@@ -40,8 +39,7 @@ class Inspection(nn.Module):
         self.exposure = calibration.exposure
         if self.calibrated is not None:
             return
-        # The filter is linear: its matrix is what it makes of the unit vectors.
-        blur = torch.from_numpy(ndimage.gaussian_filter1d(np.eye(self.model.image_size), self.scoring.sigma, axis=0))
+        blur = filter_matrix(self.model.image_size, self.scoring.sigma)
         self.register_buffer("blur_rows", blur.to(detector.device))
         self.register_buffer("blur_columns", blur.mT.contiguous().to(detector.device))
 

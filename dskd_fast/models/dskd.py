@@ -217,13 +217,9 @@ class DSKD(nn.Module):
             TypeError: `images` is no tensor.
             ValueError: another shape, integers, or values outside 0 to 1.
         """
-        measured = self.measure(images, temperature, local_map=local_map, global_map=global_map)
+        _, local_levels, global_levels = self._level_maps(images, temperature, local_map, global_map)
         size = images.shape[-2:]
-
-        def add_levels(level_maps: list[Tensor] | None) -> Tensor | None:
-            return None if level_maps is None else enlarged(level_maps, size, align_corners).sum(1)
-
-        return add_levels(measured.local_levels), add_levels(measured.global_levels)
+        return added(local_levels, size, align_corners), added(global_levels, size, align_corners)
 
     @torch.no_grad()
     def measure(
@@ -235,6 +231,20 @@ class DSKD(nn.Module):
         global_map: str = "contextual-affinity",
     ) -> Measurements:
         """Everything that images are scored by; arguments and errors as of `anomaly_maps`."""
+        features, local_levels, global_levels = self._level_maps(images, temperature, local_map, global_map)
+        return Measurements(
+            local_levels,
+            global_levels,
+            None if features.condensed is None else features.condensed.float(),
+            None if features.global_student is None else features.global_student[0].float().mean((2, 3)),
+            features.teacher[0].float().mean((2, 3)),
+            _patches(features.teacher),
+        )
+
+    def _level_maps(
+        self, images: Tensor, temperature: float, local_map: str, global_map: str
+    ) -> tuple[Features, list[Tensor] | None, list[Tensor] | None]:
+        """The networks' features in eval mode, and each student's distance from the teacher, level by level."""
         _check_images(images)
         training = [part for part in self.modules() if part.training]
         try:
@@ -253,14 +263,7 @@ class DSKD(nn.Module):
                 return [functional.cosine_distance(s, t) for s, t in pairs]
             return [functional.contextual_affinity(s, t, temperature) for s, t in pairs]
 
-        return Measurements(
-            level_maps(features.local_student, local_map),
-            level_maps(features.global_student, global_map),
-            None if features.condensed is None else features.condensed.float(),
-            None if features.global_student is None else features.global_student[0].float().mean((2, 3)),
-            features.teacher[0].float().mean((2, 3)),
-            _patches(features.teacher),
-        )
+        return features, level_maps(features.local_student, local_map), level_maps(features.global_student, global_map)
 
     def _load_stage4(self, state: dict[str, Tensor]) -> None:
         prefix = "layer4."
@@ -289,6 +292,11 @@ def enlarged(level_maps: Sequence[Tensor], size: Sequence[int], align_corners: b
         nnf.interpolate(m[:, None], tuple(size), mode="bilinear", align_corners=align_corners) for m in level_maps
     ]
     return torch.cat(upsampled, dim=1)
+
+
+def added(level_maps: Sequence[Tensor] | None, size: Sequence[int], align_corners: bool = False) -> Tensor | None:
+    """The sum of a student's maps of several levels at one size, (B, H, W) (paper eq. 8); None for no student."""
+    return None if level_maps is None else enlarged(level_maps, size, align_corners).sum(1)
 
 
 def _check_images(images: Tensor) -> None:

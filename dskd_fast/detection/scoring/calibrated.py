@@ -140,9 +140,7 @@ class CalibratedScore(nn.Module):
         self.register_buffer("spread", torch.ones(len(self.names)))
         self.register_buffer("is_used", torch.ones(len(self.names)))
         for name, deviation in (("filter", sigma), ("map_filter", _MAP_SIGMA * sigma)):
-            # It is linear: its matrix is what it makes of the unit vectors.
-            matrix = torch.from_numpy(ndimage.gaussian_filter1d(np.eye(self.size), deviation, axis=0)).float()
-            self.register_buffer(name, matrix, persistent=False)
+            self.register_buffer(name, filter_matrix(self.size, deviation).float(), persistent=False)
 
     def forward(self, measured: Measurements) -> Scored:
         measured = self.reduced(measured)
@@ -281,6 +279,11 @@ class CalibratedScore(nn.Module):
         for key, tensor in tensors.items():
             path, _, name = key.rpartition(".")
             setattr(self.get_submodule(path), name, tensor)
+
+
+def filter_matrix(size: int, sigma: float) -> Tensor:
+    """The Gaussian filter along one side of maps, (size, size), float64: as it is linear, what unit vectors become."""
+    return torch.from_numpy(ndimage.gaussian_filter1d(np.eye(size), sigma, axis=0))
 
 
 def _filtered(maps: Tensor, matrix: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ _SMOOTHING = 1 / 5
 # cannot tell positions apart. Of the variance, which takes far more images to know, a tenth as much counts.
 _IMAGES_TO_KNOW = 10
 _SHARE_OF_VARIANCE = 0.1
+# Most that a value of a map before normalisation changes by rounding, as a share of the map's mean: measured, 2e-6.
+MAP_ROUNDING = 1e-5
 # Deviations below this share of the mean are float32 rounding, which must not be blown up.
 _ROUNDING = float(np.finfo(np.float32).eps)
 
@@ -65,9 +67,9 @@ class MapPart(nn.Module):
         return enlarged(normalised, (size, size)).mean(1)
 
     def rounding(self) -> float:
-        """By how much rounding of 1e-5 of the level maps may change a map, in its own unit."""
+        """By how much rounding of the level maps may change a map, in its own unit."""
         ratios = [(getattr(self, f"mean{x}").abs() / getattr(self, f"std{x}")).max() for x in self.levels]
-        return 1e-5 * float(torch.stack(ratios).mean())
+        return MAP_ROUNDING * float(torch.stack(ratios).mean())
 
 
 class SumPart(nn.Module):
