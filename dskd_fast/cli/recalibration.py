@@ -1,7 +1,6 @@
 """`dskd-fast recalibrate`."""
 
 import argparse
-import contextlib
 import itertools
 import math
 from dataclasses import replace
@@ -41,9 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
     known: list[Path] = []
     detector, options, config = runs.load_run(arguments.run, arguments.device)
-    with contextlib.suppress(UserError):  # the training images may be elsewhere by now
+    try:
         trained_on = runs.find_category(arguments.run, config, None, holdout=config["holdout"], seed=options.seed).train
         known = copies(good, trained_on)
+    except UserError:
+        print_line("not looked for: copies of training images among the good ones, since those are not where they were")
     if known:
         raise UserError(
             f"{len(known)} of the good images are copies of training images, such as {known[0]}: the students know "
