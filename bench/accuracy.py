@@ -47,10 +47,7 @@ def errors(function, kind: str, shape: tuple[int, ...], device: torch.device) ->
 def complaint(contestant: Contestant, found: dict[str, list[float]], shape: tuple[int, ...]) -> str | None:
     """Why a contestant gets no time, None if it is correct."""
     checked = found if contestant.ours else {"100 %": found["100 %"]}
-    limit = _OTHERS_ALLOWED
-    if contestant.ours:
-        accumulation = max(shape[1], shape[2] * shape[3]) ** 0.5 * 2.0**-24
-        limit = _ROUNDOFFS_ALLOWED * _ROUNDOFF[contestant.precision] + accumulation
+    limit = allowed(contestant, shape)
     for label, pair in checked.items():
         for what, error in zip(("map", "gradient"), pair, strict=True):
             if not error <= limit:
@@ -58,6 +55,14 @@ def complaint(contestant: Contestant, found: dict[str, list[float]], shape: tupl
                     f"it is wrong: the {what} is off by {error:.2g} of its size at {label} noise, {limit:.2g} allowed"
                 )
     return None
+
+
+def allowed(contestant: Contestant, shape: tuple[int, ...]) -> float:
+    """The largest error with which a contestant passes."""
+    if not contestant.ours:
+        return _OTHERS_ALLOWED
+    accumulation = max(shape[1], shape[2] * shape[3]) ** 0.5 * 2.0**-24
+    return _ROUNDOFFS_ALLOWED * _ROUNDOFF[contestant.precision] + accumulation
 
 
 def truth(kind: str, student: Tensor, teacher: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

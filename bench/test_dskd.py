@@ -57,21 +57,21 @@ class Case(NamedTuple):
         )
 
 
-_OURS, _EAGER, _OTHER = "DSKD", "DSKD, eager losses", "anomalib ReverseDistillation"
-_CALIBRATED, _PAPERS = "DSKD, calibrated scores", "DSKD, the paper's scores"
-_ALL_OURS = (_OURS, _CALIBRATED, _PAPERS)
-_CONTESTANTS = {"training step": (_OURS, _EAGER, _OTHER), "scoring pass": (_CALIBRATED, _PAPERS, _EAGER, _OTHER)}
-_REFERENCES = {"training step": _EAGER, "scoring pass": _PAPERS}
+OURS, EAGER, _OTHER = "DSKD", "DSKD, eager losses", "anomalib ReverseDistillation"
+CALIBRATED, PAPERS = "DSKD, calibrated scores", "DSKD, the paper's scores"
+_ALL_OURS = (OURS, CALIBRATED, PAPERS)
+_CONTESTANTS = {"training step": (OURS, EAGER, _OTHER), "scoring pass": (CALIBRATED, PAPERS, EAGER, _OTHER)}
+_REFERENCES = {"training step": EAGER, "scoring pass": PAPERS}
 
 # Each image is compared with every training image: about as many as a category of MVTec LOCO AD has.
 _N_TRAINING = 350
 
 # Without --bench-full: the recipe that is meant for a CPU, and the method it is compared with as that ships.
 _QUICK = {
-    ("lite", "training step"): ((_OURS, "fp32"), (_EAGER, "fp32")),
-    ("lite", "scoring pass"): ((_CALIBRATED, "fp32"), (_PAPERS, "fp32"), (_EAGER, "fp32")),
-    ("wide_resnet50_2", "training step"): ((_OURS, "fp32"), (_OURS, "bf16"), (_OTHER, "fp32"), (_OTHER, "bf16")),
-    ("wide_resnet50_2", "scoring pass"): ((_PAPERS, "fp32"), (_OTHER, "fp32")),
+    ("lite", "training step"): ((OURS, "fp32"), (EAGER, "fp32")),
+    ("lite", "scoring pass"): ((CALIBRATED, "fp32"), (PAPERS, "fp32"), (EAGER, "fp32")),
+    ("wide_resnet50_2", "training step"): ((OURS, "fp32"), (OURS, "bf16"), (_OTHER, "fp32"), (_OTHER, "bf16")),
+    ("wide_resnet50_2", "scoring pass"): ((PAPERS, "fp32"), (_OTHER, "fp32")),
 }
 
 
@@ -99,33 +99,36 @@ def test_dskd(benchmark, lab, case):
     if reason := lab.too_long(key, case.batch):
         lab.leave_out(info, case.group, reason)
     reference = None
-    if case.contestant == _CALIBRATED:
-        reference = _dskd(case._replace(contestant=_PAPERS), lab.device)
+    if case.contestant == CALIBRATED:
+        reference = call_of(case._replace(contestant=PAPERS), lab.device)
         reference()
-    call = (_anomalib if case.contestant == _OTHER else _dskd)(case, lab.device)
+    call = (_anomalib if case.contestant == _OTHER else call_of)(case, lab.device)
     # Memory is taken from the system in the first steps, and then kept.
     seconds = lab.time(benchmark, case.group, info, call, warm_up=2, reference=reference)
     lab.note_time(key, case.batch, seconds, f"a batch of {case.batch}")
 
 
-def _images(case: Case) -> torch.Tensor:
+def _images(case: Case, size: int = _SIZE) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (case.batch, 3, _SIZE, _SIZE), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (case.batch, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
-def _dskd(case: Case, device: torch.device) -> Callable[[], object]:
-    model = DSKD(case.teacher, image_size=_SIZE, pretrained=False).to(device, memory_format=torch.channels_last)
-    images = _images(case)
-    scoring = "calibrated" if case.contestant == _CALIBRATED else "paper"
-    options = TrainingOptions(case.teacher, image_size=_SIZE, precision=case.precision, scoring=scoring)
+def call_of(case: Case, device: torch.device, size: int = _SIZE, is_compiled: bool = False) -> Callable[[], object]:
+    """The call to time of a contestant that is DSKD, on images of `size`; only a training step can be compiled."""
+    model = DSKD(case.teacher, image_size=size, pretrained=False).to(device, memory_format=torch.channels_last)
+    images = _images(case, size)
+    scoring = "calibrated" if case.contestant == CALIBRATED else "paper"
+    options = TrainingOptions(
+        case.teacher, image_size=size, precision=case.precision, scoring=scoring, compile=is_compiled
+    )
     if case.mode == "training step":
         trainer = Trainer(model, options)
-        if case.contestant == _EAGER:
+        if case.contestant == EAGER:
             trainer.global_loss_fn = _summed(textbook)
         batch = to_float(images, device)
         return lambda: trainer.step(batch)
     detector = options.detector(model)
-    if case.contestant == _EAGER:
+    if case.contestant == EAGER:
         model.anomaly_maps = lambda *arguments, **named: _eager_maps(model, *arguments)
     detector.calibrate([images], "train")
     if detector.calibrated is not None:

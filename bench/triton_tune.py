@@ -35,13 +35,17 @@ def tune(
     temperature: float = 1.0,
     precision: str = "bf16",
     clock: Callable[[Callable[[], object]], float] = triton.testing.do_bench,
+    besides: Iterable[Config] = (),
+    note: Callable[[Trial], object] = lambda trial: None,
 ) -> tuple[Config, list[Trial]]:
     """Put the fastest blocks for inputs like these into the table, for the rest of this process.
 
     Args:
         student, teacher: (B, C, H, W), typical of what will be trained on, on the GPU.
         temperature, precision: of the loss.
-        clock: gives the milliseconds that a function takes.
+        clock: gives the milliseconds that a function takes, which returns the map and, of the gradient kernel, it.
+        besides: entries to try that are not in the table.
+        note: is told each trial, in case the next one never ends.
 
     Returns:
         The new entry of the table and all trials.
@@ -55,7 +59,7 @@ def tune(
     width = configs.padded_channels(student.shape[1])
     entries = configs.TABLE[architecture][configs.operand_class(precision)]
     before = entries[min(width, configs.WIDE)]
-    candidates = list(_candidates(precision, width))
+    candidates = [*_candidates(precision, width), *besides]
     trials: list[Trial] = []
 
     def attempt(kernel: str, entry: Config, chunk: int | None) -> None:
@@ -73,6 +77,7 @@ def tune(
         except Exception as error:  # what does not fit fails in the compiler, the assembler or the launcher
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
             trials.append(Trial(kernel, blocks, chunk, None, reason))
+        note(trials[-1])
 
     def fastest(kernel: str) -> Trial:
         timed = [trial for trial in trials if trial.kernel == kernel and trial.milliseconds is not None]
