@@ -1,4 +1,4 @@
-"""The whole model: a step, a scoring pass, a training beside the CPU's; and compiling ahead what takes long."""
+"""The whole model: a step, a scoring pass, and a training beside the CPU's."""
 
 import dataclasses
 import functools
@@ -10,10 +10,8 @@ import safetensors.torch
 import torch
 
 from bench import memory
-from bench.gpu import losses
 from bench.gpu.measure import Session, clock
 from bench.test_dskd import CALIBRATED, EAGER, OURS, PAPERS, Case, call_of
-from bench.work import features, run
 from dskd_fast.cli.demo import options_for_demo
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.synthetic import CATEGORY, make_screw_bag
@@ -36,6 +34,14 @@ _WHOLE = (
     (_SCORING, CALIBRATED, "fp32", False),
     (_STEP, OURS, "fp32", False),
 )
+
+
+def compile_step(session: Session, is_ours: bool) -> dict[str, Any]:
+    """A compiled training step, done once."""
+    teacher, size, batch = session.plan.model
+    case = Case(teacher, batch, _STEP, OURS if is_ours else EAGER, "bf16")
+    call_of(case, session.device, size, is_compiled=True)()
+    return {}
 
 
 def model(session: Session) -> None:
@@ -64,44 +70,6 @@ def model(session: Session) -> None:
         )
         for mode, contestant, precision, compiled in _WHOLE
     )
-
-
-def warm(session: Session) -> None:
-    """Compile what later steps need, while nothing is timed: it is then found in the compilers' caches."""
-
-    def loss(shape: tuple[int, ...], contestant: losses.Contestant) -> dict[str, Any]:
-        with losses.settings(contestant, session.device):
-            for mode in losses.MODES:
-                run(contestant.make(), *features(shape, 0.1, session.device), mode)
-        return {}
-
-    def step(contestant: str) -> dict[str, Any]:
-        teacher, size, batch = session.plan.model
-        call_of(Case(teacher, batch, _STEP, contestant, "bf16"), session.device, size, is_compiled=True)()
-        return {}
-
-    compiled = [c for c in losses.contestants(session) if c.name.startswith("torch.compile")]
-    shapes = dict.fromkeys(shape for shape, *_ in losses.timed(session))
-    of_precision = {
-        c.precision: [
-            ({"what": f"{c.name}, {c.precision}, {'x'.join(map(str, s))}"}, functools.partial(loss, s, c))
-            for s in shapes
-        ]
-        for c in compiled
-    }
-    of_blocks = [
-        ({"what": f"blocks, {p}"}, functools.partial(losses.compile_blocks, session, p))
-        for p in ("bf16", "tf32")
-        if not session.plan.is_rehearsal  # there is no compiler in it
-    ]
-    of_model = [({"what": f"{name}, training step"}, functools.partial(step, name)) for name in (OURS, EAGER)]
-    lots = [
-        of_precision["fp32"],
-        of_model,
-        of_blocks,
-        of_precision["tf32"],
-    ]
-    session.each(case for lot in lots[session.process :: session.processes] for case in lot)
 
 
 def train(session: Session) -> None:

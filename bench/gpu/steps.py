@@ -13,7 +13,7 @@ _MODULES = {
     "build": "machine",
     "device": "machine",
     "correct": "losses",
-    "warm": "networks",
+    "warm": "ahead",
     "times": "losses",
     "model": "networks",
     "train": "networks",

@@ -17,7 +17,8 @@ def tests(session: Session) -> None:
     code = pytest.main(["-q", "-p", "no:cacheprovider", "--no-header", *session.plan.tests], plugins=[recorder])
     if recorder.lost is not None:
         raise recorder.lost
-    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    is_done = code == pytest.ExitCode.NO_TESTS_COLLECTED and bool(recorder.begun)  # by a process before this one
+    if not is_done and code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with {pytest.ExitCode(code).name}")
 
 
@@ -27,12 +28,16 @@ class _Recorder:
     def __init__(self, session: Session) -> None:
         self._session = session
         self.lost: LostDevice | None = None
-        self._begun = {r["begun"] for r in session.results("tests") if "begun" in r}
+        self.begun = {r["begun"] for r in session.results("tests") if "begun" in r}
 
     @pytest.hookimpl(trylast=True)  # after -m and -k
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         chosen = items[self._session.process :: self._session.processes]
-        items[:] = [item for item in chosen if item.nodeid not in self._begun]
+        items[:] = [item for item in chosen if item.nodeid not in self.begun]
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and self._session.process == 0:
+            self._session.note(test=report.nodeid, outcome="failed", reason=str(report.longrepr)[-300:])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._session.note(begun=nodeid)
