@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <string>
@@ -30,7 +31,9 @@ Shape shape_of(const Tensor& student, const Tensor& teacher) {
 
 void* stream_of(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  // Not PyTorch's macro, which has another name in each version.
+  const bool is_known = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == AOTI_TORCH_SUCCESS;
+  STD_TORCH_CHECK(is_known, "PyTorch has no current stream for the tensors' GPU");
   return stream;
 }
 
