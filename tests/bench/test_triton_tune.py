@@ -32,8 +32,12 @@ def test_the_fastest_blocks_that_run_take_the_tables_place(monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="no blocks for the forward kernel can run here: division by zero"):
         triton_tune.tune(*pair, precision="bf16", clock=lambda call: 1 / 0)
     assert entry() == before
-    chosen, trials = triton_tune.tune(*pair, precision="bf16", clock=clock)
-    assert entry() == chosen == configs.Config(min(forward, key=lambda blocks: blocks.m), before.gradient, before.chunk)
+    noted, small = [], before.forward._replace(m=32, n=64)
+    besides = [before._replace(forward=small)]
+    chosen, trials = triton_tune.tune(*pair, precision="bf16", clock=clock, besides=besides, note=noted.append)
+    assert noted == trials
+    assert entry() == chosen == before._replace(forward=small)
+    assert {trial.blocks for trial in trials if trial.kernel == "forward"} == {*forward, small}
     assert {trial.reason for trial in trials} == {None, "out of resource: shared memory"}
     assert triton_tune.main(["4096x256"]) == 2
     assert "no usable GPU" in capsys.readouterr().err
