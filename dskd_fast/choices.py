@@ -17,6 +17,8 @@ TEMPERATURE_RANGE = (0.01, 100.0)
 BITS_RANGE = (9, 16)
 """Bits of a camera whose files hold 16."""
 
+OVERLAYS = ("all", "anomalous", "none")
+OVERLAY_FORMATS = ("jpg", "png")
 EXPORT_FORMATS = ("torch", "onnx")
 EXPERIMENTS = ("loco", "mvtec-ad", "ablation-students", "ablation-losses", "ablation-gccb", "ablation-temperature")
 """Of the paper."""

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         UserError: it cannot be written; an older file is then still there.
     """
     # Without the stem: a longer name than the file's own could exceed what the file system takes.
-    temporary = path.with_name(f".{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{os.getpid()}{threading.get_native_id():010d}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from dskd_fast.choices import DATA_ROOT, DATA_ROOT_VARIABLE, LITE, MAX_PIXELS
+from dskd_fast.choices import DATA_ROOT, DATA_ROOT_VARIABLE, LITE, MAX_PIXELS, OVERLAY_FORMATS, OVERLAYS
 from dskd_fast.cli import values
 from dskd_fast.runs.options import CHOICES, TrainingOptions
 
@@ -116,4 +116,19 @@ def add_threshold(parser: argparse.ArgumentParser) -> None:
         type=values.finite,
         metavar="X",
         help="call an image anomalous above this score, this time (default: the run's threshold)",
+    )
+
+
+def add_overlays(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--overlays",
+        choices=OVERLAYS,
+        default=OVERLAYS[0],
+        help="draw the heat maps of these images, suspect ones counting as anomalous (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overlay-format",
+        choices=OVERLAY_FORMATS,
+        default=OVERLAY_FORMATS[0],
+        help="png loses nothing, and takes far longer and more room (default: %(default)s)",
     )

@@ -191,6 +191,8 @@ def predict(arguments: argparse.Namespace) -> int:
             arguments.out,
             threshold=threshold,
             save_maps=arguments.save_maps,
+            overlays=arguments.overlays,
+            overlay_format=arguments.overlay_format,
             progress=progress,
         )
     print_predictions(predictions, threshold, arguments.out)

@@ -124,6 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="results folder (default: %(default)s)",
     )
     predict.add_argument("--save-maps", action="store_true", help="also write each map as DIR/maps/NAME.tiff, float32")
+    arguments.add_overlays(predict)
     arguments.add_threshold(predict)
     arguments.add_max_pixels(predict)
     arguments.add_device(predict)

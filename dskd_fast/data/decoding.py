@@ -6,6 +6,7 @@ import math
 import struct
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -64,10 +65,10 @@ def _without_pillows_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def open_image(data: bytes, formats: Sequence[str] = _FORMATS) -> Image.Image:
+def open_image(data: bytes | Path, formats: Sequence[str] = _FORMATS) -> Image.Image:
     """`Image.open` with `pixel_limit` in place of Pillow's own limit, raising what it raises; for `load_image`."""
     with _without_pillows_limit():
-        image = Image.open(io.BytesIO(data), formats=tuple(formats))
+        image = Image.open(data if isinstance(data, Path) else io.BytesIO(data), formats=tuple(formats))
     check_pixels(*image.size)
     return image
 

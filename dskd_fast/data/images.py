@@ -1,11 +1,12 @@
 """Reading image files of all usual formats as 8-bit RGB."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dskd_fast.data.decoding import MAX_PIXELS, Picture, Unusable, decode_pillow, pixel_limit
+from dskd_fast.data.decoding import MAX_PIXELS, Picture, Unusable, decode_pillow, open_image, pixel_limit
 from dskd_fast.data.tiff import decode_tiff, is_tiff
 from dskd_fast.errors import UserError
 
@@ -14,6 +15,7 @@ __all__ = [
     "MIN_SIDE",
     "ImageError",
     "image_size",
+    "n_bytes_in_header",
     "pixel_limit",
     "read_image",
     "read_image_and_peak",
@@ -121,6 +123,17 @@ def image_size(path: Path) -> tuple[int, int]:
         return _decode(_read_bytes(path)).pixels.shape[:2]
     except Unusable as error:
         raise ImageError((Path(path), str(error))) from error
+
+
+def n_bytes_in_header(path: Path) -> float:
+    """Bytes of what `read_image` returns, by the file's header; infinite where that does not say it."""
+    try:
+        if not Path(path).is_file():  # to open a pipe would wait for a writer
+            return math.inf
+        with open_image(Path(path)) as image:
+            return 3 * image.width * image.height
+    except Exception:  # of as many kinds as in `_decode`
+        return math.inf
 
 
 def resize_square(image: np.ndarray, size: int) -> np.ndarray:

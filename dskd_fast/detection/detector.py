@@ -26,13 +26,14 @@ from dskd_fast.detection.calibration import (
     threshold_from,
 )
 from dskd_fast.detection.findings import Detection, Findings, Maps, Variant
-from dskd_fast.detection.inputs import Images, check_batch_size, rgb_images
+from dskd_fast.detection.inputs import Images, OneImage, as_rgb, bytes_to_read, check_batch_size, single_images
 from dskd_fast.detection.scoring.calibrated import CalibratedScore, collected
 from dskd_fast.detection.scoring.maps import MAP_ROUNDING
 from dskd_fast.device import numerics
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD, Measurements
 from dskd_fast.models.dskd import added
+from dskd_fast.workers import Workers
 
 # Standard deviations by which rounding may move a score before a warning says that it decides.
 _MAX_ROUNDING = 0.1
@@ -102,10 +103,16 @@ class Detector:
         """
         check_batch_size(batch_size)
         detections: list[Detection] = []
-        remaining = rgb_images(images, bits=self.bits)
-        # Of the images themselves only one at a time is held.
-        while batch := [(self.resized(x), x.shape[:2]) for x in itertools.islice(remaining, batch_size)]:
-            detections += self._predict_batch(*zip(*batch, strict=True))
+
+        def prepare(named: tuple[str, OneImage]) -> tuple[Tensor, tuple[int, int]]:
+            pixels = as_rgb(named[1], named[0], bits=self.bits)
+            return self.resized(pixels), pixels.shape[:2]
+
+        with Workers() as workers:
+            # Files are read ahead, and of their pixels no more than a bound is held.
+            prepared = workers.ahead(single_images(images), prepare, lambda named: bytes_to_read(named[1]))
+            while batch := list(itertools.islice(prepared, batch_size)):
+                detections += self._predict_batch(*zip(*batch, strict=True))
         return detections
 
     def _predict_batch(self, images: tuple[Tensor, ...], sizes: Sequence[tuple[int, int]]) -> list[Detection]:

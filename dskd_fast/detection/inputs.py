@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dskd_fast.data.decoding import load_image
-from dskd_fast.data.images import MIN_SIDE, read_image
+from dskd_fast.data.images import MIN_SIDE, n_bytes_in_header, read_image
 
 OneImage = str | os.PathLike[str] | NDArray | Tensor | Image.Image
 Images = OneImage | Iterable[OneImage]
@@ -31,32 +31,45 @@ def check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size={batch_size!r} is not possible: use a whole number from 1 up")
 
 
-def rgb_images(images: Images, *, bits: int | None = None) -> Iterator[NDArray[np.uint8]]:
-    """Each image as uint8 RGB (H, W, 3), read or converted when it is asked for.
+def single_images(images: Images) -> Iterator[tuple[str, OneImage]]:
+    """Each image, as it is, when it is asked for, with what messages call it.
 
     Args:
         images: a path, an array (H, W, 3) or (B, H, W, 3), a tensor (3, H, W) or (B, 3, H, W) on any device, a Pillow
-            image, or an iterable of such single images, which may differ in kind and size. Arrays and tensors are RGB,
-            uint8 or floating from 0 to 1; sides have at least 32 pixels.
-        bits: of files of more than 8 bits, see `dskd_fast.data.images.read_image`.
+            image, or an iterable of such single images, which may differ in kind and size.
 
     Raises:
         TypeError: something else.
-        ValueError: a shape, dtype or value other than those.
-        ImageError: a file that cannot be read.
     """
     if isinstance(images, _SINGLE):
         if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
-            yield from (_rgb(image, f"images[{i}]", bits) for i, image in enumerate(images))
+            yield from ((f"images[{i}]", image) for i, image in enumerate(images))
         else:
-            yield _rgb(images, "images", bits)
+            yield "images", images
     elif isinstance(images, Iterable) and not isinstance(images, bytes | dict):
-        yield from (_rgb(image, f"images[{i}]", bits) for i, image in enumerate(images))
+        yield from ((f"images[{i}]", image) for i, image in enumerate(images))
     else:
         raise TypeError(f"images is a {type(images).__name__}: {_ACCEPTED}")
 
 
-def _rgb(image: OneImage, name: str, bits: int | None) -> NDArray[np.uint8]:
+def bytes_to_read(image: OneImage) -> float:
+    """Bytes of the pixels in an image file; 0 of what is in memory already, which may be changed by its owner."""
+    return n_bytes_in_header(Path(image)) if isinstance(image, str | os.PathLike) else 0
+
+
+def as_rgb(image: OneImage, name: str, *, bits: int | None = None) -> NDArray[np.uint8]:
+    """A single image as uint8 RGB (H, W, 3), read or converted.
+
+    Args:
+        image: arrays and tensors are RGB, uint8 or floating from 0 to 1; sides have at least 32 pixels.
+        name: what messages call it.
+        bits: of files of more than 8 bits, see `dskd_fast.data.images.read_image`.
+
+    Raises:
+        TypeError: none of the kinds of `single_images`.
+        ValueError: a shape, dtype or value other than those.
+        ImageError: a file that cannot be read.
+    """
     if isinstance(image, str | os.PathLike):
         return read_image(Path(image), bits=bits)
     if isinstance(image, Image.Image):

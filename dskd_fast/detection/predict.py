@@ -2,31 +2,37 @@
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dskd_fast.choices import OVERLAY_FORMATS, OVERLAYS
 from dskd_fast.data.exposure import measure_exposure
-from dskd_fast.data.images import ImageError, read_image
+from dskd_fast.data.images import ImageError, n_bytes_in_header, read_image
 from dskd_fast.data.listing import IMAGE_SUFFIXES, PICTURE_FOLDERS, PREDICTIONS, is_prediction_output, walk
 from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.findings import has_place
 from dskd_fast.detection.inputs import check_batch_size
-from dskd_fast.detection.overlay import full_colour, overlay
+from dskd_fast.detection.overlay import full_colour
+from dskd_fast.detection.pictures import Pictures
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
-from dskd_fast.metrics.maps import save_map
 from dskd_fast.progress import Progress, silent
+from dskd_fast.workers import Workers
 
 # A batch for the networks ends where its photographs, held until they are drawn, take so many bytes. Large ones so go
 # through them singly, which costs less than to read them twice.
 _MAX_HELD = 64 * 2**20
+
+# A photograph, and as the networks see it.
+_Read = tuple[NDArray[np.uint8], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,14 @@ def predict(
     *,
     threshold: float | None,
     save_maps: bool = False,
+    overlays: str = "all",
+    overlay_format: str = "jpg",
     batch_size: int = 8,
     progress: Progress = silent,
 ) -> list[Prediction]:
     """Score images and write predictions.csv, predictions.jsonl and an overlay per image.
+
+    Threads read images ahead of the networks and draw behind them; what waits there takes a bounded amount of memory.
 
     The files have a column, or a key, for each field of `Prediction`; the values of the parts are a column part_NAME
     each in the first, one object in the second. An overlay shows the combined map; where a part without a map has
@@ -78,6 +88,8 @@ def predict(
         out: folder of the results; those of an earlier call are replaced, but for its pictures of other images.
         threshold: of the decisions; None makes none.
         save_maps: also write maps/NAME.tiff, always the combined map, float32 at the image's size.
+        overlays: of which images: "all", "anomalous" (suspect ones, too) or "none".
+        overlay_format: "jpg" (quality 90) or "png", which loses nothing and takes longer and more room.
         batch_size: images per pass.
         progress: called as progress(stage, done, total).
 
@@ -89,10 +101,16 @@ def predict(
         Likewise the folders of `out` in which an earlier call has left pictures of other images.
 
     Raises:
-        UserError: an input does not exist or holds no image files, or the results cannot be written.
-        ValueError: `batch_size` is no whole number from 1 up.
+        UserError: an input does not exist or holds no image files, the results cannot be written, or overlays of
+            anomalous images are wanted without a threshold.
+        ValueError: `batch_size` is no whole number from 1 up, or `overlays` or `overlay_format` is something else.
     """
     check_batch_size(batch_size)
+    for value, possible in ((overlays, OVERLAYS), (overlay_format, OVERLAY_FORMATS)):
+        if value not in possible:
+            raise ValueError(f"{value!r} is none of {', '.join(possible)}")
+    if overlays == "anomalous" and threshold is None:
+        raise UserError("without a threshold no image is anomalous: pass one, or draw overlays of all images or none")
     named, others = _with_names(inputs, out)
     require_writable(out / PREDICTIONS)
     for folder in (out / name for name in PICTURE_FOLDERS):
@@ -102,29 +120,68 @@ def predict(
                 "beside it: choose another --out"
             )
     earlier = _pictures(out)
-    predictions: list[Prediction] = []
-    try:
-        for start in range(0, len(named), batch_size):
-            batch = named[start : start + batch_size]
-            predictions += _predict_batch(detector, batch, out, threshold, save_maps)
-            progress("predicting", start + len(batch), len(named))
-    finally:
-        # Also when interrupted: what has been scored should not have to be scored again.
-        others += _left_over(earlier, out, predictions, others)
-        _write_results(out, predictions + others, detector.parts)
+    pictures = Pictures(detector, out, full_colour(threshold), overlay_format, save_maps, earlier)
+    scored: list[_Scored] = []
+    with Workers() as workers:
+        read = workers.ahead(
+            named, lambda entry: _read(detector, entry[0]), weigh=lambda entry: n_bytes_in_header(entry[0])
+        )
+        try:
+            for start in range(0, len(named), batch_size):
+                batch = named[start : start + batch_size]
+                _predict_batch(detector, batch, read, threshold, overlays, pictures, workers, scored)
+                progress("predicting", start + len(batch), len(named))
+        finally:
+            # Also when interrupted: what has been scored should not have to be scored again.
+            read.close()
+            predictions = [found for one in scored if (found := one.finished()) is not None]
+            others += _left_over(earlier, out, predictions, others)
+            _write_results(out, predictions + others, detector.parts)
+        for one in scored:
+            one.result()  # raises what a thread has raised
     return predictions + others
 
 
+def _read(detector: Detector, path: Path) -> _Read | ImageError:
+    """An image, or why it cannot be read."""
+    try:
+        image = read_image(path, bits=detector.bits)
+    except ImageError as error:
+        return error
+    return image, detector.resized(image)
+
+
+class _Scored(NamedTuple):
+    """A prediction without its pictures, and the fields that say what a thread has written."""
+
+    prediction: Prediction
+    written: "Future[dict[str, Any]] | None" = None
+
+    def result(self) -> Prediction:
+        return self.prediction if self.written is None else replace(self.prediction, **self.written.result())
+
+    def finished(self) -> Prediction | None:
+        """None where the thread has failed in a way that is not the image's."""
+        return self.result() if self.written is None or self.written.exception() is None else None
+
+
 def _predict_batch(
-    detector: Detector, batch: list[tuple[Path, str]], out: Path, threshold: float | None, save_maps: bool
-) -> list[Prediction]:
+    detector: Detector,
+    batch: list[tuple[Path, str]],
+    read: Iterator[_Read | ImageError],
+    threshold: float | None,
+    overlays: str,
+    pictures: Pictures,
+    workers: Workers,
+    scored: list[_Scored],
+) -> None:
+    """Append what is found in a batch to `scored`, and have its pictures drawn."""
     names = dict(batch)
-    predictions: dict[Path, Prediction] = {}
-    held: dict[Path, NDArray[np.uint8]] = {}
-    high = full_colour(threshold)
+    predictions: dict[Path, _Scored] = {}
+    held: dict[Path, _Read] = {}
 
     def predict_held() -> None:
-        images = torch.stack([detector.resized(image) for image in held.values()])
+        images = torch.stack([resized for _, resized in held.values()])
         found = detector.find(images)
         suspicions = detector.suspicions(*measure_exposure(images))
         for i, (path, suspect) in enumerate(zip(list(held), suspicions, strict=True)):
@@ -138,25 +195,32 @@ def _predict_batch(
                 decided_by=found.decided_by[i],
                 parts={name: float(values[i]) for name, values in found.parts.items()},
             )
-            combined = drawn = found.maps.combined[i]
+            drawn = found.maps.combined[i]
             if prediction.is_whole and found.maps.global_ is not None:
                 drawn = found.maps.global_[i]
-            saved = combined if save_maps else None
-            caption = _caption(prediction)
-            # The image and its map are freed before the next map is made.
-            written = _write_pictures(detector, held.pop(path), drawn, saved, caption, high, out, names[path])
-            predictions[path] = replace(prediction, **written)
+            is_drawn = overlays == "all" or (overlays == "anomalous" and prediction.decision != "normal")
+            caption = _caption(prediction) if is_drawn else None
+            # The image is freed when it is drawn.
+            image, _ = held.pop(path)
+            written = pictures.begin(workers, names[path], image, caption, drawn, found.maps.combined[i])
+            del image
+            predictions[path] = _Scored(prediction, written)
 
-    for path in names:
-        try:
-            held[path] = read_image(path, bits=detector.bits)
-        except ImageError as error:
-            predictions[path] = Prediction(str(path), error="; ".join(reason for _, reason in error.failures))
-        if sum(image.nbytes for image in held.values()) >= _MAX_HELD:
+    try:
+        for path in names:
+            result = next(read)
+            if isinstance(result, ImageError):
+                error = "; ".join(reason for _, reason in result.failures)
+                predictions[path] = _Scored(Prediction(str(path), error=error))
+            else:
+                held[path] = result
+            del result
+            if sum(image.nbytes for image, _ in held.values()) >= _MAX_HELD:
+                predict_held()
+        if held:
             predict_held()
-    if held:
-        predict_held()
-    return [predictions[path] for path in names]
+    finally:
+        scored += [predictions[path] for path in names if path in predictions]
 
 
 def _caption(prediction: Prediction) -> str:
@@ -173,39 +237,6 @@ def _caption(prediction: Prediction) -> str:
     return caption
 
 
-def _write_pictures(
-    detector: Detector,
-    image: NDArray[np.uint8],
-    drawn: NDArray[np.float32],
-    saved: NDArray[np.float32] | None,
-    caption: str,
-    high: float,
-    out: Path,
-    name: str,
-) -> dict[str, Any]:
-    """Draw one map (S, S) and save one, which may be the same.
-
-    Returns:
-        The fields of `Prediction` that say what was written, or why not.
-    """
-    written: dict[str, Any] = {}
-    anomaly_map = detector.localisation_map(drawn, image.shape[:2])
-    try:
-        overlay_name = f"overlays/{name}.png"
-        write_file(out / overlay_name, overlay(image, anomaly_map, caption, low=0.0, high=high).save)
-        written["overlay"] = overlay_name
-        if saved is not None:
-            if saved is not drawn:
-                del anomaly_map  # one map at a time
-                anomaly_map = detector.localisation_map(saved, image.shape[:2])
-            map_name = f"maps/{name}.tiff"
-            save_map(out / map_name, anomaly_map)
-            written["map"] = map_name
-    except UserError as error:
-        written["error"] = str(error)
-    return written
-
-
 def _pictures(out: Path) -> dict[Path, list[Path]]:
     """The overlays and maps of an earlier call, by their folders."""
     folders = [folder for folder in (out / name for name in PICTURE_FOLDERS) if folder.is_dir()]
@@ -220,9 +251,9 @@ def _left_over(
     listed = {Path(other.path).resolve() for other in others}
     entries = []
     for folder, paths in earlier.items():
-        n_files = len({*paths} - written)
+        n_files = sum(path.exists() for path in {*paths} - written)
         if n_files and folder.resolve() not in listed:
-            what = f"{n_files} image file{'s' * (n_files > 1)} (of an earlier prediction, not drawn from these images)"
+            what = f"{n_files} image file{'s' * (n_files > 1)} (of an earlier prediction, not drawn by this one)"
             entries.append(Prediction(str(folder), skipped=what))
     return entries
 

@@ -31,7 +31,7 @@ def test_the_demo_walks_the_whole_way_once_and_says_so_when_called_again(tiny, c
     assert json.loads((out / "run" / "config.json").read_text())["options"]["seed"] == 3
     rows = [json.loads(line) for line in (out / "heat_maps" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 7
-    assert (out / "heat_maps" / "overlays" / "logical_anomalies" / "000.png").is_file()
+    assert (out / "heat_maps" / "overlays" / "logical_anomalies" / "000.jpg").is_file()
     assert {row["threshold"] for row in rows} == {metrics["threshold"]}
 
     before = (out / "run" / "config.json").read_bytes()
