@@ -167,11 +167,20 @@ class GroundTruth:
         Raises:
             ImageError: the image cannot be read.
         """
+        return self.noted(item, self.read(item, size))
+
+    def read(self, item: LabelledImage, size: tuple[int, int] | None = None) -> list[Defect] | MaskError | None:
+        """As `Category.defects`, but gives a `MaskError` back; for `noted`. Threads may read at the same time."""
         try:
-            found = self._category.defects(item, size)
+            return self._category.defects(item, size)
         except MaskError as error:
-            self._bad_masks[item.kind] |= dict.fromkeys(error.reasons)
-        return None if self._bad_masks[item.kind] else found
+            return error
+
+    def noted(self, item: LabelledImage, found: list[Defect] | MaskError | None) -> list[Defect] | None:
+        """What `defects` gives, where `found` is what `read` gave."""
+        if isinstance(found, MaskError):
+            self._bad_masks[item.kind] |= dict.fromkeys(found.reasons)
+        return None if self._bad_masks[item.kind] or isinstance(found, MaskError) else found
 
     def bad_masks(self, kind: str | None = None) -> list[str]:
         """A sentence for each mask that cannot be used, of one kind of anomaly or of all, among those read so far."""

@@ -1,19 +1,16 @@
 """Images that are decoded and resized once and served in batches."""
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dskd_fast.data.exposure import measure_exposure
-from dskd_fast.data.images import ImageError, read_image_and_peak, resize_square
+from dskd_fast.data.images import ImageError, n_bytes_in_header, read_image_and_peak, resize_square
 from dskd_fast.progress import Progress, silent
-
-# Pillow releases the interpreter lock while it decodes and resizes; more threads would only hold more native
-# images.
-_N_THREADS = 4
+from dskd_fast.workers import Workers
 
 
 class ImageStore:
@@ -30,6 +27,7 @@ class ImageStore:
         memory_limit: bytes the resized images may take; 0 keeps none.
         bits: of values of more than 8 bits, see `dskd_fast.data.images.read_image`.
         progress: called after each decoded image, from the constructing thread.
+        besides: called with the index and the native image (H, W, 3), uint8, once for each, from several threads.
 
     Attributes:
         paths: the image files.
@@ -52,6 +50,7 @@ class ImageStore:
         memory_limit: int = 2 * 2**30,
         bits: int | None = None,
         progress: Progress = silent,
+        besides: Callable[[int, np.ndarray], None] | None = None,
     ):
         if size < 1:
             raise ValueError(f"size must be at least 1 pixel, not {size}")
@@ -63,7 +62,7 @@ class ImageStore:
         self.in_memory = len(self.paths) * 3 * size * size <= memory_limit
         self._images = torch.empty((len(self.paths), 3, size, size), dtype=torch.uint8) if self.in_memory else None
         self.exposures = tuple(torch.empty((2, len(self.paths)), dtype=torch.float64))
-        decoded = self._decode_all(progress)
+        decoded = self._decode_all(progress, besides)
         self.native_sizes: tuple[tuple[int, int], ...] = tuple(size for size, _ in decoded)
         self.peaks: tuple[int | None, ...] = tuple(peak for _, peak in decoded)
 
@@ -84,21 +83,30 @@ class ImageStore:
         if self._images is not None:
             return self._images[torch.tensor(chosen, dtype=torch.long)]
         images = torch.empty((len(chosen), 3, self.size, self.size), dtype=torch.uint8)
-        with ThreadPoolExecutor(_N_THREADS) as pool:
-            for position, image in enumerate(pool.map(lambda i: self._decode(i)[0], chosen)):
+        with Workers() as workers:
+            for position, image in enumerate(workers.ahead(chosen, lambda i: self._decode(i)[0], self._weight)):
                 images[position] = image
         return images
 
-    def _decode(self, index: int) -> tuple[torch.Tensor, tuple[int, int], int | None]:
+    def _weight(self, index: int) -> float:
+        return n_bytes_in_header(self.paths[index])
+
+    def _decode(
+        self, index: int, besides: Callable[[int, np.ndarray], None] | None = None
+    ) -> tuple[torch.Tensor, tuple[int, int], int | None]:
         image, peak = read_image_and_peak(self.paths[index], bits=self.bits)
+        if besides is not None:
+            besides(index, image)
         return torch.from_numpy(resize_square(image, self.size)).permute(2, 0, 1), image.shape[:2], peak
 
-    def _decode_all(self, progress: Progress) -> list[tuple[tuple[int, int], int | None]]:
+    def _decode_all(
+        self, progress: Progress, besides: Callable[[int, np.ndarray], None] | None
+    ) -> list[tuple[tuple[int, int], int | None]]:
         """Native size and peak of each image."""
 
         def decode(index: int) -> tuple[tuple[int, int], int | None] | ImageError:
             try:
-                image, native_size, peak = self._decode(index)
+                image, native_size, peak = self._decode(index, besides)
             except ImageError as error:
                 return error
             for values, (value,) in zip(self.exposures, measure_exposure(image[None]), strict=True):
@@ -109,8 +117,9 @@ class ImageStore:
 
         decoded: list[tuple[tuple[int, int], int | None]] = []
         failures: list[tuple[Path, str]] = []
-        with ThreadPoolExecutor(_N_THREADS) as pool:
-            for done, result in enumerate(pool.map(decode, range(len(self.paths))), start=1):
+        with Workers() as workers:
+            results = workers.ahead(range(len(self.paths)), decode, self._weight)
+            for done, result in enumerate(results, start=1):
                 if isinstance(result, ImageError):
                     failures.extend(result.failures)
                 else:

@@ -1,7 +1,9 @@
 """Evaluation on a category's test images: AUROC, sPRO, the decisions at the run's threshold, and what made them."""
 
 import csv
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from dskd_fast.metrics.auroc import auroc
 from dskd_fast.metrics.maps import ScoredMap, save_map, score_maps
 from dskd_fast.metrics.spro import mean_of_kinds
 from dskd_fast.progress import Progress, silent
+from dskd_fast.workers import Workers
 
 
 class ScoredImages(NamedTuple):
@@ -94,13 +97,18 @@ def evaluate(
     test = score_images(detector, category, batch_size, progress)
     truth = GroundTruth(category)
 
-    def scored(variant: Variant) -> Iterator[ScoredMap]:
+    def scored(variant: Variant, writers: Workers) -> Iterator[ScoredMap]:
         for image in scored_maps(detector, truth, test, variant, progress):
             if variant == "combined" and save_maps is not None:
-                save_map(save_maps / category.name / f"{image.key}.tiff", image.anomaly_map)
+                path = save_maps / category.name / f"{image.key}.tiff"
+                saving.append(writers.behind(save_map, path, image.anomaly_map, weight=image.anomaly_map.nbytes))
             yield image
 
-    figures = {variant: score_maps(scored(variant)) for variant in detector.variants}
+    saving: list[Future[None]] = []
+    with Workers() as writers:
+        figures = {variant: score_maps(scored(variant, writers)) for variant in detector.variants}
+    for saved in saving:
+        saved.result()  # raises what could not be written
     decisions = test.decisions(threshold)
     result = {
         "category": category.name,
@@ -121,8 +129,21 @@ def evaluate(
     return result
 
 
-def score_images(detector: Detector, category: Category, batch_size: int, progress: Progress) -> ScoredImages:
+def score_images(
+    detector: Detector,
+    category: Category,
+    batch_size: int,
+    progress: Progress,
+    besides: Callable[[int, NDArray[np.uint8]], None] | None = None,
+) -> ScoredImages:
     """Maps and scores of every test image, from which all figures are made.
+
+    Args:
+        detector: calibrated.
+        category: with test images.
+        batch_size: images per pass.
+        progress: called as progress(stage, done, total).
+        besides: see `ImageStore`.
 
     Raises:
         UserError: no test images, or files that cannot be read.
@@ -136,6 +157,7 @@ def score_images(detector: Detector, category: Category, batch_size: int, progre
         detector.model.image_size,
         bits=detector.bits,
         progress=progress,
+        besides=besides,
     )
     found = _find_all(detector, images, batch_size, progress)
     return ScoredImages(
@@ -151,13 +173,19 @@ def scored_maps(
     progress: Progress,
 ) -> Iterator[ScoredMap]:
     """The maps of one variant at native size, one at a time, as `score_maps` takes them."""
-    maps = test.maps.existing[variant]
-    for i, item in enumerate(truth.test):
-        size = test.images.native_sizes[i]
-        anomaly_map = detector.localisation_map(maps[i], size)
-        defects = truth.defects(item, size)
-        yield ScoredMap(item.key, item.kind, anomaly_map, float(test.scores[variant][i]), defects)
-        progress(f"scoring {variant} maps", i + 1, len(truth.test))
+    maps, sizes = test.maps.existing[variant], test.images.native_sizes
+    with Workers() as workers:
+        # A mask takes one byte a pixel, and is read from as many.
+        masks = workers.ahead(
+            range(len(sizes)),
+            lambda i: truth.read(truth.test[i], sizes[i]),
+            weigh=lambda i: 2 * math.prod(sizes[i]) * max(1, len(truth.test[i].masks)),
+        )
+        for i, (item, found) in enumerate(zip(truth.test, masks, strict=True)):
+            anomaly_map = detector.localisation_map(maps[i], sizes[i])
+            defects = truth.noted(item, found)
+            yield ScoredMap(item.key, item.kind, anomaly_map, float(test.scores[variant][i]), defects)
+            progress(f"scoring {variant} maps", i + 1, len(truth.test))
 
 
 def count_kinds(category: Category) -> dict[str, int]:

@@ -24,8 +24,7 @@ from PIL import Image
 
 import dskd_fast
 from dskd_fast.data.category import Category, GroundTruth, unused_sentences
-from dskd_fast.data.ground_truth import ANOMALY_KINDS, KINDS, LabelledImage
-from dskd_fast.data.images import read_image
+from dskd_fast.data.ground_truth import ANOMALY_KINDS, KINDS
 from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.findings import Variant, has_place
@@ -117,19 +116,28 @@ def write_report(
         detector, options, config = load_run(source.folder, device)
         decided = threshold_of(detector, threshold)
         category = source.category
-        test = score_images(detector, category, options.batch_size, titled)
+        # Runs with the same images share their photographs.
+        keys = [(item.path.resolve(), item.kind) for item in category.test]
+        photographs: dict[int, dict[str, Any]] = {}
+
+        def photograph(
+            i: int, image: NDArray[np.uint8], keys: list = keys, into: dict[int, dict[str, Any]] = photographs
+        ) -> None:
+            if keys[i] not in images:
+                into[i] = _photograph(image)
+
+        test = score_images(detector, category, options.batch_size, titled, photograph)
         truth = GroundTruth(category)
         runs.append(_describe_run(source, truth, detector, options, config, test, decided, titled))
         remark(remarks(category, truth, detector))
         for i, item in enumerate(category.test):
-            # Runs with the same images share their photographs.
-            key = item.path.resolve(), item.kind
+            key = keys[i]
             if key not in images:
                 name = item.path.relative_to(category.root / "test").as_posix()
                 images[key] = {
                     "name": f"{category.name}/{name}" if many_categories else name,
                     "kind": item.kind,
-                    **_photograph(item, detector.bits),
+                    **photographs[i],
                     "runs": [None] * len(sources),
                 }
             images[key]["runs"][number] = _describe_result(detector, test, i, decided)
@@ -323,8 +331,8 @@ def _points(curve: tuple[NDArray, NDArray] | None, width: float) -> list[list[fl
     return [[float(f"{value:.5g}") for value in values[kept]] for values in (x, y)]
 
 
-def _photograph(item: LabelledImage, bits: int | None = None) -> dict[str, Any]:
-    image = Image.fromarray(read_image(item.path, bits=bits))
+def _photograph(pixels: NDArray[np.uint8]) -> dict[str, Any]:
+    image = Image.fromarray(pixels)
     image.thumbnail((_PHOTO_SIDE, _PHOTO_SIDE))
     for quality in _PHOTO_QUALITIES:
         file = io.BytesIO()

@@ -20,12 +20,14 @@ negative pixels.
 
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
 from dskd_fast.data.ground_truth import ANOMALY_KINDS, KINDS, Defect
 from dskd_fast.errors import UserError
+from dskd_fast.workers import n_threads
 
 FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
 
@@ -40,9 +42,12 @@ class SPRO:
     """
 
     def __init__(self) -> None:
+        # Once it is known what they are compared with, in two: those below every defect's kept scores, which need no
+        # order, and the others, sorted.
         self._negatives: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
         self._defects: dict[str, list[_SaturatedDefect]] = {kind: [] for kind in ANOMALY_KINDS}
         self._unlabelled: set[str] = set()
+        self._is_sorted = False
 
     def add(
         self,
@@ -71,6 +76,7 @@ class SPRO:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
         scores = as_scores(anomaly_map, name)
+        self._is_sorted = False
         if kind == "good":
             if defects:
                 raise ValueError(f"{name}: a good image has no defects, but {len(defects)} were given")
@@ -152,16 +158,29 @@ class SPRO:
         return np.append(fpr[:inside], limit), np.append(spro[:inside], at_limit)
 
     def _sort_negatives(self) -> None:
+        if self._is_sorted:
+            return
         dtypes = {scores.dtype for kept in self._negatives.values() for scores in kept}
         dtypes |= {defect.scores.dtype for kept in self._defects.values() for defect in kept}
         dtype = np.result_type(np.float32, *dtypes)
-        for kind in KINDS:
-            self._negatives[kind] = [_sorted_pool(self._negatives[kind], dtype)]
+        floors: dict[str, float] = {
+            kind: min((defect.scores[0] for defect in self._defects[kind]), default=np.inf)
+            for kind in ANOMALY_KINDS
+            if kind not in self._unlabelled
+        }
+        floors["good"] = min(floors.values(), default=np.inf)
+
+        def sort(kind: str) -> None:
+            self._negatives[kind] = _sorted_pool(self._negatives[kind], dtype, floors.get(kind, np.inf))
+
+        with ThreadPoolExecutor(n_threads()) as pool:
+            list(pool.map(sort, KINDS))
+        self._is_sorted = True
 
     def _ramps(self, kind: str) -> "_Ramps | None":
         """The ramps whose sum is the curve of a kind; None where there is no curve. The negatives must be sorted."""
-        pools = [*self._negatives["good"], *self._negatives[kind]]
-        negatives = sum(pool.size for pool in pools)
+        pools = [self._negatives["good"][-1], self._negatives[kind][-1]]
+        negatives = sum(pool.size for name in ("good", kind) for pool in self._negatives[name])
         defects = self._defects[kind]
         if negatives == 0 or not defects or kind in self._unlabelled:
             return None
@@ -225,10 +244,13 @@ class _SaturatedDefect:
         self.last_gain = min(kept / saturation, 1.0) - (kept - 1) / saturation
 
 
-def _sorted_pool(scores: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+def _sorted_pool(scores: list[np.ndarray], dtype: np.dtype, floor: float) -> list[np.ndarray]:
+    """The scores below `floor`, in any order, and the others, sorted."""
     pool = np.concatenate([np.empty(0, dtype), *scores], dtype=dtype)
+    is_below = pool < floor
+    below, pool = pool[is_below], pool[~is_below]
     pool.sort()
-    return pool
+    return [below, pool]
 
 
 def mean_of_kinds(structural: float | None, logical: float | None) -> float | None:
