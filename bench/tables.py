@@ -20,9 +20,10 @@ SECTIONS = {
     "growth": "Contextual affinity as the number of positions grows",
     "dskd": "The whole model",
     "spro": "sPRO",
+    "predict": "Images to decisions",
     "cold": "Cold start",
 }
-MODES = ("scoring", "forward", "forward+backward", "training step", "scoring pass", "sPRO", "start")
+MODES = ("scoring", "forward", "forward+backward", "training step", "scoring pass", "sPRO", "predict", "start")
 NOISES = ("100 %", "1 %")
 
 NOTE = """\

@@ -11,7 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import accuracy, contestants, lab, memory, test_affinity, test_cold_start, test_cosine, test_dskd, test_spro
+from bench import (
+    accuracy,
+    contestants,
+    lab,
+    memory,
+    test_affinity,
+    test_cold_start,
+    test_cosine,
+    test_dskd,
+    test_predict,
+    test_spro,
+)
 from dskd_fast.device import has_fast_bf16
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -57,7 +68,7 @@ def leaves_out(call, *arguments):
     return None
 
 
-@pytest.mark.parametrize("module", [test_affinity, test_cosine, test_cold_start, test_dskd, test_spro])
+@pytest.mark.parametrize("module", [test_affinity, test_cosine, test_cold_start, test_dskd, test_predict, test_spro])
 @pytest.mark.parametrize("fast_bf16", [True, False])
 def test_the_quick_run_accounts_for_all_of_the_full_one(module, fast_bf16, monkeypatch):
     """Each case is timed, or a row with the reason, or in a table that is named; none begins after four minutes."""
