@@ -16,17 +16,24 @@ _BLOCK = 2**16
 # Strengths that have a colour of their own. With this many and opacities of 1/256 nothing is off by 1 of 255.
 _N_COLOURS = 1024
 
-# Full colour where there is no threshold: standard deviations above the normal mean.
-_FULL_COLOUR = 20.0
+# In standard deviations: full colour where there is no threshold, and the least between a threshold and full colour.
+_FULL_COLOUR, _LEAST_STEP = 20.0, 1.0
 
 BACKGROUND = (24, 24, 24)
 FOREGROUND = (235, 235, 235)
 
 
-def full_colour(threshold: float | None) -> float:
-    """The map value that is drawn in full colour; 0, the normal mean, is drawn as nothing."""
+def colour_range(threshold: float | None) -> tuple[float, float]:
+    """The map values that are drawn as nothing and in full colour.
+
+    The first is 0, the normal mean, but where a threshold is near that or below: what decides there would be invisible,
+    and between them there would be too little to tell apart.
+    """
+    if threshold is None:
+        return 0.0, _FULL_COLOUR
     # The threshold is where the colours are half way, so what is bright decided.
-    return 2 * threshold if threshold is not None and threshold > 0 else _FULL_COLOUR
+    step = max(threshold, _LEAST_STEP)
+    return threshold - step, threshold + step
 
 
 def colours(strength: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -45,25 +52,27 @@ def colours(strength: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArra
 
 def heat(image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
     """The photograph (H, W, 3) under its map, uint8; see `overlay`."""
-    drawn = np.empty_like(image)
+    canvas = Image.new("RGB", (image.shape[1], image.shape[0]))
     source = Image.fromarray(anomaly_map)
     for rows in _blocks(image):
-        drawn[rows] = _heat(image, rows, anomaly_map, source, low, high)
-    return drawn
+        canvas.paste(
+            _heat(Image.fromarray(image[rows]), len(image), rows, anomaly_map, source, low, high), (0, rows.start)
+        )
+    return np.asarray(canvas)
 
 
 def _heat(
-    image: NDArray[np.uint8],
+    block: Image.Image,
+    height: int,
     rows: slice,
     anomaly_map: NDArray[np.float32],
     source: Image.Image,
     low: float,
     high: float,
-) -> NDArray[np.uint8]:
+) -> Image.Image:
     """Rows of a photograph under their part of the map, enlarged (bilinear); most of a normal image stays as it is."""
-    block = image[rows]
-    down, across = (n / m for n, m in zip(anomaly_map.shape, image.shape[:2], strict=True))
-    top, bottom = rows.start * down, (rows.start + len(block)) * down
+    down, across = source.height / height, source.width / block.width
+    top, bottom = rows.start * down, (rows.start + block.height) * down
     # What an enlarged value is made of: its neighbours, or more where the map is made smaller.
     reach = 1 + max(1, down)
     is_drawn = (anomaly_map[max(0, int(top - reach)) : math.ceil(bottom + reach)] > low).any(0)
@@ -72,26 +81,35 @@ def _heat(
     columns = np.flatnonzero(is_drawn)
     reach = 1 + max(1, across)
     left = max(0, int((columns[0] - reach) / across))
-    right = min(image.shape[1], math.ceil((columns[-1] + 1 + reach) / across))
+    right = min(block.width, math.ceil((columns[-1] + 1 + reach) / across))
     box = (left * across, top, min(right * across, source.width), min(bottom, source.height))
-    values = np.asarray(source.resize((right - left, len(block)), Image.Resampling.BILINEAR, box))
+    values = np.asarray(source.resize((right - left, block.height), Image.Resampling.BILINEAR, box))
     with np.errstate(over="ignore"):
-        strength = np.clip((values - np.float32(low)) / np.float32(max(high - low, 1e-12)), 0, 1)
-    of_pixels = _TABLE[(strength * (_N_COLOURS - 1) + 0.5).astype(np.intp)].view(np.uint16).reshape(*values.shape, 4)
+        values = (values - np.float32(low)) * np.float32((_N_COLOURS - 1) / max(high - low, 1e-12))
+    strength = (values.clip(0, _N_COLOURS - 1) + np.float32(0.5)).astype(np.intp)
+    # Four channels, one of them unused: NumPy is slow where the last axis has three entries.
+    photograph = block.crop((left, 0, right, block.height)).tobytes("raw", "RGBX")
+    pixels = np.frombuffer(photograph, np.uint8).reshape(*strength.shape, 4).astype(np.uint16)
+    pixels *= _KEPT.take(strength).view(np.uint16).reshape(pixels.shape)
+    pixels += _ADDED.take(strength).view(np.uint16).reshape(pixels.shape)
+    pixels >>= 8
+    size = right - left, block.height
     drawn = block.copy()
-    drawn[:, left:right] = (block[:, left:right] * of_pixels[..., 3:] + of_pixels[..., :3]) >> 8
+    drawn.paste(Image.frombuffer("RGB", size, pixels.astype(np.uint8), "raw", "RGBX", 0, 1), (left, 0))
     return drawn
 
 
-def _table() -> NDArray[np.uint64]:
-    """For each strength what a pixel is multiplied with and what is added, in 1/256: four uint16 in one number."""
+def _tables() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """For each strength what a pixel is multiplied with, and what is added, in 1/256: four uint16 in one number."""
     rgb, opacity = colours(np.linspace(0, 1, _N_COLOURS))
-    kept = (256 * (1 - opacity[:, None])).round()
-    table = np.concatenate([(rgb * (256 - kept)).round() + 128, kept], axis=1).astype(np.uint16)
-    return table.view(np.uint64)[:, 0]
+    kept = (256 * (1 - opacity[:, None])).round() * np.ones(4)
+    added = np.zeros((_N_COLOURS, 4))
+    added[:, :3] = (rgb * (256 - kept[:, :3])).round() + 128  # a half, to round
+    as_one = (table.astype(np.uint16).view(np.uint64)[:, 0] for table in (kept, added))
+    return next(as_one), next(as_one)
 
 
-_TABLE = _table()
+_KEPT, _ADDED = _tables()
 
 
 def _blocks(image: NDArray[np.uint8]) -> Iterator[slice]:
@@ -120,9 +138,9 @@ def overlay(
     canvas = Image.new("RGB", (2 * width + gap, height + strip), BACKGROUND)
     source = Image.fromarray(anomaly_map)
     for rows in _blocks(image):
-        canvas.paste(Image.fromarray(image[rows]), (0, rows.start))
-        drawn = _heat(image, rows, anomaly_map, source, low, high)
-        canvas.paste(Image.fromarray(drawn), (width + gap, rows.start))
+        block = Image.fromarray(image[rows])
+        canvas.paste(block, (0, rows.start))
+        canvas.paste(_heat(block, height, rows, anomaly_map, source, low, high), (width + gap, rows.start))
     draw = ImageDraw.Draw(canvas)
     draw.text((text_size // 2, height + text_size // 2), caption, font=font, fill=FOREGROUND)
     return canvas

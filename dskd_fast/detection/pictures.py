@@ -30,7 +30,7 @@ class Pictures(NamedTuple):
     Attributes:
         detector: whose maps they show.
         out: the folder of the results.
-        high: the map value that is drawn in full colour.
+        limits: the map values that are drawn as nothing and in full colour.
         overlay_format: one of `OVERLAY_FORMATS`.
         save_maps: whether there are map files.
         earlier: the pictures of an earlier call, by their folders.
@@ -38,7 +38,7 @@ class Pictures(NamedTuple):
 
     detector: Detector
     out: Path
-    high: float
+    limits: tuple[float, float]
     overlay_format: str
     save_maps: bool
     earlier: dict[Path, list[Path]]
@@ -83,7 +83,7 @@ class Pictures(NamedTuple):
         return anomaly_map
 
     def _draw(self, name: str, image: NDArray[np.uint8], anomaly_map: NDArray, caption: str) -> dict[str, Any]:
-        drawn = overlay(image, anomaly_map, caption, low=0.0, high=self.high)
+        drawn = overlay(image, anomaly_map, caption, *self.limits)
         is_jpeg = self.overlay_format == "jpg"
         if is_jpeg and max(drawn.size) > _JPEG_MAX_SIDE:
             raise UserError(

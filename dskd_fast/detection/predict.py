@@ -20,7 +20,7 @@ from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.findings import has_place
 from dskd_fast.detection.inputs import check_batch_size
-from dskd_fast.detection.overlay import full_colour
+from dskd_fast.detection.overlay import colour_range
 from dskd_fast.detection.pictures import Pictures
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
@@ -120,7 +120,7 @@ def predict(
                 "beside it: choose another --out"
             )
     earlier = _pictures(out)
-    pictures = Pictures(detector, out, full_colour(threshold), overlay_format, save_maps, earlier)
+    pictures = Pictures(detector, out, colour_range(threshold), overlay_format, save_maps, earlier)
     scored: list[_Scored] = []
     with Workers() as workers:
         read = workers.ahead(

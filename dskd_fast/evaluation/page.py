@@ -28,7 +28,7 @@ from dskd_fast.data.ground_truth import ANOMALY_KINDS, KINDS
 from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.findings import Variant, has_place
-from dskd_fast.detection.overlay import colours, full_colour
+from dskd_fast.detection.overlay import colour_range, colours
 from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import (
@@ -215,6 +215,7 @@ def _describe_run(
     kinds = np.array([item.kind for item in source.category.test])
     decisions = test.decisions(threshold)
     size = detector.model.image_size
+    low, high = colour_range(threshold)
     alone = "" if options.students == "both" else f", the {options.students} student alone"
     # First of all, since it reads the masks.
     variants: dict[str, dict[str, Any]] = {
@@ -231,7 +232,8 @@ def _describe_run(
         "recipe": f"{options.teacher}, {size} x {size}, epochs: {options.epochs}{alone}",
         "trained": config.get("created"),
         "threshold": threshold,
-        "full_colour": full_colour(threshold),
+        "no_colour": low,
+        "full_colour": high,
         "n_images": count_kinds(source.category),
         "decisions": None if threshold is None else count_decisions(source.category, decisions, "anomalous"),
         "suspects": count_decisions(source.category, decisions, "suspect"),
@@ -291,14 +293,14 @@ def _roc(scores: dict[str, NDArray[np.float64]]) -> dict[str, list[list[float]] 
 
 def _describe_result(detector: Detector, test: ScoredImages, index: int, threshold: float | None) -> dict[str, Any]:
     """What a run says of one image."""
-    high = full_colour(threshold)
+    limits = colour_range(threshold)
     return {
         "decision": decide(test.scores["combined"][index], threshold, test.suspicions[index]),
         "reason": test.suspicions[index],
         "decided_by": test.decided_by[index],
         "scores": {variant: float(test.scores[variant][index]) for variant in test.scores}
         | {name: float(test.parts[name][index]) for name in _without_own_map(test)},
-        "maps": {variant: _map_png(detector, maps[index], high) for variant, maps in test.maps.existing.items()},
+        "maps": {variant: _map_png(detector, maps[index], limits) for variant, maps in test.maps.existing.items()},
     }
 
 
@@ -342,10 +344,11 @@ def _photograph(pixels: NDArray[np.uint8]) -> dict[str, Any]:
     return {"width": image.width, "height": image.height, "photo": _base64(file.getvalue())}
 
 
-def _map_png(detector: Detector, anomaly_map: NDArray[np.float32], high: float) -> str:
-    """The map as it localises, in 8-bit grey: 0 the normal mean and below, 255 full colour."""
+def _map_png(detector: Detector, anomaly_map: NDArray[np.float32], limits: tuple[float, float]) -> str:
+    """The map as it localises, in 8-bit grey: 0 what is drawn as nothing, 255 full colour."""
+    low, high = limits
     side = min(_MAP_SIDE, *anomaly_map.shape)
-    strength = np.clip(detector.localisation_map(anomaly_map, (side, side)) / high, 0, 1)
+    strength = np.clip((detector.localisation_map(anomaly_map, (side, side)) - low) / (high - low), 0, 1)
     file = io.BytesIO()
     Image.fromarray((255 * strength).round().astype(np.uint8)).save(file, "PNG", optimize=True)
     return _base64(file.getvalue())

@@ -19,17 +19,17 @@ _HEADS = ("image", "local student", "global student", "combined")
 _COLOURS = {"structural": "#0072B2", "logical": "#D55E00", "mean": "#000000"}
 
 
-def draw_examples(title: str, rows: Sequence[tuple[str, Sequence[NDArray]]], high: float) -> Image.Image:
+def draw_examples(title: str, rows: Sequence[tuple[str, Sequence[NDArray]]], low: float, high: float) -> Image.Image:
     """Images with their heat maps side by side.
 
     Args:
         title: above all.
         rows: a caption, and the photograph (H, W, 3), uint8, with its local, global and combined map (H, W) each.
-        high: the map value that has the full colour; 0, the normal mean, has none.
+        low, high: the map values that have no colour, and the full one.
     """
     drawn = []
     for caption, (image, *maps) in rows:
-        tiles = [Image.fromarray(tile) for tile in (image, *(heat(image, m, 0.0, high) for m in maps))]
+        tiles = [Image.fromarray(tile) for tile in (image, *(heat(image, m, low, high) for m in maps))]
         for tile in tiles:
             tile.thumbnail((_TILE, _TILE))
         drawn.append((caption, tiles))

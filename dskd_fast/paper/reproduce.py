@@ -33,7 +33,7 @@ from dskd_fast.data.contents import content_digests
 from dskd_fast.data.ground_truth import KINDS
 from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.detection.detector import Detector
-from dskd_fast.detection.overlay import full_colour
+from dskd_fast.detection.overlay import colour_range
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import evaluate, threshold_of
@@ -316,12 +316,12 @@ def _examples(detector: Detector, part: Part, scores_file: Path) -> Image.Image:
         assert found.global_map is not None
         caption = f"{item.kind}: {item.path.relative_to(part.category.root)}, score {score:.2f}"
         rows.append((caption, [image, found.local_map, found.global_map, found.map]))
-    high = full_colour(threshold_of(detector, None))
+    low, high = colour_range(threshold_of(detector, None))
     title = (
         f"{part.label}: of each kind the test image with the median score. Maps of seed 0, in full colour from "
         f"{high:.3g} standard deviations above the normal mean."
     )
-    return draw_examples(title, rows, high)
+    return draw_examples(title, rows, low, high)
 
 
 def _medians(category: Category, scores_file: Path) -> Iterator[tuple[int, float]]:

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 import dskd_fast.detection.overlay as overlay_module
-from dskd_fast.detection.overlay import colours, full_colour, heat, overlay
+from dskd_fast.detection.overlay import colour_range, colours, heat, overlay
 
 
 @pytest.fixture
@@ -62,9 +62,10 @@ def test_no_copy_of_a_photograph_is_drawn_in_floating_point():
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(("threshold", "high"), [(9.5, 19.0), (None, 20.0), (0.0, 20.0), (-3.0, 20.0)])
-def test_full_colour_is_at_twice_the_threshold_if_that_is_a_scale(threshold, high):
-    assert full_colour(threshold) == high
+@pytest.mark.parametrize(("threshold", "high"), [(9.5, 19.0), (1.0, 2.0), (0.25, 1.25), (0.0, 1.0), (-3.0, -2.0)])
+def test_colours_are_half_way_at_the_threshold_and_go_from_the_normal_mean_where_that_is_far(threshold, high):
+    assert colour_range(threshold) == (min(0.0, threshold - 1), high)
+    assert colour_range(None) == (0.0, 20.0)
 
 
 def test_colours_are_those_of_the_drawn_map():

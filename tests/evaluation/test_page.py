@@ -196,10 +196,10 @@ def test_maps_are_grey_from_the_normal_mean_to_full_colour_and_of_limited_size(p
             assert (grey.format, grey.mode, grey.size) == ("PNG", "L", (64, 64))
             expected = 255 * np.clip(maps.of(variant)[i] / page.data["runs"][0]["full_colour"], 0, 1)
             np.testing.assert_allclose(np.asarray(grey), expected, atol=0.51)
-    grey = image_in(page_module._map_png(tiny_detector, np.full((256, 256), 3, np.float32), 10.0))
+    grey = image_in(page_module._map_png(tiny_detector, np.full((256, 256), 3, np.float32), (0.0, 10.0)))
     assert (grey.size, grey.getextrema()) == ((128, 128), (round(0.3 * 255),) * 2)
     noise = np.random.default_rng(0).random((128, 128), np.float32)
-    assert 20_000 < len(page_module._map_png(tiny_detector, noise, 1.0)) <= 23_000
+    assert 20_000 < len(page_module._map_png(tiny_detector, noise, (0.0, 1.0))) <= 23_000
 
 
 def test_the_colours_are_those_of_the_overlays(page):

@@ -389,9 +389,10 @@
     const all = data.images.filter((image) => image.runs[state.run] !== null).length;
     byId("count").textContent = chosen.length === 0 ? `No image of ${all} matches: choose other types or decisions.` : `${chosen.length} of ${plural(all, "image")}`;
     const run = data.runs[state.run];
-    const half = run.threshold !== null && run.threshold > 0 ? ` … ${number(run.threshold)} (threshold)` : "";
+    const half = run.threshold !== null ? ` … ${number(run.threshold)} (threshold)` : "";
     const whose = data.runs.length > 1 ? `${run.name}: ` : "";
-    byId("scale-text").textContent = `${whose}0 (normal mean)${half} … ${number(run.full_colour)} standard deviations`;
+    const low = run.no_colour === 0 ? "0 (normal mean)" : number(run.no_colour);
+    byId("scale-text").textContent = `${whose}${low}${half} … ${number(run.full_colour)} standard deviations`;
   }
 
   /** Make cards until they reach well below the window. */
