@@ -61,7 +61,7 @@ def contextual_affinity(
         torch.Size([2, 16, 16])
         >>> kl.mean().backward()
     """
-    s, t, shape = _as_maps(student, teacher)
+    s, t = _as_maps(student, teacher)
     temperature = _as_tensor(temperature, student.device)
     check_backend(backend)
     kl, _ = operators.call(
@@ -73,7 +73,7 @@ def contextual_affinity(
         backend,
         torch.is_grad_enabled() and student.requires_grad,
     )
-    return kl.reshape(shape)
+    return kl if student.dim() == 4 else kl.flatten(1)
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") -> Tensor:
@@ -98,12 +98,10 @@ def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") 
         >>> cosine_distance(x, -x).mean()
         tensor(2.)
     """
-    s, t, shape = _as_maps(student, teacher)
+    s, t = _as_maps(student, teacher)
     check_backend(backend)
-    distance, _ = operators.call(
-        operators.cosine_distance, s, t, backend, torch.is_grad_enabled() and student.requires_grad
-    )
-    return distance.reshape(shape)
+    distance = operators.call(operators.cosine_distance, s, t, backend)
+    return distance if student.dim() == 4 else distance.flatten(1)
 
 
 def check_temperature(temperature: float | Tensor) -> None:
@@ -141,8 +139,8 @@ def _as_tensor(temperature: float | Tensor, device: torch.device) -> Tensor:
     return torch.tensor(temperature, dtype=torch.float64, device="cpu")
 
 
-def _as_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
-    """Check the pair; return both as views (B, C, H, W) and the shape of the map."""
+def _as_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Check the pair; return both as views (B, C, H, W), of rows (B, C, N, 1)."""
     for name, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}: pass a floating-point tensor")
@@ -165,8 +163,8 @@ def _as_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Si
         )
     operators.refuse_grad(teacher=teacher)
     if student.dim() == 4:
-        return student, teacher, torch.Size((student.shape[0], *student.shape[2:]))
-    return student.mT.unsqueeze(-1), teacher.mT.unsqueeze(-1), student.shape[:2]
+        return student, teacher
+    return student.mT.unsqueeze(-1), teacher.mT.unsqueeze(-1)
 
 
 def _refuse_tangent(name: str, x: Tensor) -> None:

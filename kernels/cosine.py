@@ -11,7 +11,8 @@ def cosine_kernel(
     student,  # (B, C, H, W)
     teacher,  # (B, C, H, W)
     distance,  # (B, N) float32 out: 1 - <s, t>, 1 where either vector is zero
-    gradient,  # (B, C, H, W) float32 out, if WITH_GRADIENT: (<s, t> s - t) / |student|
+    weights,  # (B, N) float32, if WITH_GRADIENT: of the positions' gradients
+    gradient,  # (B, C, H, W) float32 out, if WITH_GRADIENT: weight (<s, t> s - t) / |student|
     n,
     n_channels,
     width,
@@ -53,11 +54,13 @@ def cosine_kernel(
     value = 1 - cosine
     tl.store(distance + b * n + positions, tl.where(value < 0, 0.0, value).to(tl.float32), mask=positions < n)
     if WITH_GRADIENT:
-        along = tl.where(ss > 0, cosine / tl.where(ss > 0, ss, 1.0), ss * 0)
+        weight = tl.load(weights + b * n + positions, mask=positions < n, other=0).to(tl.float64)
+        along = weight * tl.where(ss > 0, cosine / tl.where(ss > 0, ss, 1.0), ss * 0)
+        across = weight * scale
         gradient += b * g_stride_b
         for start_c in range(0, n_channels, BLOCK_C):
             channels = start_c + offs_c
             x = load(student, positions, channels, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
             y = load(teacher, positions, channels, n, n_channels, width, t_stride_c, t_stride_h, t_stride_w)
-            g = (x * along[:, None] - y * scale[:, None]).to(tl.float32)
+            g = (x * along[:, None] - y * across[:, None]).to(tl.float32)
             store(gradient, g, positions, channels, n, n_channels, width, g_stride_c, g_stride_h, g_stride_w)

@@ -28,9 +28,9 @@ def spy(monkeypatch):
         calls.append(("affinity", precision, with_gradient))
         return affinity(student, teacher, temperature, precision, with_gradient)
 
-    def spy_cosine(student, teacher, with_gradient):
-        calls.append(("cosine", None, with_gradient))
-        return cosine(student, teacher, with_gradient)
+    def spy_cosine(student, teacher, weights):
+        calls.append(("cosine", None, weights is not None))
+        return cosine(student, teacher, weights)
 
     monkeypatch.setattr(torch_tiled, "contextual_affinity", spy_affinity)
     monkeypatch.setattr(torch_tiled, "cosine_distance", spy_cosine)
@@ -148,9 +148,21 @@ def test_a_gradient_is_made_only_where_it_is_wanted(spy, function):
         assert not function(leaf, teacher).requires_grad
     with torch.inference_mode():
         function(student, teacher)
-    assert [call[2] for call in spy] == [False] * 3
-    function(leaf, teacher).sum().backward()
-    assert [call[2] for call in spy] == [False] * 3 + [True]  # the backward runs no backend
+    values = function(leaf, teacher)
+    is_saved = function.__name__ == "contextual_affinity"
+    assert [call[2] for call in spy] == [False] * 3 + [is_saved]
+    values.sum().backward()
+    # The backward runs a backend where nothing was saved.
+    assert [call[2] for call in spy][4:] == [True] * (not is_saved)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_teacher_may_run_in_inference_mode(function):
+    student, teacher = random(1, 5, 3, seed=1).requires_grad_(), random(1, 5, 3, seed=2)
+    with torch.inference_mode():
+        inferred = teacher.clone()
+    gradients = [torch.autograd.grad(function(student, t).sum(), student)[0] for t in (teacher, inferred)]
+    assert torch.equal(*gradients)
 
 
 # Which precision is used

@@ -1,4 +1,8 @@
 // The cosine distance map and its gradient, in float64. Compiled without fused multiply-adds, as prepare.cpp.
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 #include "positions.h"
 
 namespace dskd {
@@ -28,6 +32,13 @@ inline void put(const Cosine& call, int64_t place, double value) {
   } else {
     static_cast<float*>(call.distance)[place] = static_cast<float>(value);
   }
+}
+
+template <class Real>
+inline double weight_at(const Cosine& call, int64_t place) {
+  if (call.weights == nullptr) return 0;  // no gradient is wanted
+  return sizeof(Real) == sizeof(double) ? static_cast<const double*>(call.weights)[place]
+                                        : static_cast<const float*>(call.weights)[place];
 }
 
 // A channel of a block whose positions lie side by side: where it is, or converted.
@@ -73,6 +84,15 @@ struct Channels {
 template <class Stored>
 void put_gradient(const Maps& maps, int64_t place, int64_t count, const double* values) {
   Stored* data = static_cast<Stored*>(maps.data) + place;
+#if defined(__x86_64__)
+  // Whole cache lines go past the caches, which would first read what is there, and lose the features for it.
+  if (std::is_same_v<Stored, float> && reinterpret_cast<uintptr_t>(data) % 64 == 0 && count % 16 == 0) {
+    float rounded[kRows];
+    for (int64_t p = 0; p < count; p++) rounded[p] = static_cast<float>(values[p]);
+    for (int64_t p = 0; p < count; p += 4) _mm_stream_ps(reinterpret_cast<float*>(data) + p, _mm_loadu_ps(rounded + p));
+    return;
+  }
+#endif
   for (int64_t p = 0; p < count; p++) data[p] = static_cast<Stored>(values[p]);
 }
 
@@ -95,9 +115,10 @@ void side_by_side(const Cosine& call, int64_t distance_at, int64_t count, int64_
   double *along = ss, *scale = tt, *values = st;
   for (int64_t p = 0; p < count; p++) {
     const Distance distance(ss[p], tt[p], st[p]);
+    const double weight = weight_at<Real>(call, distance_at + p);
     put<Real>(call, distance_at + p, distance.value);
-    along[p] = distance.along;
-    scale[p] = distance.scale;
+    along[p] = weight * distance.along;
+    scale[p] = weight * distance.scale;
   }
   if (call.gradient.data == nullptr) return;
   for (int64_t c = 0; c < call.shape.channels; c++) {
@@ -110,6 +131,9 @@ void side_by_side(const Cosine& call, int64_t distance_at, int64_t count, int64_
       put_gradient<float>(call.gradient, place, count, values);
     }
   }
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 template <class Real>
@@ -143,7 +167,9 @@ void distances(const Cosine& call, int64_t image, int64_t block, char* scratch) 
     const Distance distance(ss, tt, st);
     put<Real>(call, distance_at + p, distance.value);
     if (call.gradient.data == nullptr) continue;
-    for (int64_t c = 0; c < channels; c++) x[c] = static_cast<Real>(x[c] * distance.along - y[c] * distance.scale);
+    const double weight = weight_at<Real>(call, distance_at + p);
+    const double along = weight * distance.along, scale = weight * distance.scale;
+    for (int64_t c = 0; c < channels; c++) x[c] = static_cast<Real>(x[c] * along - y[c] * scale);
   }
   if (call.gradient.data == nullptr) return;
   store(student, stride, call.gradient, of_gradient, count, channels);

@@ -57,7 +57,8 @@ struct Affinity {
 struct Cosine {
   Shape shape;
   Maps student, teacher;
-  void* distance;  // (B, N) float32, or float64 if an input is
+  void* distance;       // (B, N) float32, or float64 if an input is
+  const void* weights;  // likewise: of the positions' gradients
   Maps gradient;
 };
 

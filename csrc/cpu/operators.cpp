@@ -206,12 +206,13 @@ void contextual_affinity(const Tensor& student, const Tensor& teacher, double te
 }
 
 void cosine_distance(const Tensor& student, const Tensor& teacher, const Tensor& distance,
-                     const std::optional<Tensor>& gradient) {
+                     const std::optional<Tensor>& weights, const std::optional<Tensor>& gradient) {
   Cosine call{};
   call.shape = shape_of(student, teacher);
   call.student = maps_of(student);
   call.teacher = maps_of(teacher);
   call.distance = distance.data_ptr();
+  call.weights = weights.has_value() ? weights->const_data_ptr() : nullptr;
   call.gradient = maps_of(gradient);
   const Kernels& table = kernels();
   const int64_t blocks = (call.shape.positions + kRows - 1) / kRows;
@@ -227,7 +228,9 @@ TORCH_LIBRARY(dskd_fast_cpu, m) {
   m.def(
       "contextual_affinity(Tensor student, Tensor teacher, float temperature, str precision, Tensor(a!) kl, "
       "Tensor(b!)? gradient) -> ()");
-  m.def("cosine_distance(Tensor student, Tensor teacher, Tensor(a!) distance, Tensor(b!)? gradient) -> ()");
+  m.def(
+      "cosine_distance(Tensor student, Tensor teacher, Tensor(a!) distance, Tensor? weights, Tensor(b!)? gradient) -> "
+      "()");
 }
 
 TORCH_LIBRARY_IMPL(dskd_fast_cpu, CPU, m) {

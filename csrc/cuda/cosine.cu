@@ -22,13 +22,14 @@ __global__ void __launch_bounds__(kPositionThreads, 4) cosine_kernel(const Cosin
   const double value = 1 - cosine < 0 ? 0.0 : 1 - cosine;
   if (lane == 0) call.distance[image * call.shape.positions + position] = static_cast<float>(value);
   if (call.gradient.data == nullptr) return;
-  // (<s, t> s - t) / |student|
+  // (<s, t> s - t) / |student|, times the position's weight
   const Place to(call.gradient, call.shape, image, position);
-  const double along = ss > 0 ? cosine / ss : ss * 0;
+  const double weight = call.weights[image * call.shape.positions + position];
+  const double along = weight * (ss > 0 ? cosine / ss : ss * 0), across = weight * scale;
 #pragma unroll 1
   for (int64_t c = lane; c < channels; c += kLanes)
     static_cast<float*>(call.gradient.data)[to.offset + c * to.stride_c] =
-        static_cast<float>(student[c] * along - teacher[c] * scale);
+        static_cast<float>(student[c] * along - teacher[c] * across);
 }
 
 }  // namespace

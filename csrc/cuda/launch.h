@@ -48,8 +48,9 @@ struct Affinity {
 struct Cosine {
   Shape shape;
   Maps student, teacher;
-  float* distance;  // (B, N)
-  Maps gradient;    // float32; data is null if none is wanted
+  float* distance;       // (B, N)
+  const float* weights;  // (B, N), of the positions' gradients
+  Maps gradient;         // float32; data is null if none is wanted
 };
 
 // How a call multiplies on a device of that capability, 80 for 8.0; false if the precision is none.

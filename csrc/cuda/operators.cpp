@@ -73,13 +73,15 @@ void contextual_affinity(Tensor student, Tensor teacher, double temperature, std
   if (gradient.has_value()) check(dskd::project(call, stream));
 }
 
-void cosine_distance(Tensor student, Tensor teacher, Tensor distance, std::optional<Tensor> gradient) {
+void cosine_distance(Tensor student, Tensor teacher, Tensor distance, std::optional<Tensor> weights,
+                     std::optional<Tensor> gradient) {
   const Shape shape = shape_of(student, teacher);
   if (shape.batch == 0 || shape.positions == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
-  check(dskd::cosine(
-      {shape, maps_of(student), maps_of(teacher), static_cast<float*>(distance.data_ptr()), maps_of(gradient)},
-      stream_of(student)));
+  const float* weights_at = weights.has_value() ? static_cast<const float*>(weights->data_ptr()) : nullptr;
+  check(dskd::cosine({shape, maps_of(student), maps_of(teacher), static_cast<float*>(distance.data_ptr()), weights_at,
+                      maps_of(gradient)},
+                     stream_of(student)));
 }
 
 }  // namespace
@@ -88,7 +90,9 @@ STABLE_TORCH_LIBRARY(dskd_fast_cuda, m) {
   m.def(
       "contextual_affinity(Tensor student, Tensor teacher, float temperature, Tensor? temperature_at, str precision, "
       "int capability, Tensor(a!) kl, Tensor(b!)? gradient) -> ()");
-  m.def("cosine_distance(Tensor student, Tensor teacher, Tensor(a!) distance, Tensor(b!)? gradient) -> ()");
+  m.def(
+      "cosine_distance(Tensor student, Tensor teacher, Tensor(a!) distance, Tensor? weights, Tensor(b!)? gradient) -> "
+      "()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dskd_fast_cuda, CUDA, m) {

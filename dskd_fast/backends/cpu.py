@@ -31,8 +31,8 @@ def contextual_affinity(
     return kl, gradient
 
 
-def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Cosine distance map and, if wanted, its gradient; see `dskd_fast.backends`."""
-    distance, gradient = outputs(student, accumulation_dtype(student, teacher, "fp32"), with_gradient)
-    torch.ops.dskd_fast_cpu.cosine_distance(student, teacher, distance, gradient)
+def cosine_distance(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Cosine distance map and, if weights are given, its gradient; see `dskd_fast.backends`."""
+    distance, gradient = outputs(student, accumulation_dtype(student, teacher, "fp32"), weights is not None)
+    torch.ops.dskd_fast_cpu.cosine_distance(student, teacher, distance, weights, gradient)
     return distance, gradient

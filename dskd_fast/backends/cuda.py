@@ -57,10 +57,10 @@ def contextual_affinity(
     return kl, gradient
 
 
-def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Cosine distance map and, if wanted, its gradient; see `dskd_fast.backends`."""
-    distance, gradient = outputs(student, torch.float32, with_gradient)
-    torch.ops.dskd_fast_cuda.cosine_distance(student, teacher, distance, gradient)
+def cosine_distance(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Cosine distance map and, if weights are given, its gradient; see `dskd_fast.backends`."""
+    distance, gradient = outputs(student, torch.float32, weights is not None)
+    torch.ops.dskd_fast_cuda.cosine_distance(student, teacher, distance, weights, gradient)
     return distance, gradient
 
 
@@ -74,7 +74,7 @@ def _device_refusal(device: torch.device) -> str | None:
             return None  # what can be found out waits for the next call
         try:
             one = torch.ones((1, 1, 1, 1), device=device)
-            cosine_distance(one, one, True)
+            cosine_distance(one, one, one[:, 0])
             torch.cuda.synchronize(device)
             _REFUSALS[device] = None
         except torch.OutOfMemoryError:

@@ -60,12 +60,14 @@ def contextual_affinity(
     return _as_maps(kl, gradient, student)
 
 
-def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Cosine distance map and, if wanted, its gradient; see `dskd_fast.backends`.
+def cosine_distance(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Cosine distance map and, if weights are given, its gradient; see `dskd_fast.backends`.
 
     1 - <s, t> = |s - t|^2 / 2 for unit vectors: the right-hand side keeps its digits when s is close to t.
     """
-    distance, gradient = _cosine_distance(student.flatten(2).mT, teacher.flatten(2).mT, with_gradient)
+    distance, gradient = _cosine_distance(
+        student.flatten(2).mT, teacher.flatten(2).mT, None if weights is None else weights.flatten(1)
+    )
     return _as_maps(distance, gradient, student)
 
 
@@ -125,18 +127,18 @@ def _contextual_affinity(
     return kl, gradient
 
 
-def _cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _cosine_distance(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The same on rows: (B, N, C) twice -> (B, N) and (B, N, C) or None."""
     dtype = accumulation_dtype(student, teacher, "fp32")
     distance = torch.empty(student.shape[:2], dtype=dtype, device=student.device)
-    gradient = torch.empty_like(student, dtype=dtype) if with_gradient else None
+    gradient = None if weights is None else torch.empty_like(student, dtype=dtype)
     for b in range(student.shape[0]):
         s, t, delta, inverse_norm = directions(student[b], teacher[b])
         has_direction = (s != 0).any(-1) & (t != 0).any(-1)
         distance[b] = torch.where(has_direction, delta.square().sum(-1) / 2, 1.0)
-        if gradient is not None:
+        if gradient is not None and weights is not None:
             projected = delta - (delta * s).sum(-1, keepdim=True) * s
-            gradient[b] = torch.where(has_direction, inverse_norm, 0.0)[:, None] * projected
+            gradient[b] = (torch.where(has_direction, inverse_norm, 0.0) * weights[b])[:, None] * projected
     return distance, gradient
 
 

@@ -126,22 +126,22 @@ def contextual_affinity(
     return kl, gradient
 
 
-def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Cosine distance map and, if wanted, its gradient; see `dskd_fast.backends`."""
+def cosine_distance(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Cosine distance map and, if weights are given, its gradient; see `dskd_fast.backends`."""
     batch, channels, height, width = student.shape
-    distance, gradient = outputs(student, torch.float32, with_gradient)
+    distance, gradient = outputs(student, torch.float32, weights is not None)
     if distance.numel() == 0:
         return distance, gradient
     n = height * width
-    # Without a gradient there is nothing to write: any tensor will do for the pointer.
+    # Without a gradient nothing is read or written: any tensor will do for the pointers.
     target = distance if gradient is None else gradient
     strides = (0, 0, 0, 0) if gradient is None else gradient.stride()
     blocks = configs.cosine_blocks(n)
     options = blocks.launch() | prepare.EXACT
     with _on(student.device):
         cosine.cosine_kernel[(batch * triton.cdiv(n, blocks.p),)](
-            student, teacher, distance, target, n, channels, width,
-            *student.stride(), *teacher.stride(), *strides, WITH_GRADIENT=with_gradient, **options,
+            student, teacher, distance, distance if weights is None else weights, target, n, channels, width,
+            *student.stride(), *teacher.stride(), *strides, WITH_GRADIENT=weights is not None, **options,
         )  # fmt: skip
     return distance, gradient
 
@@ -194,7 +194,7 @@ def _device_refusal(device: torch.device) -> str | None:
         try:
             architecture(device)
             student, teacher = torch.ones((2, 1, 1, 1, 1), device=device)
-            cosine_distance(student, teacher, True)
+            cosine_distance(student, teacher, student[:, 0])
             _REFUSALS[device] = None
         except torch.OutOfMemoryError:
             raise

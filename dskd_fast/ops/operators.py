@@ -1,9 +1,10 @@
 """The registered operators: `torch.ops.dskd_fast.contextual_affinity` and `torch.ops.dskd_fast.cosine_distance`.
 
-Both take (B, C, H, W) and return a map (B, H, W) and, if wanted, the map's gradient (B, C, H, W), computed in the
-same call. Each entry of the map depends on its own student vector alone, so the gradient for any grad_output is the
-saved one times a scalar per position: the backward is one multiplication, and running it again gives the same. A second
-derivative is refused.
+Both take (B, C, H, W) and give a map (B, H, W), each entry of which depends on its own student vector alone: the
+gradient for any grad_output is the map's gradient (B, C, H, W) times a scalar per position. That of the affinity, which
+is dear, is computed in the same call as the map and saved: the backward is one multiplication. That of the cosine
+distance is computed in the backward, which takes less time than to write and to read it, by an operator of its own.
+Running a backward again gives the same. A second derivative is refused.
 
 The temperature is a tensor: a number would be a constant of a compiled graph, so that each new one would be compiled
 anew or, worse, an old one stay (pytorch/pytorch#197889). On a CPU the operator reads and checks it; elsewhere the
@@ -60,28 +61,44 @@ def _(student, teacher, temperature, *options):
     return contextual_affinity(student, teacher, torch.tensor(temperature, dtype=torch.float64, device="cpu"), *options)
 
 
-@torch.library.custom_op("dskd_fast::cosine_distance", mutates_args=())
-def cosine_distance(student: Tensor, teacher: Tensor, backend: str, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """(B, C, H, W) twice -> distance (B, H, W) and its gradient (B, C, H, W), empty unless `with_gradient`."""
+# Defined without `custom_op`, whose checks at every call take as long as the smallest maps do.
+_LIBRARY.define("cosine_distance(Tensor student, Tensor teacher, str backend) -> Tensor")
+_LIBRARY.define("cosine_gradient(Tensor student, Tensor teacher, Tensor weights, str backend) -> Tensor")
+cosine_distance = torch.ops.dskd_fast.cosine_distance.default
+cosine_gradient = torch.ops.dskd_fast.cosine_gradient.default
+
+
+@torch.library.impl(_LIBRARY, "cosine_distance", "CompositeExplicitAutograd")
+def _(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
+    """(B, C, H, W) twice -> distance (B, H, W)."""
     module = dispatch.load(dispatch.choose(backend, student, teacher, None).name)
-    distance, gradient = module.cosine_distance(student, teacher, with_gradient)
-    return distance, distance.new_empty(0) if gradient is None else gradient
+    return module.cosine_distance(student, teacher, None)[0]
 
 
-def _fake_map(student, dtype, with_gradient):
-    values = student.new_empty((student.shape[0], *student.shape[2:]), dtype=dtype)
-    return values, torch.empty_like(student, dtype=dtype) if with_gradient else values.new_empty(0)
+@torch.library.impl(_LIBRARY, "cosine_gradient", "CompositeExplicitAutograd")
+def _(student: Tensor, teacher: Tensor, weights: Tensor, backend: str) -> Tensor:
+    """(B, C, H, W) twice and (B, H, W) -> the distance's gradient (B, C, H, W), each position's times its weight."""
+    module = dispatch.load(dispatch.choose(backend, student, teacher, None).name)
+    weights = weights.to(accumulation_dtype(student, teacher, "fp32")).contiguous()
+    return module.cosine_distance(student, teacher, weights)[1]
 
 
 @contextual_affinity.register_fake
 def _(student, teacher, temperature, precision, backend, with_gradient):
-    precision = dispatch.current_name(precision)
-    return _fake_map(student, accumulation_dtype(student, teacher, precision), with_gradient)
+    dtype = accumulation_dtype(student, teacher, dispatch.current_name(precision))
+    values = student.new_empty((student.shape[0], *student.shape[2:]), dtype=dtype)
+    return values, torch.empty_like(student, dtype=dtype) if with_gradient else values.new_empty(0)
 
 
-@cosine_distance.register_fake
-def _(student, teacher, backend, with_gradient):
-    return _fake_map(student, accumulation_dtype(student, teacher, "fp32"), with_gradient)
+@torch.library.register_fake(cosine_distance, lib=_LIBRARY)
+def _(student, teacher, backend):
+    dtype = accumulation_dtype(student, teacher, "fp32")
+    return student.new_empty((student.shape[0], *student.shape[2:]), dtype=dtype)
+
+
+@torch.library.register_fake(cosine_gradient, lib=_LIBRARY)
+def _(student, teacher, weights, backend):
+    return torch.empty_like(student, dtype=accumulation_dtype(student, teacher, "fp32"))
 
 
 def _save_gradient(ctx, inputs, output):
@@ -92,11 +109,15 @@ def _save_gradient(ctx, inputs, output):
 
 
 def _scale_gradient(ctx, grad_map, _):
-    if torch.is_grad_enabled():
-        # True under create_graph=True alone: the saved gradient is a constant to autograd, so that a second derivative
-        # would come out without its larger part.
-        raise RuntimeError("the loss has no second derivative: call backward or grad without create_graph=True")
+    _refuse_second_derivative()
     return (_scaled(ctx, grad_map), *(None for _ in ctx.needs_input_grad[1:]))
+
+
+def _refuse_second_derivative():
+    if torch.is_grad_enabled():
+        # True under create_graph=True alone: the gradient is a constant to autograd, so that a second derivative would
+        # come out without its larger part.
+        raise RuntimeError("the loss has no second derivative: call backward or grad without create_graph=True")
 
 
 def _scaled(ctx, grad_map):
@@ -109,16 +130,37 @@ def _scaled(ctx, grad_map):
     return None if grad_map is None else (grad_map.unsqueeze(1) * gradient).to(ctx.dtype)
 
 
+def _save_pair(ctx, inputs, output):
+    student, teacher, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    # A teacher that ran in inference mode cannot be saved, nor does it need to be: nothing may change it.
+    ctx.teacher = teacher if teacher.is_inference() else None
+    ctx.save_for_backward(student, None if teacher.is_inference() else teacher)
+
+
+def _gradient_of_pair(ctx, grad_map):
+    _refuse_second_derivative()
+    return _weighted(ctx, grad_map), None, None
+
+
+def _weighted(ctx, grad_map):
+    student, teacher = ctx.saved_tensors
+    if grad_map is None:
+        return None
+    pair = student, ctx.teacher if teacher is None else teacher
+    return call(cosine_gradient, *pair, grad_map, ctx.backend).to(student.dtype)
+
+
 class _Transformed(torch.autograd.Function):
-    """An operator for torch.func, whose transforms do not know what is registered with one."""
+    """The affinity for torch.func, whose transforms do not know what is registered with an operator."""
 
     @staticmethod
-    def forward(operator, *inputs):
-        return operator(*inputs)
+    def forward(*inputs):
+        return contextual_affinity(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.dtype = inputs[1].dtype
+        ctx.dtype = inputs[0].dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
 
@@ -126,20 +168,61 @@ class _Transformed(torch.autograd.Function):
     def backward(ctx, grad_map, grad_gradient):
         if grad_gradient is not None:  # torch.func.grad differentiates the backward only if it is asked to
             raise RuntimeError("the loss has no second derivative: differentiate it once")
-        return (None, _scaled(ctx, grad_map), *(None for _ in ctx.needs_input_grad[2:]))
+        return (_scaled(ctx, grad_map), *(None for _ in ctx.needs_input_grad[1:]))
 
     @staticmethod
-    def jvp(ctx, _, *tangents):
+    def jvp(ctx, *tangents):
         refuse_tangents(**dict(zip(("student", "teacher", "temperature"), tangents, strict=False)))
 
     @staticmethod
-    def vmap(info, in_dims, operator, *inputs):
-        return _fold(functools.partial(call, operator), info, in_dims[1:], *inputs)
+    def vmap(info, in_dims, *inputs):
+        return _fold(functools.partial(call, contextual_affinity), info, in_dims, *inputs)
 
 
-def call(operator: Callable[..., tuple[Tensor, Tensor]], *inputs: Any) -> tuple[Tensor, Tensor]:
+class _TransformedCosine(torch.autograd.Function):
+    """The cosine distance for torch.func."""
+
+    forward = staticmethod(cosine_distance)
+    setup_context = staticmethod(_save_pair)
+
+    @staticmethod
+    def backward(ctx, grad_map):
+        return _weighted(ctx, grad_map), None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        refuse_tangents(**dict(zip(("student", "teacher"), tangents, strict=False)))
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _fold_images(functools.partial(call, cosine_distance), info, in_dims, *inputs)
+
+
+class _TransformedGradient(torch.autograd.Function):
+    """The cosine distance's gradient for torch.func, which would take a second derivative of it to be zero."""
+
+    forward = staticmethod(cosine_gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad_gradient):
+        raise RuntimeError("the loss has no second derivative: differentiate it once")
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError("the loss has no second derivative: differentiate it once")
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _fold_images(functools.partial(call, cosine_gradient), info, in_dims, *inputs)
+
+
+def call(operator: Callable[..., Any], *inputs: Any) -> Any:
     """Call one of the operators such that torch.func can differentiate it, too."""
-    return _Transformed.apply(operator, *inputs) if is_transforming() else operator(*inputs)
+    return _TRANSFORMED[operator].apply(*inputs) if is_transforming() else operator(*inputs)
 
 
 def is_transforming() -> bool:
@@ -148,7 +231,7 @@ def is_transforming() -> bool:
 
 
 def _fold(function, info, in_dims, *inputs):
-    """The rule of both operators for vmap: images do not know of each other, so what is mapped over joins them."""
+    """The affinity's rule for vmap: images do not know of each other, so what is mapped over joins them."""
     student, teacher, *options, with_gradient = inputs
     # Inside of vmap nothing shows that it requires grad.
     refuse_grad(teacher, *(x for x in options if isinstance(x, Tensor)))
@@ -171,9 +254,28 @@ def _fold(function, info, in_dims, *inputs):
     return (values.unflatten(0, images), gradient.unflatten(0, images)), (0, 0)
 
 
-for _operator in (contextual_affinity, cosine_distance):
-    _operator.register_autograd(_scale_gradient, setup_context=_save_gradient)
-    _operator.register_vmap(functools.partial(_fold, _operator))
+def _fold_images(function, info, in_dims, *inputs):
+    """The same of operators that take images and a backend, and give something for each image."""
+    *tensors, backend = inputs
+    refuse_grad(tensors[1])
+    moved = [
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(tensors, in_dims, strict=False)
+    ]
+    return function(*(x.flatten(0, 1) for x in moved), backend).unflatten(0, moved[0].shape[:2]), 0
+
+
+_TRANSFORMED = {
+    contextual_affinity: _Transformed,
+    cosine_distance: _TransformedCosine,
+    cosine_gradient: _TransformedGradient,
+}
+
+contextual_affinity.register_autograd(_scale_gradient, setup_context=_save_gradient)
+contextual_affinity.register_vmap(functools.partial(_fold, contextual_affinity))
+torch.library.register_autograd(cosine_distance, _gradient_of_pair, setup_context=_save_pair, lib=_LIBRARY)
+for _operator in (cosine_distance, cosine_gradient):
+    torch.library.register_vmap(_operator, functools.partial(_fold_images, _operator), lib=_LIBRARY)
 
 
 def check_number(temperature: float) -> None:

@@ -54,13 +54,12 @@ def contextual_affinity(
     return kl.unflatten(1, student.shape[2:]), kl.new_empty(0)
 
 
-def cosine_distance(student: Tensor, teacher: Tensor, backend: str, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """(B, C, H, W) twice, float32 -> distance (B, H, W), float32, and an empty tensor."""
-    _refuse_gradient(with_gradient)
+def cosine_distance(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
+    """(B, C, H, W) twice, float32 -> distance (B, H, W), float32."""
     s, t, delta, _ = directions(student.flatten(2).mT, teacher.flatten(2).mT)
     has_direction = (s != 0).any(-1) & (t != 0).any(-1)
     distance = torch.where(has_direction, delta.square().sum(-1) / 2, 1.0).float()
-    return distance.unflatten(1, student.shape[2:]), distance.new_empty(0)
+    return distance.unflatten(1, student.shape[2:])
 
 
 DECOMPOSITIONS = {

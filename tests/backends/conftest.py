@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dskd_fast.backends.common import accumulation_dtype
 from dskd_fast.ops import dispatch
 
 UNIT_ROUNDOFF = {"fp32": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
@@ -165,7 +166,9 @@ class Backend:
 
     def cosine_of_maps(self, student, teacher, with_gradient=True):
         assert self.module.refusal(student, teacher, None) is None
-        return self.module.cosine_distance(student, teacher, with_gradient)
+        shape, dtype = (student.shape[0], *student.shape[2:]), accumulation_dtype(student, teacher, "fp32")
+        weights = torch.ones(shape, dtype=dtype, device=student.device) if with_gradient else None
+        return self.module.cosine_distance(student, teacher, weights)
 
     def some(self, values, k):
         """All of `values`; interpreted, at a fifth of a second per call, the k-th alone, so that k has to go round."""

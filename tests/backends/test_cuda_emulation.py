@@ -69,6 +69,9 @@ class Emulation:
             if call.with_gradient:
                 gradient, numbers = numbers.tensor_split([shape.numel()])
                 gradient = gradient.as_strided(shape, torch.empty_like(call.student, device="meta").stride())
+                if call.temperature is None:  # the driver's weights: 1 and 4 by turns
+                    weights = 1 + 3 * (torch.arange(values.numel()) % 2)
+                    gradient = gradient / weights.view(values.shape)[:, None]
             results.append((values, gradient))
         assert len(numbers) == 0
         return results

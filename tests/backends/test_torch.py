@@ -87,7 +87,7 @@ def test_cosine_distance_of_a_small_angle(angle):
     """1 - cos x = 2 sin^2(x/2), which is below float64's roundoff for the last."""
     student = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64).view(1, 2, 1, 1)
     teacher = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 2, 1, 1)
-    distance, gradient = torch_tiled.cosine_distance(student, teacher, True)
+    distance, gradient = torch_tiled.cosine_distance(student, teacher, torch.ones(1, 1, 1, dtype=torch.float64))
     assert distance.dtype == gradient.dtype == torch.float64
     assert distance.item() == pytest.approx(2 * math.sin(angle / 2) ** 2, rel=1e-9, abs=0)
     expected = torch.tensor([-(math.sin(angle) ** 2), math.sin(angle) * math.cos(angle)], dtype=torch.float64)

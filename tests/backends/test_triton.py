@@ -150,11 +150,12 @@ def test_the_host_only_allocates_and_launches(
     ]
     student, teacher = (layout(x) for layout, x in zip(layouts, maps, strict=True))
     in_memory = torch.ones((), dtype=torch.float64, device=triton_backend.device)
+    weights = torch.ones(2, 4, 6, device=triton_backend.device) if with_gradient else None
     with watch_without_launching as watch:
         for precision in PRECISIONS:
             triton_backend.affinity_of_maps(student, teacher, 0.1, precision, with_gradient)
             triton_backend.affinity_of_maps(student, teacher, in_memory, precision, with_gradient)
-        triton_backend.cosine_of_maps(student, teacher, with_gradient)
+        triton_backend.module.cosine_distance(student, teacher, weights)
     assert watch.launches["prepare"] == 8
     assert set(watch.operations) <= {"aten::empty", "aten::empty_like"}
 
@@ -404,7 +405,7 @@ def trial(monkeypatch):
 
     trial = Trial()
 
-    def cosine_distance(student, teacher, with_gradient):
+    def cosine_distance(student, teacher, weights):
         trial.count += 1
         assert student.device == teacher.device == trial.device
         if trial.error is not None:

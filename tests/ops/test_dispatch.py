@@ -325,7 +325,7 @@ def test_importing_the_kernels_launches_nothing_and_a_cpu_has_the_interpreter_al
         for module in pkgutil.iter_modules(dskd_fast.kernels.__path__, "dskd_fast.kernels."):
             __import__(module.name)
         print(len(launches), torch.cuda.is_initialized(), triton_fused.refusal(*torch.ones(2, 1, 2, 3, 4), None))
-        triton_fused.cosine_distance(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), True)
+        triton_fused.cosine_distance(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), torch.ones(1, 3, 4))
         print(len(launches))
         """,
         TRITON_INTERPRET=interpret,
