@@ -21,66 +21,80 @@ void add_samples(const Affinity& call, int64_t image, double* mean, Real* buffer
       const Real* y = buffer + p * stride;
       const double inverse =
           inverse_norm(sum_of(channels, [=](int64_t c) { return static_cast<double>(y[c]) * y[c]; }));
-      for (int64_t c = 0; c < channels; c++) mean[c] += y[c] * inverse / samples;
+      const double share = inverse / static_cast<double>(samples);
+      for (int64_t c = 0; c < channels; c++) mean[c] += y[c] * share;
     }
   }
 }
 
-// A block of keys in both orders; `values` (kRows, stride) is theirs, 0 in the padding.
+// A block of keys (count, stride), 0 in the padding, as columns. kPad divides counts and channels, so that fours of
+// both do; and a pair of bfloat16 moves as one float, whatever number that may be.
 template <class Element>
-void pack(const Affinity& call, int64_t start, int64_t count, const double* values, int64_t stride, const Keys& keys) {
-  const int64_t c_pad = call.c_pad;
-  constexpr int64_t kPair = sizeof(Element) == 2 ? 2 : 1;
+void pack(const Affinity& call, int64_t start, int64_t count, const Element* block, int64_t stride, const Keys& keys) {
+  using Unit = std::conditional_t<sizeof(Element) == 2, float, Element>;
+  constexpr int64_t kPair = sizeof(Unit) / sizeof(Element);
   // kRows divides kKeys: a block lies in one tile.
   const int64_t tile = start / kKeys * kKeys, width = least(kKeys, call.n_pad - tile);
-  Element* columns = static_cast<Element*>(keys.columns) + tile * c_pad;
-  for (int64_t c = 0; c < c_pad; c += kPair) {
-    Element* to = columns + c * width + (start - tile) * kPair;
-    for (int64_t p = 0; p < count; p++)
-      for (int64_t i = 0; i < kPair; i++) convert(values[p * stride + c + i], call.dropped_bits, to[p * kPair + i]);
-  }
-  if (keys.rows == nullptr) return;
-  Element* rows = static_cast<Element*>(keys.rows) + start * c_pad;
-  for (int64_t p = 0; p < count; p += kPair) {
-    Element* to = rows + p * c_pad;
-    for (int64_t c = 0; c < c_pad; c++)
-      for (int64_t i = 0; i < kPair; i++) convert(values[(p + i) * stride + c], call.dropped_bits, to[c * kPair + i]);
+  const Unit* from = reinterpret_cast<const Unit*>(block);
+  Unit* to = reinterpret_cast<Unit*>(static_cast<Element*>(keys.columns) + tile * call.c_pad) + (start - tile);
+  for (int64_t c = 0; c < call.c_pad / kPair; c += 4)
+    for (int64_t p = 0; p < count; p += 4)
+      transpose<Unit>(from + p * stride / kPair + c, stride / kPair, to + c * width + p, width,
+                      [](Unit x) { return x; });
+}
+
+// The same of bfloat16 as rows, by pairs of positions.
+void pack_rows(const Affinity& call, int64_t start, int64_t count, const uint16_t* block, int64_t stride,
+               const Keys& keys) {
+  uint32_t* rows = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(keys.rows) + start * call.c_pad);
+  for (int64_t p = 0; p < count; p += 2) {
+    const uint16_t *even = block + p * stride, *odd = even + stride;
+    uint32_t* to = rows + p / 2 * call.c_pad;
+    for (int64_t c = 0; c < call.c_pad; c++) to[c] = even[c] | static_cast<uint32_t>(odd[c]) << 16;
   }
 }
 
-template <class Real>
+template <class Real, class Element>
 void prepare_block(const Affinity& call, int64_t image, int64_t block, const Keys& keys, char* scratch) {
   const int64_t channels = call.shape.channels, stride = row_stride(channels);
   const int64_t start = block * kRows, count = least(kRows, call.shape.positions - start);
   const int64_t padded = least(kRows, call.n_pad - start);
-  double* values = reinterpret_cast<double*>(scratch);  // (kRows, stride), as is the next
-  Real* teacher = reinterpret_cast<Real*>(values + kRows * stride);
+  double* k = reinterpret_cast<double*>(scratch);       // (stride): one key
+  Real* teacher = reinterpret_cast<Real*>(k + stride);  // (kRows, stride), as are
+  Element* rounded = reinterpret_cast<Element*>(teacher + kRows * stride);
   load(call.teacher, Places(call.teacher, call.shape, image, start, count), count, channels, teacher, stride);
   const double* mean = keys.mean;
+  for (int64_t c = channels; c < stride; c++) k[c] = 0;
   for (int64_t p = 0; p < padded; p++) {
     const Real* y = teacher + p * stride;
-    double* k = values + p * stride;
-    for (int64_t c = 0; c < stride; c++) k[c] = 0;
     double bias = kNever;
     if (p < count) {
       const double inverse =
           inverse_norm(sum_of(channels, [=](int64_t c) { return static_cast<double>(y[c]) * y[c]; }));
       for (int64_t c = 0; c < channels; c++) k[c] = y[c] * inverse - mean[c];
       bias = sum_of(channels, [=](int64_t c) { return k[c] * mean[c]; }) / call.temperature * kLog2E;
+    } else {
+      for (int64_t c = 0; c < channels; c++) k[c] = 0;
     }
+    for (int64_t c = 0; c < stride; c++) convert(k[c], call.dropped_bits, rounded[p * stride + c]);
     keys.bias[start + p] = bias;
     keys.bias32[start + p] = static_cast<float>(bias);
   }
+  pack(call, start, padded, rounded, stride, keys);
+  if constexpr (sizeof(Element) == 2) {
+    if (keys.rows != nullptr) pack_rows(call, start, padded, rounded, stride, keys);
+  }
+}
+
+template <class Real>
+void prepare_block(const Affinity& call, int64_t image, int64_t block, const Keys& keys, char* scratch) {
   switch (call.operand) {
     case Operand::float32:
-      pack<float>(call, start, padded, values, stride, keys);
-      break;
+      return prepare_block<Real, float>(call, image, block, keys, scratch);
     case Operand::bfloat16:
-      pack<uint16_t>(call, start, padded, values, stride, keys);
-      break;
+      return prepare_block<Real, uint16_t>(call, image, block, keys, scratch);
     case Operand::float64:
-      pack<double>(call, start, padded, values, stride, keys);
-      break;
+      return prepare_block<Real, double>(call, image, block, keys, scratch);
   }
 }
 
