@@ -1,18 +1,22 @@
-"""What `Detector.predict` does with images in memory as one module of plain operations, to be exported."""
+"""What `Detector.predict` does with images in memory as one module of plain operations, to be exported.
+
+Nothing is float64: some runtimes do not know it, others take float32 in its place without saying so. Where the result
+has to be exact, all numbers on the way are whole ones that float32 holds.
+"""
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import MIN_SIDE
-from dskd_fast.detection.calibration import is_above
 from dskd_fast.detection.detector import Detector, calibration_of, to_float
 from dskd_fast.detection.scoring.calibrated import filter_matrix
 
-# Pillow rounds the weights of its filter to multiples of this.
-_WEIGHT_UNIT = 2.0**-22
+# Pillow rounds the weights of its filter to 22 bits: here two numbers of half as many.
+_HALF = 2.0**11
 
 
 class Inspection(nn.Module):
@@ -39,7 +43,7 @@ class Inspection(nn.Module):
         self.exposure = calibration.exposure
         if self.calibrated is not None:
             return
-        blur = filter_matrix(self.model.image_size, self.scoring.sigma)
+        blur = filter_matrix(self.model.image_size, self.scoring.sigma).float()
         self.register_buffer("blur_rows", blur.to(detector.device))
         self.register_buffer("blur_columns", blur.mT.contiguous().to(detector.device))
 
@@ -48,6 +52,7 @@ class Inspection(nn.Module):
         a threshold "anomalous", and "suspect" where the run knows the brightness and contrast of normal images.
 
         "parts" are what `Detector.parts` names: calibrated values, or with the paper's scoring each student's score.
+        In a runtime that computes in less than float32 all numbers are NaN, and all images anomalous and suspect.
         """
         resized = resize_square(images, self.model.image_size)
         score, located, parts = (self._by_eq_8 if self.calibrated is None else self._calibrated)(
@@ -55,14 +60,19 @@ class Inspection(nn.Module):
         )
         # Too small an image has no such pixel, so that reading it is an error, which ONNX has no other way to raise.
         pixel = images.select(2, MIN_SIDE - 1).select(2, MIN_SIDE - 1)[:, 0]
-        score = score + 0 * pixel.float()
+        is_rounded = _is_rounded(pixel.float())
         height, width = images.shape[-2:]
         located = enlarge(located, (height, width), self.scoring.align_corners)
-        outputs = {"score": score, "map": located, "parts": parts}
+        outputs = {
+            name: torch.where(is_rounded.view(-1, *[1] * (x.dim() - 1)), torch.nan, x)
+            for name, x in (("score", score), ("map", located), ("parts", parts))
+        }
         if self.threshold is not None:
-            outputs["anomalous"] = is_above(score, self.threshold)
+            # For a score in float32 the same as `is_above`, which compares in float64.
+            outputs["anomalous"] = (score > _float32_below(self.threshold)) | is_rounded
         if self.exposure is not None:
-            suspect = torch.stack(list(self.exposure.beyond(*measure_exposure(resized)).values())).any(0)
+            beyond = self.exposure.beyond(*measure_exposure(resized, torch.float32))
+            suspect = torch.stack([*beyond.values(), is_rounded]).any(0)
             if self.threshold is not None:
                 outputs["anomalous"] = outputs["anomalous"] | suspect
             outputs["suspect"] = suspect
@@ -91,14 +101,13 @@ class Inspection(nn.Module):
         )
         normalised = torch.stack(
             [
-                (raw.double() - self.statistics[name].mean) / self.statistics[name].std
+                (raw - self.statistics[name].mean) / self.statistics[name].std
                 for name, raw in zip(("local", "global"), raw_maps, strict=True)
                 if raw is not None
             ]
         )
-        maps = torch.cat([normalised.sum(0, keepdim=True), normalised]).float()
-        # Rounded between the axes, as scipy does it.
-        blurred = ((self.blur_rows @ maps.double()).float().double() @ self.blur_columns).float()
+        maps = torch.cat([normalised.sum(0, keepdim=True), normalised])
+        blurred = self.blur_rows @ maps @ self.blur_columns
         scores = blurred.amax((2, 3))
         return scores[0], (blurred if self.scoring.filter_maps else maps)[0], scores[1:].mT
 
@@ -106,47 +115,107 @@ class Inspection(nn.Module):
 def resize_square(images: Tensor, size: int) -> Tensor:
     """uint8 (B, C, H, W) -> uint8 (B, C, size, size), to the bit as `dskd_fast.data.images.resize_square`.
 
-    Pillow works in fixed point, of which float64 holds every number exactly.
+    Pillow works in fixed point. All numbers here are whole ones below 2^24 for images at most 32 times as large as
+    `size`; of larger ones the sums of the lower halves are rounded where they come to more, which would take pixels
+    that follow the weights' last bits.
     """
-    rows, columns = (
-        (_interpolation(images.shape[axis], size, axis, images.device) / _WEIGHT_UNIT + 0.5).floor() * _WEIGHT_UNIT
-        for axis in (-2, -1)
+    (upper_rows, lower_rows), (upper_columns, lower_columns) = (
+        _pillow_weights(images.shape[axis], size, axis, images.device) for axis in (-2, -1)
     )
-    narrowed = (images.double() @ columns + 0.5).floor()
-    return (rows @ narrowed + 0.5).floor().clamp(max=255).to(torch.uint8)
+    pixels = images.float()
+    narrowed = _rounded(pixels @ upper_columns, pixels @ lower_columns)
+    return _rounded(upper_rows @ narrowed, lower_rows @ narrowed).clamp(max=255).to(torch.uint8)
 
 
 def enlarge(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """Maps (B, S, S) at (height, width), as `Detector.localisation_map`, smaller ones included."""
-    offset: float | Tensor = 0.5
+    rows, columns = (_enlarging_weights(maps.shape[-1], size, axis, maps.device, align_corners) for axis in (-2, -1))
+    return rows @ maps @ columns
+
+
+def _enlarging_weights(
+    source: int, size: tuple[int, int], axis: int, device: torch.device, align_corners: bool
+) -> Tensor:
+    twice_offset: float | Tensor = 1.0
     if align_corners:
         # Antialiased interpolation in PyTorch keeps the scale of aligned corners, but does not align them.
-        smaller = torch.stack([_number(side, maps.device) for side in size]).amin(0) < maps.shape[-1]
-        offset = 0.5 * smaller.double()
-    rows, columns = (
-        _interpolation(maps.shape[-1], side, axis, maps.device, align_corners, offset)
-        for side, axis in zip(size, (-2, -1), strict=True)
-    )
-    return (rows @ maps.double() @ columns).float()
+        smallest = torch.stack([_number(side, device) for side in size]).amin(0)
+        twice_offset = (smallest < source).float()
+    tents = _tents(source, size[axis], axis, device, align_corners, twice_offset)
+    return tents / _total(tents, axis)
 
 
-def _interpolation(
-    source: int, target: int, axis: int, device: torch.device, align_corners: bool = False, offset: float | Tensor = 0.5
-) -> Tensor:
-    """Weights of bilinear interpolation, antialiased where `target` is the smaller, float64.
+def _pillow_weights(source: int, target: int, axis: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The upper and lower halves of Pillow's weights, whole numbers: round(2^22 tent / sum of tents), exactly.
 
-    (target, source) for axis -2, whose images they multiply from the left, (source, target) for -1. They are made as
-    they are used: ONNX Runtime before 1.26 fuses a transposition with a product of float64, for which it has no kernel.
+    Quotients are rounded, and then corrected by their remainders, which are exact.
     """
-    n_source, n_target = _number(source, device), _number(target, device)
-    scale = (n_source - 1) / (n_target - 1) if align_corners else n_source / n_target
-    at = torch.arange(source, device=device).double() + offset
-    centre = (torch.arange(target, device=device).double() + offset) * scale
+    tents = _tents(source, target, axis, device)
+    total = _total(tents, axis)
+    upper = (tents * _HALF / total + 0.5).floor()
+    rest = _remainder(tents, upper, total)
+    lower = (rest * _HALF / total + 0.5).floor()
+    twice_rest = 2 * _remainder(rest, lower, total)
+    return upper, lower + (twice_rest >= total).float() - (twice_rest < -total).float()
+
+
+def _remainder(dividend: Tensor, quotient: Tensor, divisor: Tensor) -> Tensor:
+    """2^11 dividend - quotient divisor, exactly: in two parts, whose products have no more than 24 bits."""
+    upper = (divisor / (2 * _HALF)).floor()
+    lower = divisor - 2 * _HALF * upper
+    return (_HALF * dividend - 2 * _HALF * (quotient * upper)) - quotient * lower
+
+
+def _rounded(upper: Tensor, lower: Tensor) -> Tensor:
+    """round((2^11 upper + lower) / 2^22), halves up."""
+    whole = (upper / _HALF).floor()
+    rest = upper - _HALF * whole
+    return whole + ((_HALF * rest + lower) / _HALF**2 + 0.5).floor()
+
+
+def _tents(
+    source: int,
+    target: int,
+    axis: int,
+    device: torch.device,
+    align_corners: bool = False,
+    twice_offset: float | Tensor = 1.0,
+) -> Tensor:
+    """Bilinear interpolation before its weights are made 1 together, antialiased where `target` is the smaller.
+
+    Whole numbers: distances in units of which twice the larger side (less 1 where corners are aligned) is the width of
+    a tent. (target, source) for axis -2, whose images they multiply from the left, (source, target) for -1.
+    """
+    n_source, n_target = (_number(n, device) - float(align_corners) for n in (source, target))
+    at, centre = (
+        (2 * torch.arange(n, device=device).float() + twice_offset) * scale
+        for n, scale in ((source, n_target), (target, n_source))
+    )
     distances = (at - centre[:, None] if axis == -2 else at[:, None] - centre).abs()
-    weights = (1 - distances / scale.clamp(min=1)).clamp(min=0)
-    return weights / weights.sum(-1 if axis == -2 else -2, keepdim=True)
+    return (2 * torch.maximum(n_source, n_target) - distances).clamp(min=0)
+
+
+def _total(tents: Tensor, axis: int) -> Tensor:
+    """The sum over the source."""
+    return tents.sum(-1 if axis == -2 else -2, keepdim=True)
+
+
+def _is_rounded(numbers: Tensor) -> Tensor:
+    """Whether a runtime rounds the operands of products to less than float32, for whole numbers (B,) below 256: (B,).
+
+    OpenVINO does so on processors that multiply bf16, others where they are told to, and no result tells.
+    """
+    large = 2.0**20 + 1
+    rows = torch.stack([numbers + large, torch.ones_like(numbers)], 1)
+    return (rows @ rows.new_ones((2, 1))).squeeze(1) != numbers + (large + 1)
 
 
 def _number(value: int, device: torch.device) -> Tensor:
-    """A size, which may be one that is left open in an exported program, as a float64 tensor."""
-    return torch.full((), value, dtype=torch.float64, device=device)
+    """A size, which may be one that is left open in an exported program, as a tensor."""
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
+def _float32_below(value: float) -> float:
+    """The largest number of float32 that is not above a value."""
+    nearest = np.float32(value)
+    return float(nearest if float(nearest) <= value else np.nextafter(nearest, np.float32(-np.inf)))

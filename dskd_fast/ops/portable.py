@@ -1,14 +1,10 @@
 """The operators in plain PyTorch operations, for files that a runtime without this package is to run.
 
 `DECOMPOSITIONS` replaces them in an exported program: `torch.export.export(...).run_decompositions(DECOMPOSITIONS)`.
-What is traced may depend neither on the data nor on the number of images, and has to keep its digits in runtimes that
-know no expm1 and no log1p, as those of ONNX. So the logits are products in float32 of the difference form's operands,
-and all sums are taken in float64, where no exponential overflows from T = 0.01 up. With c_ij = <s_i - t_i, k_j - k_i>/T
-(0 at j = i), E_ij = exp(<t_i, k_j>/T) and Z_i = sum_j E_ij:
-
-    M = sum_j E c / Z      v = sum_j E (expm1(c) - c) / Z      KL_i = T^2 (log(1 + M + v) - M)
-
-What cancels there is 1 in 4,096 at most where there are as many positions (kernels/README.md, "Which shift").
+What is traced may depend neither on the data nor on the number of images, and all of it is float32: some runtimes know
+no float64, others take float32 in its place without saying so. None of ONNX's knows expm1 or log1p either. So nothing
+may cancel: the difference of two unit vectors is made from a difference that is exact (`_directions`), and the rest is
+the form of dskd_fast/backends/torch.py, in which all terms are positive and of the KL's own order.
 """
 
 import math
@@ -17,14 +13,20 @@ import torch
 from torch import Tensor
 
 import dskd_fast.ops.operators  # noqa: F401 - registers what is replaced
-from dskd_fast.backends.torch import directions
 
-# Rows are traced in slabs of at most so many entries, whose float64 arrays take 16 MiB per image each. Every slab adds
-# its operations to the file, so that beyond some number they grow instead.
+# Rows are traced in slabs of at most so many entries, whose arrays take 8 MiB per image each. Every slab adds its
+# operations to the file, so that beyond some number they grow instead.
 _SLAB_ELEMENTS = 1 << 21
 _MAX_SLABS = 16
-# Below this, expm1(c) - c is a series of two terms (off by 1e-9 at most), above it loses no more than 2e-8 in float64.
-_SERIES_RADIUS = 1e-4
+# Up to here expm1(c) - c is a series that ends with c^8/8!, off by 4e-8 of it; above, the rounding of 1 + c is 7e-7.
+_SERIES_RADIUS = 0.5
+_SERIES_END = 8
+# Largest logit, relative to the teacher's own position, that is exponentiated as it is: see dskd_fast/backends/torch.py.
+_LOGIT_LIMIT = 30.0
+# Of the largest entry of a vector: features are far from it.
+_MAX_EXPONENT = 63
+# Products of numbers with so many bits after the point, and few before it, are exact in float32.
+_SHORT = 2.0**10
 
 
 def contextual_affinity(
@@ -32,33 +34,33 @@ def contextual_affinity(
 ) -> tuple[Tensor, Tensor]:
     """(B, C, H, W) twice, float32 -> KL (B, H, W), float32, and an empty tensor.
 
-    Precision and backend are without meaning here: the products are in float32.
+    Precision and backend are without meaning here.
     """
     _refuse_gradient(with_gradient)
-    _, t, delta, _ = directions(student.flatten(2).mT, teacher.flatten(2).mT)
+    t, delta, _ = _directions(student, teacher)
     keys = t - t.mean(dim=1, keepdim=True)
+    temperature = temperature.float() if isinstance(temperature, Tensor) else t.new_full((), temperature)
     t, delta = t / temperature, delta / temperature
-    c_own = (delta * keys).sum(-1, keepdim=True)
-    t, delta, keys = t.float(), delta.float(), keys.mT.float()
+    a_own, c_own = ((x * keys).sum(-1, keepdim=True) for x in (t, delta))
+    keys = keys.mT
     n = t.shape[1]
     position = torch.arange(n, device=t.device)
     rows = max(_SLAB_ELEMENTS // n, math.ceil(n / _MAX_SLABS))
     slabs = []
     for r in range(0, n, rows):
         row = slice(r, r + rows)
-        c = (delta[:, row] @ keys).double() - c_own[:, row]
-        # Exactly: where T is small, the own key has all but all of the weight, and the KL comes from the others.
-        c = torch.where(position == position[row, None], 0.0, c)
-        slabs.append(_rows((t[:, row] @ keys).double(), c))
-    kl = (torch.cat(slabs, dim=1) * temperature**2).float()
+        # Exactly 0: where T is small, the own key has all but all of the weight, and the KL comes from the others.
+        is_own = position == position[row, None]
+        a, c = (torch.where(is_own, 0.0, x[:, row] @ keys - own[:, row]) for x, own in ((t, a_own), (delta, c_own)))
+        slabs.append(_rows(a, c))
+    kl = torch.cat(slabs, dim=1) * temperature**2
     return kl.unflatten(1, student.shape[2:]), kl.new_empty(0)
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
     """(B, C, H, W) twice, float32 -> distance (B, H, W), float32."""
-    s, t, delta, _ = directions(student.flatten(2).mT, teacher.flatten(2).mT)
-    has_direction = (s != 0).any(-1) & (t != 0).any(-1)
-    distance = torch.where(has_direction, delta.square().sum(-1) / 2, 1.0).float()
+    _, delta, has_direction = _directions(student, teacher)
+    distance = torch.where(has_direction, delta.square().sum(-1) / 2, 1.0)
     return distance.unflatten(1, student.shape[2:])
 
 
@@ -69,17 +71,76 @@ DECOMPOSITIONS = {
 }
 
 
+def _directions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit vectors t (B, N, C), the difference s - t from them, and where both have a direction (B, N).
+
+    s and t rounded to float32 would differ by that rounding alone where they are close. Instead, with any factor f,
+
+        r = x - f y      s - t = (r - h y) / |x|      h = (2 f <r, y> + |r|^2) / ((f |y| + |x|) |y|)
+
+    for x and y of any length. f is |x| / |y| with few bits, and y the sum of y_1 with few bits and the small rest y_2,
+    so that f y_1 is exact and x - f y_1 - f y_2 is off by its own rounding only; r is then as short as s - t.
+    """
+    x, y = (_near_one(z.flatten(2).mT) for z in (student, teacher))
+    # But for zero vectors, whose largest entry is no more than 0, none is as short as the limit.
+    x_norm, y_norm = (z.square().sum(-1, keepdim=True).sqrt() for z in (x, y))
+    has_x, has_y = x_norm > 0, y_norm > 0
+    x_norm, y_norm = x_norm.clamp(min=0.25), y_norm.clamp(min=0.25)
+    t = y / y_norm
+    # Beyond 4 the vectors are far from each other, and any factor does.
+    factor = _shortened((x_norm / y_norm).clamp(max=4))
+    y_short = _shortened(y)
+    r = (x - factor * y_short) - factor * (y - y_short)
+    h = (2 * factor * (r * y).sum(-1, keepdim=True) + r.square().sum(-1, keepdim=True)) / (factor * y_norm + x_norm)
+    delta = torch.where(has_x, (r - h * t) / x_norm, -t)
+    return t, delta, (has_x & has_y).squeeze(-1)
+
+
+def _near_one(x: Tensor) -> Tensor:
+    """Vectors (..., C) times a power of two each, so that their largest entry lies between 1/2 and 2."""
+    largest = x.abs().amax(-1, keepdim=True).clamp(2.0**-_MAX_EXPONENT, 2.0**_MAX_EXPONENT)
+    exponent = (largest.log() / math.log(2)).floor()
+    # From 2^64 to 2^-63, looked up, since runtimes' own powers are off.
+    powers = x.new_full((1,), 2.0 ** (_MAX_EXPONENT + 1))
+    while len(powers) < 2 * _MAX_EXPONENT + 2:
+        powers = torch.cat([powers, powers * 2.0 ** -len(powers)])
+    return x * powers[(exponent + (_MAX_EXPONENT + 1)).long()]
+
+
+def _shortened(x: Tensor) -> Tensor:
+    return (x * _SHORT + 0.5).floor() / _SHORT
+
+
 def _rows(a: Tensor, c: Tensor) -> Tensor:
-    """KL / T^2 (B, R) of the teacher's logits and the student's differences from them, (B, R, N) each, float64."""
-    weight = a.exp()
-    z = weight.sum(-1)
-    mean = (weight * c).sum(-1) / z
-    tail = torch.where(c.abs() < _SERIES_RADIUS, c * c * (0.5 + c / 6), c.exp() - (1 + c))
-    v = (weight * tail).sum(-1) / z
-    u = mean + v
-    near = v - u * u * (0.5 - u * (1 / 3 - u * (0.25 - u / 5)))
-    # Rounding alone could bring a KL of 0 below it.
-    return torch.where(u.abs() < 1e-3, near, (1 + u).log() - mean).clamp(min=0)
+    """KL / T^2 (B, R) of the teacher's logits and the student's differences from them, (B, R, N) each."""
+    e = a.exp()
+    z = e.sum(-1, keepdim=True)
+    c = c - (e * c).sum(-1, keepdim=True) / z
+    logit = a + c
+    top = logit.amax(-1, keepdim=True)
+    x = (logit - top).exp()
+    tail = e * _expm1_tail_series(c.clamp(-_SERIES_RADIUS, _SERIES_RADIUS))
+    direct = x * top.clamp(max=_LOGIT_LIMIT).exp() - e * (1 + c)
+    v = torch.where(c.abs() <= _SERIES_RADIUS, tail, direct).sum(-1, keepdim=True) / z
+    far = top + x.sum(-1, keepdim=True).log() - z.log()
+    return torch.where(top <= _LOGIT_LIMIT, _log1p(v), far).squeeze(-1)
+
+
+def _expm1_tail_series(c: Tensor) -> Tensor:
+    """expm1(c) - c = c^2/2! + c^3/3! + ... for |c| up to `_SERIES_RADIUS`."""
+    total = torch.full_like(c, 1 / math.factorial(_SERIES_END))
+    for k in range(_SERIES_END - 1, 1, -1):
+        total = total * c + 1 / math.factorial(k)
+    return total * c * c
+
+
+def _log1p(v: Tensor) -> Tensor:
+    """log(1 + v) for v >= 0: up to 1/2 by the series of 2 artanh(v / (2 + v)), off by 2e-8 of it."""
+    u = v.clamp(max=0.5)
+    u = u / (2 + u)
+    square = u * u
+    near = 2 * u * (1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square / 9))))
+    return torch.where(v <= 0.5, near, (1 + v).log())
 
 
 def _refuse_gradient(with_gradient: bool) -> None:

@@ -152,6 +152,11 @@ def test_no_file_holds_anything_of_this_package(exported):
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
         assert {node.domain for node in model.graph.node} == {""}
         assert not model.functions
+        typed = onnx.shape_inference.infer_shapes(model).graph
+        types = {value.type.tensor_type.elem_type for value in (*typed.value_info, *typed.output)}
+        assert onnx.TensorProto.FLOAT in types
+        # TensorRT does not know it, and OpenVINO silently takes float32 in its place.
+        assert onnx.TensorProto.DOUBLE not in types | {tensor.data_type for tensor in typed.initializer}
         assert [path.name for path in exported.path.parent.iterdir()] == [exported.path.name]
         dims = [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         assert dims == ["batch", 3, "height", "width"]

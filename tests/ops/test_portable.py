@@ -9,10 +9,10 @@ from dskd_fast.backends import torch as torch_tiled
 from dskd_fast.ops import portable
 
 
-def features(noise, size=12, channels=24):
+def features(noise, size=12, channels=24, scale=1.0):
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn((2, channels, size, size), generator=generator).relu()
-    student = (teacher + noise * torch.randn(teacher.shape, generator=generator)).relu()
+    student = (scale * (teacher + noise * torch.randn(teacher.shape, generator=generator))).relu()
     return student, teacher
 
 
@@ -35,6 +35,18 @@ def test_contextual_affinity_keeps_its_digits(noise, temperature, limit):
     assert torch.equal(contextual_affinity(student, teacher, torch.tensor(temperature, dtype=torch.float64)), found)
 
 
+@pytest.mark.parametrize("scale", [1.3, 1e-4, 3e9])
+def test_a_student_of_another_length_than_its_teacher_loses_no_digits(scale):
+    """Only directions count, so students learn no lengths, and a plain difference would be rounded to the teacher's."""
+    student, teacher = features(1e-3, scale=scale)
+    assert student.dtype == torch.float32
+    pair = student.double(), teacher.double()
+    expected, _ = torch_tiled.contextual_affinity(*pair, 1.0, "fp32", False)
+    assert relative_error(contextual_affinity(student, teacher, 1.0), expected) < 3e-7
+    expected, _ = torch_tiled.cosine_distance(*pair, False)
+    assert relative_error(portable.cosine_distance(student, teacher, "auto", False)[0], expected) < 2e-7
+
+
 @pytest.mark.parametrize("noise", [1, 0.1])
 def test_positions_that_are_like_no_other_keep_their_digits(noise):
     """KL of 1e-20 and less: all of it comes from keys that have next to no weight, each off by what its logit is."""
@@ -54,7 +66,7 @@ def test_cosine_distance_keeps_its_digits(noise):
     expected, _ = torch_tiled.cosine_distance(student.double(), teacher.double(), None)
     found = portable.cosine_distance(student, teacher, "auto")
     assert found.dtype == torch.float32
-    assert relative_error(found, expected) < 1e-7
+    assert relative_error(found, expected) < 2e-7
 
 
 @pytest.mark.parametrize("temperature", [100, 1, 0.01])
@@ -95,6 +107,11 @@ def test_an_exported_program_holds_no_operator_of_ours_and_takes_any_batch():
     assert "dskd_fast" in str(program.graph)
     program = program.run_decompositions(portable.DECOMPOSITIONS)
     assert "dskd_fast" not in str(program.graph)
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    # But for the temperature.
+    assert {x.dtype for x in values if isinstance(x, torch.Tensor) and x.dim() and x.is_floating_point()} == {
+        torch.float32
+    }
     student, teacher = (torch.cat([x, x[:1].flip(1)]) for x in features(1))
     for batch in (1, 3):
         found = program.module()(student[:batch], teacher[:batch])
