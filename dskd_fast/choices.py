@@ -19,7 +19,7 @@ BITS_RANGE = (9, 16)
 
 OVERLAYS = ("all", "anomalous", "none")
 OVERLAY_FORMATS = ("jpg", "png")
-EXPORT_FORMATS = ("torch", "onnx")
+EXPORT_FORMATS = ("torch", "onnx", "openvino")
 EXPERIMENTS = ("loco", "mvtec-ad", "ablation-students", "ablation-losses", "ablation-gccb", "ablation-temperature")
 """Of the paper."""
 

@@ -166,20 +166,21 @@ def make_parser() -> argparse.ArgumentParser:
         "Write a run as one file that other programs run without dskd-fast.",
         "\n\nThe file takes uint8 RGB images (batch, 3, height, width) from 32 x 32 up and gives score, map and "
         "decision as\npredict does: resizing, normalisation and threshold are inside. It is checked against the run "
-        'before it is kept.\nONNX needs pip install "dskd-fast[onnx]".',
+        'before it is kept.\nFormats other than torch need pip install "dskd-fast[onnx]", or "dskd-fast[openvino]".',
     )
     arguments.add_run(export)
     export.add_argument(
         "--format",
         choices=EXPORT_FORMATS,
         required=True,
-        help="torch: a .pt2 for torch.export.load; onnx: an .onnx for ONNX Runtime and others",
+        help="torch: a .pt2 for torch.export.load; onnx: an .onnx for ONNX Runtime and others; openvino: an .xml and "
+        "a .bin beside it",
     )
     export.add_argument(
         "--out",
         type=values.path,
         metavar="FILE",
-        help="the file, replaced if it exists (default: RUN/model.pt2 or .onnx)",
+        help="the file, replaced if it exists (default: RUN/model.pt2, .onnx or .xml)",
     )
     arguments.add_threshold(export)
 

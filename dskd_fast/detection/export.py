@@ -1,4 +1,4 @@
-"""A detector as one file that needs nothing of this package: a program exported by PyTorch, or ONNX.
+"""A detector as a file that needs nothing of this package: a program exported by PyTorch, ONNX, or OpenVINO's IR.
 
 The file does all that `Detector.predict` does with images in memory: it resizes them as Pillow does, normalises, runs
 the networks, applies the statistics, filters, enlarges the map and decides.
@@ -7,6 +7,7 @@ the networks, applies the statistics, filters, enlarges the map and decides.
 import importlib.util
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,24 @@ from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.ops.portable import DECOMPOSITIONS
 
-Format = Literal["torch", "onnx"]
-SUFFIXES: dict[Format, str] = {"torch": ".pt2", "onnx": ".onnx"}
+Format = Literal["torch", "onnx", "openvino"]
+SUFFIXES: dict[Format, str] = {"torch": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
 OPSET = 18
 METADATA = "dskd_fast.json"
 """Name of the metadata among a .pt2's extra files."""
+RT_INFO = "dskd_fast"
+"""Name of the metadata in OpenVINO's `Model.get_rt_info`."""
 
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# No file can state it: OpenVINO 2026.4 reads the precision from neither a model's nor its nodes' properties.
+OPENVINO_PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
+
+_PACKAGES: dict[Format, tuple[str, ...]] = {
+    "torch": (),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
+# OpenVINO's weights lie in a second file.
+_WEIGHTS = ".bin"
 _MAX_ONNX_BYTES = 2**31 - 2**25  # protobuf's 2 GiB, less room for what is not weights
 
 Outputs = dict[str, NDArray[Any]]
@@ -44,7 +56,8 @@ class Exported:
     """What was written.
 
     Attributes:
-        path, n_bytes: of the file.
+        path: of the file; OpenVINO's weights lie beside it, in a file that ends in .bin.
+        n_bytes: of both together.
         metadata: what the file says of itself.
         difference: the largest between its scores, maps and parts and `Detector.predict`'s, as a multiple of
             1 + |value|.
@@ -61,42 +74,62 @@ def export(detector: Detector, path: Path, file_format: Format, *, category: str
 
     The file takes uint8 RGB images (B, 3, H, W), each side at least 32 pixels, B, H and W free from call to call, and
     fails for smaller ones; in ONNX at a node whose name begins with "images_below_32_pixels". A value v of more than 8
-    bits has to be made round(255 v / (2^bits - 1)) before, `bits` being the run's, or 16.
+    bits has to be made round(255 v / (2^bits - 1)) before, `bits` being the run's, or 16. All is in float32, in formats
+    other than "torch" without float64; in less than float32 all numbers are NaN and all images anomalous and suspect.
 
     Args:
         detector: calibrated.
         path: of the file; an older one is replaced.
-        file_format: "torch" for `torch.export.load`, or "onnx".
+        file_format: "torch" for `torch.export.load`, "onnx", or "openvino", whose users have to ask for float32, too:
+            `Exported.metadata["compile"]` is the line.
         category: recorded in the file.
         threshold: of the decisions; None makes none.
 
     Raises:
-        UserError: packages are missing, the weights are too large for one ONNX file, the file disagrees with the
+        UserError: packages are missing, the weights are too large for an ONNX file, the file disagrees with the
             detector, or cannot be written. An older file is then still there.
     """
     suffix = SUFFIXES[file_format]
     if path.suffix != suffix:
         raise UserError(f"{path} does not end in {suffix}, as files of the format {file_format} do: choose such a name")
     require_writable(path)
-    if file_format == "onnx":
-        _check_onnx(detector)
+    _check_packages(file_format)
+    files = [path]
+    if file_format != "torch":
+        _check_size(detector)
+    if file_format == "openvino":
+        files.append(path.with_suffix(_WEIGHTS))
+        require_writable(files[1])
     metadata = _metadata(detector, file_format, category, threshold)
-    write, load = (_write_torch, _load_torch) if file_format == "torch" else (_write_onnx, _load_onnx)
+    if file_format == "openvino":
+        precision = json.dumps(OPENVINO_PRECISION)
+        metadata["compile"] = f'compiled = openvino.Core().compile_model("{path.name}", "CPU", {precision})'
+    write, load = {
+        "torch": (_write_torch, _load_torch),
+        "onnx": (_write_onnx, _load_onnx),
+        "openvino": (_write_openvino, _load_openvino),
+    }[file_format]
     program = _program(detector, threshold)
     difference = 0.0
 
     def write_and_verify(temporary: Path) -> None:
         nonlocal difference
-        write(program, temporary, metadata)
-        difference = _difference(detector, load(temporary), threshold)
-        if not difference <= TOLERANCE:  # NaN, too
-            raise UserError(
-                f"the exported file disagrees with the run by {difference:.1e}, more than {TOLERANCE:.0e}, and was not "
-                "kept: use the other --format, or report this"
-            )
+        try:
+            write(program, temporary, metadata)
+            difference = _difference(detector, load(temporary), threshold)
+            if not difference <= TOLERANCE:  # NaN, too
+                raise UserError(
+                    f"the exported file disagrees with the run by {difference:.1e}, more than {TOLERANCE:.0e}, and was "
+                    "not kept: use another --format, or report this"
+                )
+            for file in files[1:]:
+                os.replace(temporary.with_suffix(file.suffix), file)
+        finally:
+            for file in files[1:]:
+                temporary.with_suffix(file.suffix).unlink(missing_ok=True)
 
     write_file(path, write_and_verify)
-    return Exported(path, path.stat().st_size, metadata, difference)
+    return Exported(path, sum(file.stat().st_size for file in files), metadata, difference)
 
 
 def _program(detector: Detector, threshold: float | None) -> torch.export.ExportedProgram:
@@ -134,7 +167,7 @@ def _metadata(detector: Detector, file_format: Format, category: str, threshold:
         "parts": list(detector.parts),
         "threshold": threshold,
         **({} if exposure is None else {"exposure": limits}),
-        **({"opset": OPSET} if file_format == "onnx" else {}),
+        **({} if file_format == "torch" else {"opset": OPSET}),
         **({} if detector.bits is None else {"bits": detector.bits}),
         "inputs": {
             "images": f"uint8 (batch, 3, height, width), RGB, each side at least {MIN_SIDE} pixels; a value of more "
@@ -165,15 +198,21 @@ def _load_torch(path: Path) -> Callable[[NDArray[np.uint8]], Outputs]:
     return run
 
 
-def _check_onnx(detector: Detector) -> None:
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+def _check_packages(file_format: Format) -> None:
+    missing = [name for name in _PACKAGES[file_format] if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f'ONNX needs {", ".join(missing)}, not installed here: run pip install "dskd-fast[onnx]"')
+        raise UserError(
+            f"--format {file_format} needs {', '.join(missing)}, not installed here: run pip install "
+            f'"dskd-fast[{file_format}]"'
+        )
+
+
+def _check_size(detector: Detector) -> None:
     n_bytes = sum(x.numel() * x.element_size() for x in detector.model.state_dict().values())
     if n_bytes > _MAX_ONNX_BYTES:
         raise UserError(
-            f"the weights take {n_bytes / 2**30:.1f} GiB, and one ONNX file holds 2 at most: use --format torch, or "
-            "train with a smaller --gccb"
+            f"the weights take {n_bytes / 2**30:.1f} GiB, and one ONNX file, of which OpenVINO's are made, too, holds "
+            "2 at most: use --format torch, or train with a smaller --gccb"
         )
 
 
@@ -224,6 +263,34 @@ def _load_onnx(path: Path) -> Callable[[NDArray[np.uint8]], Outputs]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return lambda images: dict(zip(names, session.run(names, {"images": images}), strict=True))
+
+
+def _write_openvino(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
+    """The file, and its weights beside it."""
+    import openvino
+
+    onnx_file = path.with_suffix(SUFFIXES["onnx"])
+    try:
+        _write_onnx(program, onnx_file, metadata)
+        model = openvino.Core().read_model(onnx_file)
+        # Reading a pixel that is not there is no error in OpenVINO.
+        side = openvino.Dimension(MIN_SIDE, -1)
+        model.reshape({"images": openvino.PartialShape([openvino.Dimension(), 3, side, side])})
+        for name, value in metadata.items():
+            model.set_rt_info(value if isinstance(value, str) else json.dumps(value), [RT_INFO, name])
+        try:
+            openvino.save_model(model, path, compress_to_fp16=False)
+        except RuntimeError as error:
+            raise OSError(str(error).strip().splitlines()[-1]) from error
+    finally:
+        onnx_file.unlink(missing_ok=True)
+
+
+def _load_openvino(path: Path) -> Callable[[NDArray[np.uint8]], Outputs]:
+    import openvino
+
+    compiled = openvino.Core().compile_model(path, "CPU", OPENVINO_PRECISION)
+    return lambda images: {output.any_name: x.copy() for output, x in compiled({"images": images}).items()}
 
 
 # ------------------------------------------------------------------------------------------------ verification

@@ -21,10 +21,10 @@ _MAX_SLABS = 16
 # Up to here expm1(c) - c is a series that ends with c^8/8!, off by 4e-8 of it; above, the rounding of 1 + c is 7e-7.
 _SERIES_RADIUS = 0.5
 _SERIES_END = 8
-# Largest logit, relative to the teacher's own position, that is exponentiated as it is: see dskd_fast/backends/torch.py.
+# Largest logit, relative to the teacher's own position, that is exponentiated as it is (dskd_fast/backends/torch.py).
 _LOGIT_LIMIT = 30.0
 # Of the largest entry of a vector: features are far from it.
-_MAX_EXPONENT = 63
+_MAX_EXPONENT = 30
 # Products of numbers with so many bits after the point, and few before it, are exact in float32.
 _SHORT = 2.0**10
 
@@ -100,11 +100,10 @@ def _near_one(x: Tensor) -> Tensor:
     """Vectors (..., C) times a power of two each, so that their largest entry lies between 1/2 and 2."""
     largest = x.abs().amax(-1, keepdim=True).clamp(2.0**-_MAX_EXPONENT, 2.0**_MAX_EXPONENT)
     exponent = (largest.log() / math.log(2)).floor()
-    # From 2^64 to 2^-63, looked up, since runtimes' own powers are off.
-    powers = x.new_full((1,), 2.0 ** (_MAX_EXPONENT + 1))
-    while len(powers) < 2 * _MAX_EXPONENT + 2:
-        powers = torch.cat([powers, powers * 2.0 ** -len(powers)])
-    return x * powers[(exponent + (_MAX_EXPONENT + 1)).long()]
+    # Looked up, since runtimes' own powers are off: 2^-30 to 2^31, of which rounded logarithms may take the last.
+    whole = torch.ones(2 * _MAX_EXPONENT + 2, dtype=torch.int64, device=x.device)
+    powers = torch.bitwise_left_shift(whole, torch.arange(len(whole), device=x.device)).float() * 2.0**-_MAX_EXPONENT
+    return x * powers[(_MAX_EXPONENT - exponent).long()]
 
 
 def _shortened(x: Tensor) -> Tensor:

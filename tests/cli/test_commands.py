@@ -400,7 +400,9 @@ def test_by_the_papers_scoring_info_shows_the_students_for_parts(cli, own_run, e
 # ---------------------------------------------------------------------------------------------------- export
 
 
-@pytest.mark.parametrize(("file_format", "name"), [("torch", "model.pt2"), ("onnx", "model.onnx")])
+@pytest.mark.parametrize(
+    ("file_format", "name"), [("torch", "model.pt2"), ("onnx", "model.onnx"), ("openvino", "model.xml")]
+)
 def test_export_writes_into_the_run_and_says_what_the_file_is(own_run, cli, edit, monkeypatch, file_format, name):
     asked = []
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import onnx
 import onnxruntime
+import openvino
 import pytest
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ from dskd_fast.detection.scoring.calibrated import PARTS, CalibratedScore
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 
-FORMATS = ("torch", "onnx")
+FORMATS = ("torch", "onnx", "openvino")
 
 
 def load(path):
@@ -36,8 +38,14 @@ def load(path):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
         return lambda images: dict(zip(names, session.run(None, {"images": images}), strict=True))
+    if path.suffix == ".xml":
+        return openvino_run(openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}))
     module = torch.export.load(path).module()
     return lambda images: {name: x.numpy() for name, x in module(torch.from_numpy(images)).items()}
+
+
+def openvino_run(compiled):
+    return lambda images: {output.any_name: x.copy() for output, x in compiled({"images": images}).items()}
 
 
 def assert_agrees(found, detections, threshold):
@@ -72,10 +80,31 @@ def threshold(tiny_detector):
     return tiny_detector.calibration.threshold.value
 
 
+@pytest.fixture(scope="module")
+def export_as(tiny_detector, threshold, tmp_path_factory):
+    """Traced once for all formats, since that takes longest, and written as ONNX once, of which OpenVINO's is made."""
+    program = export_module._program(tiny_detector, threshold)
+    folder = tmp_path_factory.mktemp("exported")
+    done = {}
+
+    def export_as(file_format):
+        if file_format in done:
+            return done[file_format]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export_module, "_program", lambda *_: program)
+            if file_format == "openvino":
+                source = export_as("onnx").path
+                patch.setattr(export_module, "_write_onnx", lambda program, path, metadata: shutil.copy(source, path))
+            path = folder / file_format / f"model{SUFFIXES[file_format]}"
+            done[file_format] = export(tiny_detector, path, file_format, category="screw_bag", threshold=threshold)
+        return done[file_format]
+
+    return export_as
+
+
 @pytest.fixture(scope="module", params=FORMATS)
-def exported(request, tiny_detector, threshold, tmp_path_factory):
-    path = tmp_path_factory.mktemp("exported") / f"model{SUFFIXES[request.param]}"
-    return export(tiny_detector, path, request.param, category="screw_bag", threshold=threshold)
+def exported(request, export_as):
+    return export_as(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +141,12 @@ def test_dead_frames_are_suspect_and_never_pass_in_a_file_either(run_file, dead_
 @pytest.mark.parametrize("size", [(31, 64), (64, 31)])
 def test_smaller_images_are_refused(exported, run_file, size):
     dim, side = (2, "height") if size[0] < 32 else (3, "width")
-    is_onnx = exported.path.suffix == ".onnx"
-    message = f"Name:'images_below_32_pixels_in_{side}'" if is_onnx else rf"{dim}\D.*>= 32"
-    with pytest.raises(Exception, match=message):
+    message = {
+        ".onnx": f"Name:'images_below_32_pixels_in_{side}'",
+        ".pt2": rf"{dim}\D.*>= 32",
+        ".xml": r"shape=\[\?,3,32\.\.,32\.\.\]",
+    }
+    with pytest.raises(Exception, match=message[exported.path.suffix]):
         run_file(random_images(2, *size))
 
 
@@ -126,7 +158,7 @@ def test_images_may_have_any_size(run_file, tiny_detector, threshold):
 
 def test_a_file_says_what_it_is(exported, tiny_detector, threshold):
     assert 0 < exported.difference < TOLERANCE
-    assert exported.n_bytes == exported.path.stat().st_size
+    assert exported.n_bytes == sum(file.stat().st_size for file in exported.path.parent.iterdir())
     assert exported.metadata["category"] == "screw_bag"
     assert exported.metadata["image_size"] == 64
     assert exported.metadata["threshold"] == threshold
@@ -140,7 +172,14 @@ def test_a_file_says_what_it_is(exported, tiny_detector, threshold):
         torch.export.load(exported.path, extra_files=extra)
         assert json.loads(extra[METADATA]) == exported.metadata
         return
-    said = onnxruntime.InferenceSession(exported.path).get_modelmeta().custom_metadata_map
+    if exported.path.suffix == ".xml":
+        found = openvino.Core().read_model(exported.path).get_rt_info("dskd_fast").value
+        said = {name: str(found[name]) for name in exported.metadata}
+        assert said["compile"] == (
+            'compiled = openvino.Core().compile_model("model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})'
+        )
+    else:
+        said = onnxruntime.InferenceSession(exported.path).get_modelmeta().custom_metadata_map
     for name, value in exported.metadata.items():
         assert said[name] == (value if isinstance(value, str) else json.dumps(value))
 
@@ -161,9 +200,31 @@ def test_no_file_holds_anything_of_this_package(exported):
         dims = [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         assert dims == ["batch", 3, "height", "width"]
         return
+    if exported.path.suffix == ".xml":
+        assert sorted(path.name for path in exported.path.parent.iterdir()) == ["model.bin", "model.xml"]
+        operators = openvino.Core().read_model(exported.path).get_ops()
+        assert openvino.Type.f64 not in {output.get_element_type() for one in operators for output in one.outputs()}
+        assert {one.get_type_info().version_id[:5] for one in operators} == {"opset"}
+        return
     calls = [node.target for node in torch.export.load(exported.path).graph.nodes if node.op == "call_function"]
     assert len(calls) > 100
     assert {target.namespace for target in calls if isinstance(target, torch._ops.OpOverload)} == {"aten"}
+
+
+@pytest.mark.parametrize(
+    ("file_format", "precision"), [("openvino", {}), ("onnx", {"INFERENCE_PRECISION_HINT": "bf16"})]
+)
+def test_openvino_in_less_than_float32_gives_no_numbers_and_passes_no_image(export_as, file_format, precision):
+    """Both are bf16 on processors that multiply it: the first without a word."""
+    path, images = export_as(file_format).path, random_images(2, 40, 64)
+    compiled = openvino.Core().compile_model(path, "CPU", precision)
+    found = openvino_run(compiled)(images)
+    if compiled.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32:
+        np.testing.assert_allclose(found["score"], load(path)(images)["score"], rtol=1e-4)
+        return
+    assert all(np.isnan(found[name]).all() for name in ("score", "map", "parts"))
+    assert found["anomalous"].all()
+    assert found["suspect"].all()
 
 
 @pytest.mark.slow
@@ -366,6 +427,12 @@ def test_what_onnx_needs_is_known_before_the_work(tmp_path, monkeypatch, below):
         )
         with pytest.raises(UserError, match=r'onnxruntime, .*pip install "dskd-fast\[onnx\]"'):
             export(small_detector(), tmp_path / "model.onnx", "onnx", category="c", threshold=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            export_module.importlib.util, "find_spec", lambda name: None if name == "openvino" else find_spec(name)
+        )
+        with pytest.raises(UserError, match=r'openvino, .*pip install "dskd-fast\[openvino\]"'):
+            export(small_detector(), tmp_path / "model.xml", "openvino", category="c", threshold=None)
     monkeypatch.setattr(export_module, "_MAX_ONNX_BYTES", 1000)
     with pytest.raises(UserError, match="--format torch"):
         export(small_detector(), tmp_path / "model.onnx", "onnx", category="c", threshold=None)
