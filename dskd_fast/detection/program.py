@@ -101,7 +101,8 @@ class Inspection(nn.Module):
         )
         normalised = torch.stack(
             [
-                (raw - self.statistics[name].mean) / self.statistics[name].std
+                # In this order: optimisers of ONNX take a subtraction of less than 1e-8 for one of nothing.
+                raw / self.statistics[name].std - self.statistics[name].mean / self.statistics[name].std
                 for name, raw in zip(("local", "global"), raw_maps, strict=True)
                 if raw is not None
             ]
