@@ -13,6 +13,7 @@ from dskd_fast import functional
 from dskd_fast.choices import DEFAULT_TEACHER, STAGE4_INITS, STUDENTS
 from dskd_fast.errors import UserError
 from dskd_fast.models.bottleneck import GlobalBottleneck, LocalBottleneck
+from dskd_fast.models.folding import fold
 from dskd_fast.models.initialisation import initialise
 from dskd_fast.models.student import Student
 from dskd_fast.models.teacher import Teacher
@@ -66,6 +67,7 @@ class DSKD(nn.Module):
 
     Attributes:
         students: ("local", "global"), or the one there is.
+        is_folded: whether `fold` was called.
 
     Args:
         teacher: "wide_resnet50_2" (the paper's), "lite" (weights come with a package), or any timm backbone with three
@@ -134,6 +136,7 @@ class DSKD(nn.Module):
             raise ValueError(f"students={students!r} is not known: use one of {', '.join(map(repr, STUDENTS))}")
         self.image_size = image_size
         self.students = branches_of(students)
+        self.is_folded = False
         if "local" in self.students:
             self.local_bottleneck = LocalBottleneck(levels)
             self.local_student = Student(levels, self.teacher.rectified)
@@ -165,6 +168,16 @@ class DSKD(nn.Module):
     def global_branch(self) -> tuple[nn.Module, ...]:
         """OCBE_glo and S_glo; empty if there is no global student."""
         return (self.global_bottleneck, self.global_student) if "global" in self.students else ()
+
+    def fold(self) -> None:
+        """Put batch norm into the convolutions, in place, for networks that only score from now on.
+
+        Their maps change by float32 rounding. They cannot be trained, nor saved as a run's: the state dict is another.
+        """
+        self.eval()
+        for network in self.children():
+            fold(network)
+        self.is_folded = True
 
     def forward(self, images: Tensor) -> Features:
         """RGB images (B, 3, S, S), float in [0, 1] -> the three networks' features.

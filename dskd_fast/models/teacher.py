@@ -269,7 +269,9 @@ class _LiteFeatures(nn.Module):
         self.blocks = nn.Sequential(*full.blocks[:5], nn.Sequential(expansion))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.blocks[:2](self.bn1(self.conv_stem(x)))
+        x = self.bn1(self.conv_stem(x))
+        for early in self.blocks[:2]:
+            x = early(x)
         features = []
         for index in (2, 3, 5):
             stage: Any = self.blocks[index]
@@ -277,7 +279,8 @@ class _LiteFeatures(nn.Module):
             features.append(block.bn1(block.conv_pw(x)))
             if index != 5:
                 x = block.bn3(block.conv_pwl(block.bn2(block.conv_dw(features[-1]))))
-                x = stage[1:](x)
+                for later in stage[1:]:
+                    x = later(x)
             if index == 3:
                 x = self.blocks[4](x)
         return features

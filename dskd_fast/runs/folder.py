@@ -122,6 +122,8 @@ def begin_run(folder: Path, options: TrainingOptions, category: Category, holdou
 
 def save_run(folder: Path, detector: Detector, options: TrainingOptions, history: list[Epoch]) -> None:
     """Complete a run folder with the trained detector, and drop the state of its training."""
+    if detector.model.is_folded:
+        raise ValueError("folded networks have other weights than a run keeps")
     save_tensors(folder / WEIGHTS, detector.model.state_dict())
     write_json(folder / HISTORY, [dataclasses.asdict(epoch) for epoch in history])
     resolved = {"gccb": detector.model.gccb, "sigma": options.map_options.sigma}
@@ -304,6 +306,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
         ) from None
     # torch states no types for both at once.
     model = model.to(resolve_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.fold()
     detector = options.detector(model)
     detector.calibration = calibration
     if detector.calibrated is not None:

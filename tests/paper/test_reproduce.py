@@ -10,6 +10,7 @@ import signal
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -25,7 +26,7 @@ from dskd_fast.models.teacher import WeightsUnavailable
 from dskd_fast.paper.reproduce import reproduce
 from dskd_fast.paper.students import join
 from dskd_fast.progress import log
-from dskd_fast.runs.folder import load_run
+from dskd_fast.runs.folder import WEIGHTS, load_run
 from dskd_fast.training.session import start_run
 
 RUNS = "runs/screw_bag"
@@ -148,9 +149,12 @@ def test_calibrated_figures_are_those_of_a_run_with_the_same_networks_and_that_s
     figures = evaluate(run, category, threshold=None, batch_size=4)
     content = json.loads((first[0] / "table-loco.json").read_text())
     (found,) = (entry for entry in content["figures"] if "calibrated" in entry["row"] and entry["seed"] == 0)
-    assert {name: found[name] for name in ("auroc", "spro", "spro_at")} == {
-        name: figures[name] for name in ("auroc", "spro", "spro_at")
-    }
+    # The networks of a run on disk are folded, which rounds in another way.
+    assert found["spro_at"].keys() == figures["spro_at"].keys()
+    for one in ("auroc", "spro"):
+        assert found[one] == pytest.approx(figures[one], abs=1e-3)
+    for limit, spro in found["spro_at"].items():
+        assert spro == pytest.approx(figures["spro_at"][limit], abs=1e-3)
 
 
 def test_the_examples_are_the_median_images_with_the_maps_of_the_run(first, data_root):
@@ -210,7 +214,8 @@ def test_a_pair_has_the_maps_of_its_students_which_do_not_depend_on_the_others_l
 
     options = dataclasses.replace(load_run(ablations[0] / RUN, "cpu")[1], global_loss="flattened-cosine")
     other = start_run(tmp_path / "run", open_category(data_root, "screw_bag"), options, holdout=0).model.state_dict()
-    same = {name for name, tensor in detector("dskd").model.state_dict().items() if torch.equal(tensor, other[name])}
+    weights = safetensors.torch.load_file(ablations[0] / RUNS / "dskd" / "seed-0" / WEIGHTS)
+    same = {name for name, tensor in weights.items() if torch.equal(tensor, other[name])}
     assert {name for name in other if name.startswith("local_")} <= same
     assert not {name for name in other if name.startswith("global_")} <= same
 

@@ -1,0 +1,75 @@
+"""Networks that do not learn, made cheaper: batch norm within the convolutions, weights rounded once."""
+
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from dskd_fast.models.bottleneck import WholeMapConv2d, WholeMapConvTranspose2d
+
+
+def fold(network: nn.Module) -> None:
+    """Put each batch norm of a network, as it is in eval mode, into the convolution before it, in place.
+
+    The network then gives the same but for float32 rounding, cannot be trained any more, and has another state dict.
+    Where a convolution's result goes elsewhere, too, or a backbone's code cannot be followed, batch norm stays.
+    """
+    try:
+        graph = _Tracer().trace(network)
+    except Exception:  # of any kind: what a backbone's own code makes of stand-ins for tensors
+        return
+    modules = dict(network.named_modules())
+    nodes = [node for node in graph.nodes if node.op == "call_module"]
+    targets = [str(node.target) for node in nodes]
+    for node in nodes:
+        before, name = node.args[0], str(node.target)
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        conv, norm = modules[str(before.target)], modules[name]
+        once = targets.count(name) == targets.count(str(before.target)) == 1
+        if once and _can_hold_bias(conv) and type(norm) in (nn.BatchNorm2d, BatchNormAct2d):
+            _fold_pair(conv, norm)
+            parent, _, own_name = name.rpartition(".")
+            left = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+            setattr(network.get_submodule(parent), own_name, left)
+
+
+def round_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of convolutions and linear layers in `dtype`, in place.
+
+    Under autocast to `dtype` nothing changes but that they are not rounded again in every call.
+    """
+    for part in network.modules():
+        # The condensing block multiplies in float32 whatever autocast says.
+        if isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and not _is_whole_map(part):
+            part.to(dtype)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_of_a_pair = isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d)
+        return is_of_a_pair or super().is_leaf_module(m, module_qualified_name)
+
+
+def _is_whole_map(part: nn.Module) -> bool:
+    return isinstance(part, WholeMapConv2d | WholeMapConvTranspose2d)
+
+
+def _can_hold_bias(part: nn.Module) -> bool:
+    return isinstance(part, nn.Conv2d | nn.ConvTranspose2d) and not _is_whole_map(part)
+
+
+@torch.no_grad()
+def _fold_pair(conv: Any, norm: Any) -> None:
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight,
+        conv.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+        transpose=isinstance(conv, nn.ConvTranspose2d),
+    )
