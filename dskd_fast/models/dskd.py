@@ -179,8 +179,10 @@ class DSKD(nn.Module):
             fold(network)
         self.is_folded = True
 
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor, of_teacher: list[Tensor] | None = None) -> Features:
         """RGB images (B, 3, S, S), float in [0, 1] -> the three networks' features.
+
+        `of_teacher` are the teacher's features of these images, where they are known.
 
         Of the images only the shape is checked, for training's sake: looking at values makes a GPU wait.
 
@@ -191,7 +193,7 @@ class DSKD(nn.Module):
             raise ValueError(
                 f"images has shape {tuple(images.shape)}: pass (B, 3, {self.image_size}, {self.image_size})"
             )
-        features = self.teacher(images)
+        features = self.teacher(images) if of_teacher is None else of_teacher
 
         local_student = global_student = condensed = None
         if "local" in self.students:

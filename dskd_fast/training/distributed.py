@@ -46,6 +46,15 @@ class Group:
             distributed.all_reduce(moved)
         return moved.cpu()
 
+    def exchange(self, rows: Tensor) -> None:
+        """Complete a contiguous tensor (n, ...) on the CPU, of which each process has its `share(n)`, in place."""
+        if self.size == 1:
+            return
+        with connected():
+            for rank in range(self.size):
+                # As bytes: not every backend knows bf16.
+                distributed.broadcast(rows[Group(rank, self.size).share(len(rows))].view(torch.uint8), rank)
+
     def of_first(self, value: T) -> T:
         """The first process's value, which can be pickled, in all of them."""
         if self.size == 1:

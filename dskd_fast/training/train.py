@@ -131,6 +131,11 @@ def _fit(
             raise UserError(f"the training is in epoch {begun} already: go on with --epochs {begun} or more")
         # The rest of an epoch in batches of another size leaves another last one.
         check_batches(model, len(indices) - at.seen or len(indices), options, group)
+    kept = None
+    # Of a GPU the memory is for the batches, and the teacher takes a smaller part of its time.
+    if augment == Augmentation() and options.epochs > 1 and device.type == "cpu":
+        with clear_errors(options, group):
+            kept = trainer.teacher.features_of(images, len(indices), group)
 
     def mean_losses() -> dict[str, float | None]:
         by_name = {name: total / at.seen for name, total in zip(model.students, at.totals, strict=True)}
@@ -154,8 +159,10 @@ def _fit(
             with clear_errors(options, group):
                 # Random numbers are drawn for the whole batch, so that an image gets the same ones in any group.
                 batch = augment(to_float(images.batch(indices[i] for i in chosen), device), random)
-                part = batch[group.share(len(batch))]
-                losses = trainer.step(part, group.size * len(part) / len(chosen))
+                share = group.share(len(batch))
+                part = batch[share]
+                of_teacher = None if kept is None else kept.of([indices[i] for i in chosen[share]])
+                losses = trainer.step(part, group.size * len(part) / len(chosen), of_teacher)
             of_part = losses.double().cpu() * len(part)
             *sums, stop = group.add(torch.cat([of_part, torch.tensor([float(signal_number() > 0)])])).tolist()
             at.seen += len(chosen)

@@ -1,5 +1,6 @@
 """One training step: the students' losses and their optimiser."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from dskd_fast.losses import make_loss
 from dskd_fast.models import DSKD, Features
 from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.distributed import ALONE, Group, synchronise_batch_norm
+from dskd_fast.training.teacher import FrozenTeacher
 
 
 class Trainer:
@@ -28,9 +30,10 @@ class Trainer:
         self.options = options
         self.local_loss_fn = make_loss(options.local_loss, options.temperature)
         self.global_loss_fn = make_loss(options.global_loss, options.temperature)
-        self._forward: Callable[[torch.Tensor], Features] = model
+        self._forward: Callable[[torch.Tensor, list[torch.Tensor]], Features] = model
         if group.size > 1:
-            synchronise_batch_norm(model)
+            for part in (*model.local_branch, *model.global_branch):
+                synchronise_batch_norm(part)
             with warnings.catch_warnings():
                 # The name that torch before 2.13 has, too; later ones warn of it.
                 warnings.simplefilter("ignore", FutureWarning)
@@ -52,6 +55,11 @@ class Trainer:
         self._averages = {name: tensor.clone() for name, tensor in self._averaged.items()}
         self._n_averaged = 0
 
+    @functools.cached_property
+    def teacher(self) -> FrozenTeacher:
+        """What gives the features that the students learn; made late, since `load_state` brings weights."""
+        return FrozenTeacher(self.model.teacher, self.options)
+
     def set_progress(self, done: float, step: float) -> None:
         """Set the learning rate of a step that is the share `step` of a training of which the share `done` is over."""
         scale = (1 + math.cos(math.pi * done)) / 2 if self.options.schedule == "cosine" else 1.0
@@ -60,13 +68,16 @@ class Trainer:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.options.lr * scale
 
-    def step(self, batch: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+    def step(
+        self, batch: torch.Tensor, weight: float = 1.0, of_teacher: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Train on RGB images (B, 3, S, S), float in [0, 1].
 
         Args:
             batch: the images.
             weight: of the loss; that of a part of a batch is the part's share, times the number of parts, since
                 gradients are averaged over the parts.
+            of_teacher: the teacher's features of the images, where they are known.
 
         Returns:
             The loss of each student there is, float32, in the order of `model.students`.
@@ -74,8 +85,10 @@ class Trainer:
         # Both hold the last step's gradients; neither is to keep them alive through this one.
         self.model.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
+        if of_teacher is None:
+            of_teacher = self.teacher(batch)
         with numerics(self.options.precision, batch.device):
-            features = self._forward(batch)
+            features = self._forward(batch, of_teacher)
             losses = [
                 loss_fn(student, features.teacher)
                 for loss_fn, student in (
@@ -137,6 +150,7 @@ class Trainer:
         for name, average in averages.items():
             self._averages[name].copy_(average)
         self.model.load_state_dict(of_model)
+        self.__dict__.pop("teacher", None)  # made of the weights before
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
 
 

@@ -220,7 +220,7 @@ def test_each_process_trains_on_its_share_of_a_batch_with_the_weight_of_it(data_
 
     steps = []
     monkeypatch.setattr(train_module, "Trainer", lambda model, options, group: Trainer(model, options))
-    monkeypatch.setattr(Trainer, "step", lambda self, part, weight: steps.append((part, weight)) or torch.zeros(2))
+    monkeypatch.setattr(Trainer, "step", lambda self, part, weight, _: steps.append((part, weight)) or torch.zeros(2))
     category = open_category(data_root, "screw_bag")
     for group in (ALONE, Second(0, 2), Second(1, 2)):
         train_module.train(category, tiny_options(batch_size=5), group=group)

@@ -1,0 +1,82 @@
+"""The frozen teacher as training uses it: cheaper than the one that the run keeps, and not asked twice."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dskd_fast.data.store import ImageStore
+from dskd_fast.detection.detector import to_float
+from dskd_fast.device import numerics
+from dskd_fast.models.folding import fold, round_weights
+from dskd_fast.models.teacher import Teacher
+from dskd_fast.progress import log
+from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.training.distributed import Group
+
+KEPT_BYTES = 2 * 2**30
+"""Most that kept features may take: those of 292 images at 256 x 256 of the paper's teacher, of 2131 at 128 x 128 of
+`lite`, and of twice as many in bf16."""
+
+# Images for which features are computed together, whatever the batches of the training: the same each time.
+_AT_A_TIME = 8
+
+
+class FrozenTeacher:
+    """A teacher that gives the features that the students learn, in the precision of the training.
+
+    Args:
+        teacher: stays as it is; a copy of it is folded, and in bf16 its weights are rounded once.
+        options: the recipe.
+    """
+
+    def __init__(self, teacher: Teacher, options: TrainingOptions) -> None:
+        self.precision = options.precision
+        self.device = teacher.mean.device
+        network = copy.deepcopy(teacher)
+        fold(network)
+        if options.precision == "bf16":
+            round_weights(network, torch.bfloat16)
+        self._network: Callable[[Tensor], list[Tensor]] = torch.compile(network) if options.compile else network
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """RGB images (B, 3, S, S), float in [0, 1] -> three feature maps, finest first."""
+        with numerics(self.precision, self.device):
+            # Not in inference mode: the students' first convolutions save features for their gradients.
+            return self._network(images)
+
+    def features_of(self, images: ImageStore, n: int, group: Group) -> "KeptFeatures | None":
+        """The features of the first n images of a store, each process's share computed there; None if too large."""
+        share = group.share(n)
+        levels: list[Tensor] = []
+        for start in range(share.start, share.stop, _AT_A_TIME):
+            stop = min(start + _AT_A_TIME, share.stop)
+            found = [x.permute(0, 2, 3, 1) for x in self(to_float(images.batch(range(start, stop)), self.device))]
+            if not levels:
+                n_bytes = n * sum(x[0].nbytes for x in found)
+                if n_bytes > KEPT_BYTES:
+                    return None
+                log.info("keeping the teacher's features of the %d training images: %.0f MiB", n, n_bytes / 2**20)
+                levels = [x.new_empty((n, *x.shape[1:])) for x in found]
+            for level, values in zip(levels, found, strict=True):
+                level[start:stop] = values
+        for level in levels:
+            group.exchange(level)
+        return KeptFeatures(levels)
+
+
+class KeptFeatures:
+    """Features of images that are not augmented, which are the same in every epoch.
+
+    Args:
+        levels: (n, h, w, C) for each, finest first.
+    """
+
+    def __init__(self, levels: list[Tensor]) -> None:
+        self._levels = levels
+
+    def of(self, indices: Sequence[int]) -> list[Tensor]:
+        """As `FrozenTeacher` gives them for a batch of these images."""
+        chosen = torch.tensor(indices)
+        return [level[chosen].permute(0, 3, 1, 2) for level in self._levels]
