@@ -3,6 +3,7 @@
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "tf32", "bf16")
 """Of training; of the operands of one call see `dskd_fast.ops.dispatch.PRECISIONS`."""
+SCORING_PRECISIONS = ("fp32", "bf16")
 
 DEFAULT_TEACHER = "wide_resnet50_2"
 LITE = "lite"

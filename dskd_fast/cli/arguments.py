@@ -5,7 +5,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from dskd_fast.choices import DATA_ROOT, DATA_ROOT_VARIABLE, LITE, MAX_PIXELS, OVERLAY_FORMATS, OVERLAYS
+from dskd_fast.choices import (
+    DATA_ROOT,
+    DATA_ROOT_VARIABLE,
+    LITE,
+    MAX_PIXELS,
+    OVERLAY_FORMATS,
+    OVERLAYS,
+    SCORING_PRECISIONS,
+)
 from dskd_fast.cli import values
 from dskd_fast.runs.options import CHOICES, TrainingOptions
 
@@ -72,7 +80,15 @@ def add_recipe(parser: argparse._ActionsContainer) -> None:
 
 
 def add_precision(parser: argparse._ActionsContainer) -> None:
-    add_option(parser, "precision", "of the networks and the affinities in training; scoring is always in fp32")
+    add_option(parser, "precision", "of the networks and the affinities in training; scoring: see recalibrate")
+
+
+def add_scoring_precision(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=SCORING_PRECISIONS,
+        help="of the networks from now on, whatever the training's: a calibration holds for one (default: as before)",
+    )
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:

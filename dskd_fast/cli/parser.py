@@ -132,12 +132,12 @@ def make_parser() -> argparse.ArgumentParser:
     recalibrate = command(
         "recalibrate",
         "Set a run's statistics and threshold by new good images, as of another lamp or camera, without training.",
-        "\n\nThe calibration that was there is kept beside the new one, as calibration-DATE.json. Known bad images are "
-        "only\nreported on, unless --choose-parts is given.",
+        "\n\nWithout --good by the run's own images, for another --precision. The calibration that was there is kept as"
+        "\ncalibration-DATE.json. Known bad images are only reported on, unless --choose-parts is given.",
     )
     arguments.add_run(recalibrate)
     recalibrate.add_argument(
-        "--good", type=values.path, required=True, metavar="FOLDER", help="folder of good images; 99 can promise 1 %%"
+        "--good", type=values.path, metavar="FOLDER", help="folder of good images; 99 can promise 1 %%"
     )
     recalibrate.add_argument(
         "--bad",
@@ -158,6 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="let only those parts decide with which most of the bad images are found; the run then says so, and "
         "figures on images like these say little",
     )
+    arguments.add_scoring_precision(recalibrate)
     arguments.add_max_pixels(recalibrate)
     arguments.add_device(recalibrate)
 

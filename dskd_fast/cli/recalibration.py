@@ -6,20 +6,23 @@ import math
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dskd_fast.cli.display import print_line
+from dskd_fast.data.category import Category
 from dskd_fast.data.contents import copies
 from dskd_fast.data.listing import walk
-from dskd_fast.detection.calibrate import Caught, recalibrate, score_bad
+from dskd_fast.data.store import ImageStore
+from dskd_fast.detection.calibrate import Caught, calibrate_on, recalibrate, score_bad
 from dskd_fast.detection.calibration import Threshold, is_above, threshold_from
 from dskd_fast.detection.detector import Detector, calibration_of
 from dskd_fast.detection.export import SUFFIXES
 from dskd_fast.detection.findings import has_place
 from dskd_fast.detection.scoring.calibrated import PARTS
+from dskd_fast.device import has_fast_bf16
 from dskd_fast.errors import UserError
 from dskd_fast.runs import folder as runs
 
@@ -30,7 +33,9 @@ _RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 def run(arguments: argparse.Namespace) -> int:
     if arguments.choose_parts and arguments.bad is None:
         raise UserError("--choose-parts needs known bad images to choose by: give their folder with --bad")
-    good = _images(arguments.good, "--good")
+    if arguments.good is None and arguments.precision is None:
+        raise UserError("nothing to calibrate by: pass a folder of good images with --good, or another --precision")
+    good = [] if arguments.good is None else _images(arguments.good, "--good")
     bad = [] if arguments.bad is None else _images(arguments.bad, "--bad")
     both = copies(bad, good)
     if both:
@@ -39,11 +44,16 @@ def run(arguments: argparse.Namespace) -> int:
             "folders"
         )
     known: list[Path] = []
-    detector, options, config = runs.load_run(arguments.run, arguments.device)
+    detector, options, config = runs.load_run(arguments.run, arguments.device, arguments.precision)
+    if detector.precision == "bf16" and not has_fast_bf16(detector.device):
+        print_line("warning: this processor has no bf16 multiplication: in fp32 it would be faster", style="yellow")
+    own: Category | None = None
     try:
-        trained_on = runs.find_category(arguments.run, config, None, holdout=config["holdout"], seed=options.seed).train
-        known = copies(good, trained_on)
+        own = runs.find_category(arguments.run, config, None, holdout=config["holdout"], seed=options.seed)
+        known = copies(good, own.train)
     except UserError:
+        if not good:
+            raise
         print_line("not looked for: copies of training images among the good ones, since those are not where they were")
     if known:
         raise UserError(
@@ -53,7 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.choose_parts and detector.calibrated is None:
         raise UserError(f"{arguments.run} has the paper's scores, which have no parts: leave --choose-parts out")
     before = calibration_of(detector).threshold
-    recalibrate(detector, good, false_alarms=arguments.false_alarms)
+    if good:
+        recalibrate(detector, good, false_alarms=arguments.false_alarms)
+    elif own is not None:
+        if bad and not own.validation:
+            raise UserError(f"{arguments.run} has no validation images to judge bad ones by: pass --good FOLDER, too")
+        _calibrate_on_own(detector, own, config, options.batch_size, arguments.false_alarms)
     if bad:
         caught = score_bad(detector, bad)
         if arguments.choose_parts:
@@ -64,12 +79,15 @@ def run(arguments: argparse.Namespace) -> int:
     for warning in calibration.warnings:
         print_line(f"warning: {warning}", style="yellow")
     threshold = calibration.threshold
-    assert threshold is not None  # validation images set it
     was = "none" if before is None else f"{before.value:.4g}"
-    print_line(
-        f"threshold {threshold.value:.4g} (it was {was}) from {threshold.n_images} good images, expected false alarms "
-        f"{threshold.expected_false_alarm_rate:.2%}"
-    )
+    if threshold is None:
+        print_line(f"no threshold (it was {was}), since the run has no validation images")
+    else:
+        print_line(
+            f"threshold {threshold.value:.4g} (it was {was}) from {threshold.n_images} good images, expected false "
+            f"alarms {threshold.expected_false_alarm_rate:.2%}"
+        )
+    print_line(f"scores are in {calibration.precision} from now on")
     print_line(f"the calibration that was there is kept as {kept}")
     names = [runs.METRICS, *(f"model{suffix}" for suffix in SUFFIXES.values())]
     outdated = [name for name in names if (arguments.run / name).exists()]
@@ -79,6 +97,20 @@ def run(arguments: argparse.Namespace) -> int:
             style="yellow",
         )
     return 0
+
+
+def _calibrate_on_own(
+    detector: Detector, own: Category, config: dict[str, Any], batch_size: int, false_alarms: float
+) -> None:
+    if config.get("images") not in (own.fingerprint, own.names_and_sizes):
+        raise UserError(
+            f"the training and validation images in {own.root} are not those of the run: restore them, or pass a "
+            "folder of good images with --good"
+        )
+    if detector.calibrated is not None:
+        detector.calibrated.use(detector.calibrated.names)  # what was chosen by bad images was chosen for other scores
+    images = ImageStore([*own.train, *own.validation], detector.model.image_size, bits=detector.bits)
+    calibrate_on(detector, images, len(own.train), batch_size, false_alarms=false_alarms)
 
 
 def _images(folder: Path, option: str) -> list[Path]:

@@ -13,7 +13,9 @@ from dskd_fast.data.store import Batches, ImageStore
 from dskd_fast.detection.detector import Detector, calibration_of
 
 
-def calibrate_on(detector: Detector, images: ImageStore, n_training: int, batch_size: int) -> None:
+def calibrate_on(
+    detector: Detector, images: ImageStore, n_training: int, batch_size: int, *, false_alarms: float = FALSE_ALARMS
+) -> None:
     """Calibrate on the images that a training has used.
 
     Args:
@@ -22,13 +24,14 @@ def calibrate_on(detector: Detector, images: ImageStore, n_training: int, batch_
             stand in for them.
         n_training: how many are training images.
         batch_size: images per pass.
+        false_alarms: the share of normal images that may be called anomalous.
     """
     training = Batches(images, list(range(n_training)), batch_size)
     if len(images) == n_training:
         detector.calibrate(training, "train", images.exposures)
         return
     validation = Batches(images, list(range(n_training, len(images))), batch_size)
-    detector.calibrate(validation, "validation", images.exposures, training=training)
+    detector.calibrate(validation, "validation", images.exposures, training=training, false_alarms=false_alarms)
 
 
 def recalibrate(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dskd_fast.choices import FALSE_ALARMS
+from dskd_fast.choices import FALSE_ALARMS, SCORING_PRECISIONS
 from dskd_fast.data.exposure import MAX_LUMINANCE
 from dskd_fast.errors import UserError
 
@@ -164,6 +164,8 @@ class Calibration:
         warnings: what makes the statistics or the threshold doubtful, a sentence each.
         exposure: None in runs from before there was this check, whose images are then never suspect.
         chosen_parts: those that alone decide, chosen by known bad images; None where nothing was.
+        precision: in which the networks ran, and run for every image that is compared with this: one of
+            `SCORING_PRECISIONS`.
     """
 
     statistics: dict[str, Statistics]
@@ -173,6 +175,11 @@ class Calibration:
     warnings: list[str] = field(default_factory=list)
     exposure: Exposure | None = None
     chosen_parts: list[str] | None = None
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in SCORING_PRECISIONS:
+            raise UserError(f"the precision {self.precision!r} is none of {', '.join(SCORING_PRECISIONS)}")
 
 
 def threshold_from(

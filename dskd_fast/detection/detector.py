@@ -49,6 +49,8 @@ class Detector:
         calibration: statistics and threshold; None before `calibrate`.
         bits: of values of more than 8 bits in image files, see `dskd_fast.data.images.read_image`.
         calibrated: what makes scores of the students' measurements; None for the paper's scoring.
+        precision: in which the networks run, whatever they were trained in: a calibration holds for the one in which it
+            was made.
 
     Example:
         >>> from dskd_fast.detection.calibration import Scoring
@@ -66,6 +68,7 @@ class Detector:
     calibration: Calibration | None = None
     bits: int | None = None
     calibrated: CalibratedScore | None = None
+    precision: str = "fp32"
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +170,7 @@ class Detector:
         Raises:
             UserError: it is not finite.
         """
-        with torch.inference_mode(), numerics("fp32", self.device):
+        with torch.inference_mode(), numerics(self.precision, self.device):
             measured = self.model.measure(
                 to_float(images, self.device),
                 self.scoring.temperature,
@@ -199,8 +202,7 @@ class Detector:
             UserError: they are not finite.
         """
         batch = to_float(images, self.device)
-        # Always float32, however the students were trained: a score should not depend on what the machine can round.
-        with torch.inference_mode(), numerics("fp32", self.device):
+        with torch.inference_mode(), numerics(self.precision, self.device):
             of_branches = self.model.anomaly_maps(
                 batch,
                 self.scoring.temperature,
@@ -323,7 +325,9 @@ class Detector:
                 "brightness or contrast is very different from the others': `predict` on their folder says which; take "
                 f"out what does not belong there, and {'recalibrate' if are_new else 'train again'}"
             )
-        self.calibration = Calibration(statistics, source, n_images, warnings=warnings, exposure=exposure)
+        self.calibration = Calibration(
+            statistics, source, n_images, warnings=warnings, exposure=exposure, precision=self.precision
+        )
         if self.calibrated is not None:
             self.calibrated.cpu()
             scores = self.calibrated.calibrate(collected(measured), "new" if are_new else source)

@@ -33,6 +33,7 @@ from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
 from dskd_fast.files import checksum_of, in_shell, is_half_written, load_tensors, save_tensors, unwritable, write_file
 from dskd_fast.models.dskd import branches_of
+from dskd_fast.models.folding import round_weights
 from dskd_fast.runs.history import Epoch
 from dskd_fast.runs.options import ADDED_OPTIONS, TrainingOptions
 from dskd_fast.versions import commit, versions
@@ -263,8 +264,15 @@ def load(run: str | os.PathLike[str], device: str = "auto") -> Detector:
     return load_run(Path(run), device)[0]
 
 
-def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOptions, dict[str, Any]]:
+def load_run(
+    folder: Path, device: str = "auto", precision: str | None = None
+) -> tuple[Detector, TrainingOptions, dict[str, Any]]:
     """Read a run folder: the detector on `device`, its options, and its config.
+
+    Args:
+        folder: of the run.
+        device: see `load`.
+        precision: in which it is to be calibrated anew; None takes that of its calibration.
 
     Raises:
         UserError: the folder is not a complete run.
@@ -309,6 +317,9 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOpti
     model.fold()
     detector = options.detector(model)
     detector.calibration = calibration
+    detector.precision = precision or calibration.precision
+    if detector.precision == "bf16":
+        round_weights(model, torch.bfloat16)
     if detector.calibrated is not None:
         _load_scores(folder, of_scores, detector)
     return detector, options, config

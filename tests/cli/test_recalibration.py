@@ -73,6 +73,28 @@ def test_new_good_images_change_statistics_and_threshold_and_not_the_weights(cli
     assert f"threshold {value:.4g} (it was {was:.4g}) from 6 good images, expected false alarms 14.29%" in out
 
 
+def test_by_its_own_images_a_run_is_calibrated_for_another_precision_in_which_it_then_scores(cli, run, bad):
+    in_fp32, old = found_in(run, bad)[0], calibration(run)
+    code, _, err = cli("recalibrate", run, "--precision", "bf16")
+    new = calibration(run)
+    assert (code, err, old["precision"], new["precision"]) == (0, "", "fp32", "bf16")
+    assert new["source"] == "validation"
+    assert new["n_images"] == old["n_images"]
+    detector = load_run(run, "cpu")[0]
+    weights = [p for name, p in detector.model.named_parameters() if "student" in name and p.dim() == 4]
+    assert {p.dtype for p in weights} == {torch.bfloat16}
+    in_bf16 = found_in(run, bad)[0]
+    assert in_bf16 != in_fp32
+    assert in_bf16 == pytest.approx(in_fp32, rel=0.2, abs=0.5)  # a network trained for three steps
+    code, _, err = cli("export", run, "--format", "torch")
+    assert (code, "recalibrate" in err) == (2, True)
+    # The networks are the same as ever, and so is what they were calibrated to.
+    assert cli("recalibrate", run, "--precision", "fp32").code == 0
+    assert found_in(run, bad)[0] == pytest.approx(in_fp32, rel=1e-3, abs=1e-3)
+    code, _, err = cli("recalibrate", run)
+    assert (code, "--good" in err) == (2, True)
+
+
 def test_new_good_images_are_then_normal_and_were_anomalous(run, good, cli):
     def anomalous():
         detector = load_run(run, "cpu")[0]
