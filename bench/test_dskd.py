@@ -19,6 +19,7 @@ from bench.contestants import cosine_textbook, textbook
 from bench.lab import row
 from dskd_fast import DSKD
 from dskd_fast.detection.detector import to_float
+from dskd_fast.models.folding import round_weights
 from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.trainer import Trainer
 
@@ -81,8 +82,7 @@ def cases(is_full: bool) -> list[Case]:
         for batch in (4, 16) if is_full else (4,):
             for contestant in _CONTESTANTS[mode]:
                 for precision in ("fp32", "bf16"):
-                    # Our scoring is in float32, whatever was trained in.
-                    exists = mode == "training step" or precision == "fp32" or contestant == _OTHER
+                    exists = mode == "training step" or precision == "fp32" or contestant != _EAGER
                     if exists and (is_full or (contestant, precision) in quick):
                         found.append(Case(teacher, batch, mode, contestant, precision))
     return found
@@ -127,7 +127,12 @@ def call_of(case: Case, device: torch.device, size: int = _SIZE, is_compiled: bo
             trainer.global_loss_fn = _summed(textbook)
         batch = to_float(images, device)
         return lambda: trainer.step(batch)
+    if case.contestant in _ALL_OURS:
+        model.fold()
+        if case.precision == "bf16":
+            round_weights(model, torch.bfloat16)
     detector = options.detector(model)
+    detector.precision = case.precision
     if case.contestant == EAGER:
         model.anomaly_maps = lambda *arguments, **named: _eager_maps(model, *arguments)
     detector.calibrate([images], "train")

@@ -57,7 +57,8 @@ class TrainingOptions:
         scoring: "calibrated" (ours: `dskd_fast.detection.scoring.calibrated`) or "paper" (eq. 8).
         sigma: of the image score's Gaussian filter, in pixels of the S x S image; None is 4 at 256, in proportion.
         filter_maps, align_corners: see `Scoring`.
-        precision: of training: "fp32", "tf32" or "bf16". Scoring is always in float32.
+        precision: of training: "fp32", "tf32" or "bf16". Scoring is in float32, or as `dskd-fast
+            recalibrate --precision` says.
         compile: whether training runs through torch.compile.
         device: "auto", "cpu" or "cuda".
         seed: of the initial weights, the order and the augmentation.
