@@ -82,7 +82,7 @@ def cases(is_full: bool) -> list[Case]:
         for batch in (4, 16) if is_full else (4,):
             for contestant in _CONTESTANTS[mode]:
                 for precision in ("fp32", "bf16"):
-                    exists = mode == "training step" or precision == "fp32" or contestant != _EAGER
+                    exists = mode == "training step" or precision == "fp32" or contestant != EAGER
                     if exists and (is_full or (contestant, precision) in quick):
                         found.append(Case(teacher, batch, mode, contestant, precision))
     return found
