@@ -26,8 +26,19 @@ def main(argv: list[str] | None = None) -> int:
         # File names may hold what the terminal's encoding does not.
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = make_parser().parse_args(argv)
+    _share_cores()
     with _terminated_by_exception():
         return _run(arguments)
+
+
+def _share_cores() -> None:
+    """Have OpenMP's threads wait for each other for microseconds before they sleep, unless the user says how.
+
+    As it is they spin for milliseconds at every barrier, which takes the core from the thread that they wait for where
+    other programs, or threads that read and draw, want it. Only what is set before torch is imported counts.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 class _Terminated(BaseException):

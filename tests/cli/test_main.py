@@ -54,6 +54,24 @@ def test_a_prediction_imports_only_what_it_uses(tiny_run, data_root, tmp_path):
     } == set()
 
 
+@pytest.mark.parametrize(
+    ("given", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "0"}, "0"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_of_openmp_share_the_cores_unless_the_user_says_how_they_wait(monkeypatch, given, count):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    # What imports torch.
+    monkeypatch.setattr(
+        sys.modules["dskd_fast.cli.main"], "_run", lambda _: found.append(os.environ.get("GOMP_SPINCOUNT"))
+    )
+    main(["doctor"])
+    assert found == [count]
+
+
 def test_a_user_error_from_outside_is_one_sentence_and_code_2(tmp_path):
     version = process("--version", program=MODULE)
     assert (version.returncode, version.stdout, version.stderr) == (0, f"dskd-fast {dskd_fast.__version__}\n", "")
