@@ -81,7 +81,9 @@ def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") 
 
     Args:
         student: (B, C, H, W) or (B, N, C), floating, any strides. Differentiable, once, by reverse-mode autograd.
-        teacher: same shape and device, any floating dtype. Must not require grad.
+        teacher: same shape and device, any floating dtype. Must not require grad. Both are saved for the backward, so
+            neither may be changed in place before it; and under torch.compile, which saves no tensors of inference
+            mode, let the teacher run under torch.no_grad.
         backend: as in `contextual_affinity`.
 
     Returns:

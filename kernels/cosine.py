@@ -54,13 +54,14 @@ def cosine_kernel(
     value = 1 - cosine
     tl.store(distance + b * n + positions, tl.where(value < 0, 0.0, value).to(tl.float32), mask=positions < n)
     if WITH_GRADIENT:
-        weight = tl.load(weights + b * n + positions, mask=positions < n, other=0).to(tl.float64)
-        along = weight * tl.where(ss > 0, cosine / tl.where(ss > 0, ss, 1.0), ss * 0)
+        weight = tl.load(weights + b * n + tl.minimum(positions, n - 1))  # a mask would spill registers
+        # Two numbers a position are kept through the sweep: x along - y across = (x share - y) across.
         across = weight * scale
+        share = tl.where(ss > 0, st / tl.where(ss > 0, ss, 1.0), ss * 0)
         gradient += b * g_stride_b
         for start_c in range(0, n_channels, BLOCK_C):
             channels = start_c + offs_c
             x = load(student, positions, channels, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
             y = load(teacher, positions, channels, n, n_channels, width, t_stride_c, t_stride_h, t_stride_w)
-            g = (x * along[:, None] - y * across[:, None]).to(tl.float32)
+            g = ((x * share[:, None] - y) * across[:, None]).to(tl.float32)
             store(gradient, g, positions, channels, n, n_channels, width, g_stride_c, g_stride_h, g_stride_w)

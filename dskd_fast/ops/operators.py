@@ -62,17 +62,27 @@ def _(student, teacher, temperature, *options):
 
 
 # Defined without `custom_op`, whose checks at every call take as long as the smallest maps do.
-_LIBRARY.define("cosine_distance(Tensor student, Tensor teacher, str backend) -> Tensor")
+_LIBRARY.define("cosine_distance.map(Tensor student, Tensor teacher, str backend) -> Tensor")
 _LIBRARY.define("cosine_gradient(Tensor student, Tensor teacher, Tensor weights, str backend) -> Tensor")
-cosine_distance = torch.ops.dskd_fast.cosine_distance.default
+cosine_distance = torch.ops.dskd_fast.cosine_distance.map
 cosine_gradient = torch.ops.dskd_fast.cosine_gradient.default
 
 
-@torch.library.impl(_LIBRARY, "cosine_distance", "CompositeExplicitAutograd")
+@torch.library.impl(_LIBRARY, "cosine_distance.map", "CompositeExplicitAutograd")
 def _(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
     """(B, C, H, W) twice -> distance (B, H, W)."""
     module = dispatch.load(dispatch.choose(backend, student, teacher, None).name)
     return module.cosine_distance(student, teacher, None)[0]
+
+
+# As programs that were exported before the backward made the gradient call it.
+_LIBRARY.define("cosine_distance(Tensor student, Tensor teacher, str backend, bool with_gradient) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_LIBRARY, "cosine_distance", "CompositeImplicitAutograd")
+def _(student, teacher, backend, with_gradient):
+    distance = torch.ops.dskd_fast.cosine_distance.map(student, teacher, backend)
+    return distance, distance.new_empty(0)
 
 
 @torch.library.impl(_LIBRARY, "cosine_gradient", "CompositeExplicitAutograd")
@@ -133,9 +143,8 @@ def _scaled(ctx, grad_map):
 def _save_pair(ctx, inputs, output):
     student, teacher, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    # A teacher that ran in inference mode cannot be saved, nor does it need to be: nothing may change it.
-    ctx.teacher = teacher if teacher.is_inference() else None
-    ctx.save_for_backward(student, None if teacher.is_inference() else teacher)
+    # Of what ran in inference mode autograd saves a copy alone.
+    ctx.save_for_backward(student, teacher.clone() if teacher.is_inference() else teacher)
 
 
 def _gradient_of_pair(ctx, grad_map):
@@ -147,8 +156,7 @@ def _weighted(ctx, grad_map):
     student, teacher = ctx.saved_tensors
     if grad_map is None:
         return None
-    pair = student, ctx.teacher if teacher is None else teacher
-    return call(cosine_gradient, *pair, grad_map, ctx.backend).to(student.dtype)
+    return call(cosine_gradient, student, teacher, grad_map, ctx.backend).to(student.dtype)
 
 
 class _Transformed(torch.autograd.Function):

@@ -67,7 +67,7 @@ def cosine_distance(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
 DECOMPOSITIONS = {
     torch.ops.dskd_fast.contextual_affinity.tensor: contextual_affinity,
     torch.ops.dskd_fast.contextual_affinity.default: contextual_affinity,
-    torch.ops.dskd_fast.cosine_distance.default: cosine_distance,
+    torch.ops.dskd_fast.cosine_distance.map: cosine_distance,
 }
 
 

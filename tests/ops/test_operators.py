@@ -16,7 +16,7 @@ from dskd_fast.ops import dispatch
 from dskd_fast.ops.dispatch import AMBIENT, BACKEND_VARIABLE, PRECISIONS
 
 affinity = torch.ops.dskd_fast.contextual_affinity.tensor
-cosine = torch.ops.dskd_fast.cosine_distance.default
+cosine = torch.ops.dskd_fast.cosine_distance.map
 cosine_gradient = torch.ops.dskd_fast.cosine_gradient.default
 
 FUNCTIONS = [functional.contextual_affinity, functional.cosine_distance]
@@ -505,20 +505,27 @@ def test_an_exported_loss_serves_other_shapes_and_survives_a_file(any_place, tmp
         assert_same(loss_and_gradients(lambda s, t, run=run: run(s[0], t[0]), *call), expected)
 
 
-def test_a_program_that_holds_the_temperature_as_a_number_still_runs(tmp_path):
-    """As those that were exported before the operator took a tensor."""
+def test_a_program_of_an_earlier_version_still_runs(tmp_path):
+    """With the temperature as a number, and a cosine distance that is asked whether it makes a gradient."""
 
     class Loss(torch.nn.Module):
         def forward(self, student, teacher):
-            return torch.ops.dskd_fast.contextual_affinity(student, teacher, 0.5, AMBIENT, "auto", True)[0]
+            distance = torch.ops.dskd_fast.cosine_distance.default(student, teacher, "auto", True)[0]
+            return torch.ops.dskd_fast.contextual_affinity(student, teacher, 0.5, AMBIENT, "auto", True)[0] + distance
 
     call = plain(1), plain(2)
     torch.export.save(torch.export.export(Loss(), call), tmp_path / "loss.pt2")
     program = torch.export.load(tmp_path / "loss.pt2")
-    assert torch.ops.dskd_fast.contextual_affinity.default in [node.target for node in program.graph.nodes]
-    loaded, module = program.module(), ContextualAffinityLoss(0.5, reduction="none")
+    targets = [node.target for node in program.graph.nodes]
+    assert torch.ops.dskd_fast.contextual_affinity.default in targets
+    assert torch.ops.dskd_fast.cosine_distance.default in targets
+
+    def both(student, teacher):
+        return functional.contextual_affinity(student, teacher, 0.5) + functional.cosine_distance(student, teacher)
+
     results = [
-        loss_and_gradients(lambda s, t, f=f: f(s[0], t[0]).sum(), *([x] for x in call)) for f in (loaded, module)
+        loss_and_gradients(lambda s, t, f=f: f(s[0], t[0]).sum(), *([x] for x in call))
+        for f in (program.module(), both)
     ]
     assert_same(*results)
 
