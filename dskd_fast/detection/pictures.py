@@ -41,7 +41,7 @@ class Pictures(NamedTuple):
     limits: tuple[float, float]
     overlay_format: str
     save_maps: bool
-    earlier: dict[Path, list[Path]]
+    earlier: dict[Path, set[Path]]
 
     def begin(
         self,

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,8 @@ from dskd_fast.workers import Workers
 # A batch for the networks ends where its photographs, held until they are drawn, take so many bytes. Large ones so go
 # through them singly, which costs less than to read them twice.
 _MAX_HELD = 64 * 2**20
+# Of what was scored when the prediction was interrupted.
+_NOT_DRAWN = "its pictures were not written, since the prediction ended before"
 
 # A photograph, and as the networks see it.
 _Read = tuple[NDArray[np.uint8], torch.Tensor]
@@ -127,14 +129,17 @@ def predict(
             named, lambda entry: _read(detector, entry[0]), weigh=lambda entry: n_bytes_in_header(entry[0])
         )
         try:
-            for start in range(0, len(named), batch_size):
-                batch = named[start : start + batch_size]
-                _predict_batch(detector, batch, read, threshold, overlays, pictures, workers, scored)
-                progress("predicting", start + len(batch), len(named))
+            try:
+                for start in range(0, len(named), batch_size):
+                    batch = named[start : start + batch_size]
+                    _predict_batch(detector, batch, read, threshold, overlays, pictures, workers, scored)
+                    progress("predicting", start + len(batch), len(named))
+            finally:
+                read.close()
+                wait([one.written for one in scored if one.written is not None])
         finally:
-            # Also when interrupted: what has been scored should not have to be scored again.
-            read.close()
-            predictions = [found for one in scored if (found := one.finished()) is not None]
+            # Also when interrupted, be it in this wait: what has been scored should not have to be scored again.
+            predictions = [one.finished() for one in scored]
             others += _left_over(earlier, out, predictions, others)
             _write_results(out, predictions + others, detector.parts)
         for one in scored:
@@ -160,9 +165,17 @@ class _Scored(NamedTuple):
     def result(self) -> Prediction:
         return self.prediction if self.written is None else replace(self.prediction, **self.written.result())
 
-    def finished(self) -> Prediction | None:
-        """None where the thread has failed in a way that is not the image's."""
-        return self.result() if self.written is None or self.written.exception() is None else None
+    def finished(self) -> Prediction:
+        """The result without a wait: with an `error` where the thread has failed, or is not done."""
+        if self.written is None:
+            return self.prediction
+        if self.written.cancel() or not self.written.done():
+            return replace(self.prediction, error=_NOT_DRAWN)
+        failure = self.written.exception()
+        if failure is not None:
+            error = f"its pictures could not be written: {type(failure).__name__}: {failure}"
+            return replace(self.prediction, error=error)
+        return self.result()
 
 
 def _predict_batch(
@@ -195,6 +208,10 @@ def _predict_batch(
                 decided_by=found.decided_by[i],
                 parts={name: float(values[i]) for name, values in found.parts.items()},
             )
+            # Until its pictures are begun, for which it may have to wait.
+            predictions[path] = _Scored(replace(prediction, error=_NOT_DRAWN))
+        for i, path in enumerate(list(held)):
+            prediction = replace(predictions[path].prediction, error=None)
             drawn = found.maps.combined[i]
             if prediction.is_whole and found.maps.global_ is not None:
                 drawn = found.maps.global_[i]
@@ -237,21 +254,21 @@ def _caption(prediction: Prediction) -> str:
     return caption
 
 
-def _pictures(out: Path) -> dict[Path, list[Path]]:
+def _pictures(out: Path) -> dict[Path, set[Path]]:
     """The overlays and maps of an earlier call, by their folders."""
     folders = [folder for folder in (out / name for name in PICTURE_FOLDERS) if folder.is_dir()]
-    return {folder: [path for listing in walk(folder) for path in listing.all] for folder in folders}
+    return {folder: {path for listing in walk(folder) for path in listing.all} for folder in folders}
 
 
 def _left_over(
-    earlier: dict[Path, list[Path]], out: Path, predictions: list[Prediction], others: list[Prediction]
+    earlier: dict[Path, set[Path]], out: Path, predictions: list[Prediction], others: list[Prediction]
 ) -> list[Prediction]:
     """Entries for folders with pictures that this call has not replaced, unless there are such entries already."""
     written = {out / name for prediction in predictions for name in (prediction.overlay, prediction.map) if name}
     listed = {Path(other.path).resolve() for other in others}
     entries = []
     for folder, paths in earlier.items():
-        n_files = sum(path.exists() for path in {*paths} - written)
+        n_files = sum(path.exists() for path in paths - written)
         if n_files and folder.resolve() not in listed:
             what = f"{n_files} image file{'s' * (n_files > 1)} (of an earlier prediction, not drawn by this one)"
             entries.append(Prediction(str(folder), skipped=what))

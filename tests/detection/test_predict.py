@@ -423,7 +423,43 @@ def test_an_error_in_a_thread_is_raised_and_the_others_are_written(
     with pytest.raises(MemoryError, match="no room to draw"):
         predict(tiny_detector, paths, out, threshold=1.0)
     lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["path"] for line in lines] == [str(paths[0]), str(paths[2])]
+    found = [json.loads(line) for line in lines]
+    assert [row["path"] for row in found] == [*map(str, paths)]
+    assert all(row["score"] is not None for row in found)
+    failure = "its pictures could not be written: MemoryError: no room to draw"
+    assert [row["error"] for row in found] == [None, failure, None]
+
+
+@pytest.mark.parametrize("where", ["at the end", "for room"])
+def test_an_interrupt_while_overlays_are_waited_for_loses_no_score(
+    tiny_detector, out, write_images, tmp_path, monkeypatch, where
+):
+    paths = write_images(tmp_path / "images", 3)
+    is_written = threading.Event()
+
+    def draw(image, *rest, **options):
+        if (image != np.asarray(Image.open(paths[0]))).any():
+            assert is_written.wait(60)
+        return overlay(image, *rest, **options)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    def write(*arguments):
+        write_results(*arguments)
+        is_written.set()
+
+    write_results = predict_module._write_results
+    monkeypatch.setattr(pictures, "overlay", draw)
+    monkeypatch.setattr(predict_module, "_write_results", write)
+    owner, name = (predict_module, "wait") if where == "at the end" else (workers.Workers, "behind")
+    monkeypatch.setattr(owner, name, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        predict(tiny_detector, paths, out, threshold=1.0)
+    found = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["path"] for row in found] == [*map(str, paths)]
+    assert all(row["score"] is not None for row in found)
+    assert [row["error"] for row in found[1:]] == [predict_module._NOT_DRAWN] * 2
 
 
 @pytest.mark.parametrize("name", ["overlays", "maps"])
