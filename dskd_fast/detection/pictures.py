@@ -1,6 +1,6 @@
 """The overlays and map files of a prediction, which threads draw and write."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,8 @@ class Pictures(NamedTuple):
     ) -> "Future[dict[str, Any]] | None":
         """Have a thread draw one map (S, S) and save one, which may be the same.
 
+        An earlier call's overlay of the name is removed where there is none now: it would be taken for this one's.
+
         Args:
             workers: the threads.
             name: of the files, without folder and suffix.
@@ -73,6 +75,8 @@ class Pictures(NamedTuple):
             anomaly_map = self.detector.localisation_map(saved, image.shape[:2])
             jobs.append(partial(self._save, name, anomaly_map))
             weight += anomaly_map.nbytes
+        if caption is None and self._earlier_overlays(name, OVERLAY_FORMATS):
+            jobs.append(partial(self._remove, name, OVERLAY_FORMATS))
         return workers.behind(_all_of, jobs, weight=weight) if jobs else None
 
     def _drawable(self, anomaly_map: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
@@ -93,12 +97,21 @@ class Pictures(NamedTuple):
         options: dict[str, Any] = {"quality": _JPEG_QUALITY} if is_jpeg else {"compress_level": _PNG_LEVEL}
         file = f"overlays/{name}.{self.overlay_format}"
         write_file(self.out / file, lambda temporary: drawn.save(temporary, **options))
-        for other in {*OVERLAY_FORMATS} - {self.overlay_format}:
-            # An earlier call's overlay of this name is replaced, whatever its format.
-            replaced = self.out / f"overlays/{name}.{other}"
-            if replaced in self.earlier.get(self.out / "overlays", ()):
-                replaced.unlink(missing_ok=True)
+        # An earlier call's overlay of this name is replaced, whatever its format.
+        self._remove(name, [other for other in OVERLAY_FORMATS if other != self.overlay_format])
         return {"overlay": file}
+
+    def _earlier_overlays(self, name: str, formats: Iterable[str]) -> list[Path]:
+        paths = [self.out / f"overlays/{name}.{suffix}" for suffix in formats]
+        return [path for path in paths if path in self.earlier.get(self.out / "overlays", ())]
+
+    def _remove(self, name: str, formats: Iterable[str]) -> dict[str, Any]:
+        for path in self._earlier_overlays(name, formats):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot remove the earlier overlay {path}: {error.strerror or error}") from error
+        return {}
 
     def _save(self, name: str, anomaly_map: NDArray[np.float32]) -> dict[str, Any]:
         file = f"maps/{name}.tiff"

@@ -87,7 +87,8 @@ def predict(
         detector: calibrated.
         inputs: image files, which are read whatever their suffix, and folders that are searched with their subfolders.
             Hidden files and folders are left out.
-        out: folder of the results; those of an earlier call are replaced, but for its pictures of other images.
+        out: folder of the results; those of an earlier call are replaced. Of its overlays, those of images that are
+            scored now are removed where none is drawn; of other images, and maps, they stay.
         threshold: of the decisions; None makes none.
         save_maps: also write maps/NAME.tiff, always the combined map, float32 at the image's size.
         overlays: of which images: "all", "anomalous" (suspect ones, too) or "none".
@@ -100,7 +101,7 @@ def predict(
         `error` set and does not stop the rest. After these come the image files whose suffix names a format that is
         not read, with an `error`, and the folders that hold no photographs to inspect, with `skipped`: overlays and
         maps of this or another prediction, known by the predictions.csv beside them, and ground_truth beside test.
-        Likewise the folders of `out` in which an earlier call has left pictures of other images.
+        Likewise the folders of `out` in which pictures of an earlier call are left.
 
     Raises:
         UserError: an input does not exist or holds no image files, the results cannot be written, or overlays of

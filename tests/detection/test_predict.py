@@ -262,6 +262,23 @@ def test_an_overlay_replaces_the_one_of_an_earlier_call_in_another_format(predic
     assert (only.overlay, left.skipped[:13]) == ("overlays/000.jpg", "1 image file ")
 
 
+@pytest.mark.parametrize("threshold", [-1e6, 1e6])
+def test_an_earlier_overlay_of_an_image_that_is_scored_and_not_drawn_is_removed(
+    predicted, out, write_images, tmp_path, threshold
+):
+    first, other = write_images(tmp_path / "images", 2)
+    predicted(first, other, overlay_format="png", save_maps=True)
+    (out / "overlays" / "000.jpg").touch()
+    found = predicted(first, threshold=threshold, overlays="anomalous" if threshold > 0 else "none")
+    assert (found[0].overlay, found[0].error) == (None, None)
+    assert [path.name for path in (out / "overlays").iterdir()] == ["001.png"]
+    # Maps are values, and nobody's decision.
+    assert {Path(p.path).name: p.skipped[:13] for p in found[1:]} == {
+        "overlays": "1 image file ",
+        "maps": "2 image files",
+    }
+
+
 def test_overlays_are_drawn_of_the_images_that_are_asked_for(predicted, out, write_images, dead_frames, tmp_path):
     images = tmp_path / "images"
     write_images(images, 3)
