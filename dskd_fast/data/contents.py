@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# hashlib releases the interpreter lock, and a disk is faster with several requests at once.
-_N_THREADS = 4
+from dskd_fast.workers import n_threads
 
 
 def content_digests(paths: Iterable[Path]) -> list[bytes]:
@@ -16,7 +15,8 @@ def content_digests(paths: Iterable[Path]) -> list[bytes]:
 
     A file is read again only if its size, its times or its place on the disk have changed since the last call.
     """
-    with ThreadPoolExecutor(_N_THREADS) as pool:
+    # hashlib releases the interpreter lock, and a disk is faster with several requests at once.
+    with ThreadPoolExecutor(n_threads()) as pool:
         return list(pool.map(_digest, paths))
 
 

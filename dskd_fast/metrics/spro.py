@@ -173,7 +173,7 @@ class SPRO:
 
         with ThreadPoolExecutor(n_threads()) as pool:
             for kind in KINDS:
-                self._negatives[kind] = _sorted_pool(self._negatives[kind], dtype, floors.get(kind, np.inf), pool)
+                _sort(self._negatives[kind], dtype, floors.get(kind, np.inf), pool)
         self._is_sorted = True
 
     def _ramps(self, kind: str) -> "_Ramps | None":
@@ -243,29 +243,40 @@ class _SaturatedDefect:
         self.last_gain = min(kept / saturation, 1.0) - (kept - 1) / saturation
 
 
-def _sorted_pool(
-    scores: list[np.ndarray], dtype: np.dtype, floor: float, threads: ThreadPoolExecutor
-) -> list[np.ndarray]:
-    """The scores below `floor`, in any order, and as the last array the others, sorted.
+def _sort(scores: list[np.ndarray], dtype: np.dtype, floor: float, threads: ThreadPoolExecutor) -> None:
+    """Leave in each array the scores below `floor`, in any order, and append an array of the others, sorted.
 
-    These are split into ranges of about as many each, which threads sort side by side.
+    These are put into ranges of about as many each, which threads sort side by side. Each array goes when its scores
+    have been moved: beside all of them there is memory for the new one alone.
     """
     sample = np.sort(np.concatenate([np.empty(0, dtype), *(x[::1009] for x in scores)], dtype=dtype))
     sample = sample[sample >= floor]
     n_ranges = n_threads() if sample.size else 1
     limits = [floor, *(sample[i * sample.size // n_ranges] for i in range(1, n_ranges)), np.inf]
 
-    def split(values: np.ndarray) -> list[np.ndarray]:
-        ranges = itertools.pairwise(limits)
-        return [values[values < floor], *(values[(values >= low) & (values < high)] for low, high in ranges)]
+    def count(values: np.ndarray) -> np.ndarray:
+        n_below = [np.count_nonzero(values < limit) for limit in limits[:-1]]
+        return np.diff([*n_below, values.size], prepend=0)
 
-    def sort(values: Sequence[np.ndarray]) -> np.ndarray:
-        pool = np.concatenate([np.empty(0, dtype), *values], dtype=dtype)
-        pool.sort()
-        return pool
+    # Of each array, below the floor and in each range. The pool has range after range, in each array after array.
+    counts = np.array([*threads.map(count, scores)], np.intp).reshape(-1, 1 + n_ranges)
+    ends = np.cumsum(counts[:, 1:].T).reshape(n_ranges, -1)
+    edges = [0, *np.cumsum(counts[:, 1:].sum(0))]
+    pool = np.empty(edges[-1], dtype)
 
-    below, *ranges = zip(*threads.map(split, scores), strict=True) if scores else ((), ())
-    return [*below, np.concatenate(list(threads.map(sort, ranges)))]
+    def move(i: int) -> None:
+        values = scores[i]
+        if counts[i, 0] == values.size:
+            return
+        for end, n, (low, high) in zip(ends[:, i], counts[i, 1:], itertools.pairwise(limits), strict=True):
+            pool[end - n : end] = values[(values >= low) & (values < high)]
+        scores[i] = values[values < floor]
+
+    for _ in threads.map(move, range(len(scores))):
+        pass
+    for _ in threads.map(np.ndarray.sort, [pool[start:stop] for start, stop in itertools.pairwise(edges)]):
+        pass
+    scores.append(pool)
 
 
 def mean_of_kinds(structural: float | None, logical: float | None) -> float | None:
