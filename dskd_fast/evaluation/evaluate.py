@@ -2,8 +2,9 @@
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,18 +98,21 @@ def evaluate(
     test = score_images(detector, category, batch_size, progress)
     truth = GroundTruth(category)
 
-    def scored(variant: Variant, writers: Workers) -> Iterator[ScoredMap]:
-        for image in scored_maps(detector, truth, test, variant, progress):
+    def saved(images: Iterable[ScoredMap], variant: Variant, writers: Workers) -> Iterator[ScoredMap]:
+        for image in images:
             if variant == "combined" and save_maps is not None:
                 path = save_maps / category.name / f"{image.key}.tiff"
                 saving.append(writers.behind(save_map, path, image.anomaly_map, weight=image.anomaly_map.nbytes))
             yield image
 
     saving: list[Future[None]] = []
+    figures: dict[Variant, dict[str, Any]] = {}
     with Workers() as writers:
-        figures = {variant: score_maps(scored(variant, writers)) for variant in detector.variants}
-    for saved in saving:
-        saved.result()  # raises what could not be written
+        for variant in detector.variants:
+            with closing(scored_maps(detector, truth, test, variant, progress)) as images:
+                figures[variant] = score_maps(saved(images, variant, writers))
+    for future in saving:
+        future.result()  # raises what could not be written
     decisions = test.decisions(threshold)
     result = {
         "category": category.name,
@@ -171,8 +175,11 @@ def scored_maps(
     test: ScoredImages,
     variant: Variant,
     progress: Progress,
-) -> Iterator[ScoredMap]:
-    """The maps of one variant at native size, one at a time, as `score_maps` takes them."""
+) -> Generator[ScoredMap, None, None]:
+    """The maps of one variant at native size, one at a time, as `score_maps` takes them.
+
+    Close it where not all are taken: threads read ahead of it.
+    """
     maps, sizes = test.maps.existing[variant], test.images.native_sizes
     with Workers() as workers:
         # A mask takes one byte a pixel, and is read from as many.

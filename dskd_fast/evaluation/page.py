@@ -14,6 +14,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -254,7 +255,8 @@ def _describe_variant(
     progress: Progress,
 ) -> dict[str, Any]:
     spro = SPRO()
-    figures = score_maps(scored_maps(detector, truth, test, variant, progress), spro)
+    with closing(scored_maps(detector, truth, test, variant, progress)) as images:
+        figures = score_maps(images, spro)
     scores: dict[str, NDArray[np.float64]] = {kind: test.scores[variant][kinds == kind] for kind in KINDS}
     return {
         "map": variant,

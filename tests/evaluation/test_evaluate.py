@@ -3,6 +3,7 @@ import csv
 import dataclasses
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
+from dskd_fast.evaluation import evaluate as evaluate_module
+from dskd_fast.evaluation import page
 from dskd_fast.evaluation.evaluate import decide, evaluate
 from dskd_fast.metrics.maps import ScoredMap, score_maps
 
@@ -280,6 +283,24 @@ def test_all_unreadable_test_images_are_named_and_nothing_is_written(tiny_detect
         evaluate(tiny_detector, open_category(own_data, None), threshold=None, **places)
     assert sorted(path for path, _ in caught.value.failures) == bad
     assert not any(place.exists() for place in places.values())
+
+
+@pytest.mark.parametrize("module", [evaluate_module, page])
+def test_an_error_leaves_no_thread_that_reads_masks(tiny_run, tiny_detector, category, tmp_path, monkeypatch, module):
+    def fail(images, *_):
+        next(iter(images))
+        raise MemoryError("no room for scores")
+
+    monkeypatch.setattr(module, "score_maps", fail)
+    call = {
+        page: lambda: page.write_report([tiny_run], tmp_path / "page", data_root=category.root, device="cpu"),
+        evaluate_module: lambda: evaluate(tiny_detector, category, threshold=None),
+    }[module]
+    before = {*threading.enumerate()}
+    with pytest.raises(MemoryError, match="no room for scores") as caught:
+        call()
+    assert {*threading.enumerate()} <= before
+    assert caught.tb is not None  # which keeps the generators
 
 
 def test_maps_never_replace_the_data_sets_own_images(tiny_detector, own_data, below):
