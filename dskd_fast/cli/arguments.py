@@ -79,6 +79,35 @@ def add_recipe(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_scoring(parser: argparse._ActionsContainer) -> None:
+    add_option(
+        parser,
+        "scoring",
+        "calibrated: every part of the method is compared with normal images by itself, and the largest decides; "
+        "paper: one map, the sum of both students'",
+    )
+    add_option(
+        parser,
+        "sigma",
+        "standard deviation of the Gaussian filter before the maximum that is the image score, in pixels of the S x S "
+        "image (default: 4 at 256, in proportion)",
+        values.positive_number,
+        "X",
+    )
+    add_option(
+        parser,
+        "filter_maps",
+        "filter the localisation maps, too; calibrated ones always are",
+        action="store_true",
+    )
+    add_option(
+        parser,
+        "align_corners",
+        "align corners when maps are enlarged (the paper's scores, and maps at an image's size)",
+        action="store_true",
+    )
+
+
 def add_precision(parser: argparse._ActionsContainer) -> None:
     add_option(parser, "precision", "of the networks and the affinities in training; scoring: see recalibrate")
 

@@ -318,32 +318,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     arguments.add_option(recipe, "seed", "of initial weights, order and augmentation", values.natural, "K")
 
     scoring = parser.add_argument_group("scoring (the paper is silent on all but the first)")
-    arguments.add_option(
-        scoring,
-        "scoring",
-        "calibrated: every part of the method is compared with normal images by itself, and the largest decides; "
-        "paper: one map, the sum of both students'",
-    )
-    arguments.add_option(
-        scoring,
-        "sigma",
-        "standard deviation of the Gaussian filter before the maximum that is the image score, in pixels of the S x S "
-        "image (default: 4 at 256, in proportion)",
-        values.positive_number,
-        "X",
-    )
-    arguments.add_option(
-        scoring,
-        "filter_maps",
-        "filter the localisation maps, too; calibrated ones always are",
-        action="store_true",
-    )
-    arguments.add_option(
-        scoring,
-        "align_corners",
-        "align corners when maps are enlarged (the paper's scores, and maps at an image's size)",
-        action="store_true",
-    )
+    arguments.add_scoring(scoring)
 
     running = parser.add_argument_group("running")
     arguments.add_device(running)
