@@ -9,7 +9,6 @@ from dskd_fast.choices import (
     BITS_RANGE,
     EXPERIMENTS,
     EXPORT_FORMATS,
-    FALSE_ALARMS,
     HOLDOUT,
     LITE,
     RECIPES,
@@ -149,7 +148,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--false-alarms",
         type=values.rate,
         metavar="X",
-        default=FALSE_ALARMS,
         help="share of good images that may be called anomalous, such as 0.5%% (default: 1%%)",
     )
     recalibrate.add_argument(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dskd_fast.choices import FALSE_ALARMS
 from dskd_fast.cli.display import print_line
 from dskd_fast.data.category import Category
 from dskd_fast.data.contents import copies
@@ -45,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     known: list[Path] = []
     detector, options, config = runs.load_run(arguments.run, arguments.device, arguments.precision)
+    if not good and calibration_of(detector).by_other_images:
+        raise UserError(f"{arguments.run} is calibrated by other images: pass their folder with --good, too")
     if detector.precision == "bf16" and not has_fast_bf16(detector.device):
         print_line("warning: this processor has no bf16 multiplication: in fp32 it would be faster", style="yellow")
     own: Category | None = None
@@ -63,16 +66,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.choose_parts and detector.calibrated is None:
         raise UserError(f"{arguments.run} has the paper's scores, which have no parts: leave --choose-parts out")
     before = calibration_of(detector).threshold
+    false_alarms = FALSE_ALARMS if arguments.false_alarms is None else arguments.false_alarms
     if good:
-        recalibrate(detector, good, false_alarms=arguments.false_alarms)
+        recalibrate(detector, good, false_alarms=false_alarms)
     elif own is not None:
         if bad and not own.validation:
             raise UserError(f"{arguments.run} has no validation images to judge bad ones by: pass --good FOLDER, too")
-        _calibrate_on_own(detector, own, config, options.batch_size, arguments.false_alarms)
+        if arguments.false_alarms is not None and not own.validation:
+            raise UserError(
+                f"{arguments.run} has no validation images to set a threshold by: leave --false-alarms out, or pass "
+                "--good FOLDER, too"
+            )
+        _calibrate_on_own(detector, own, config, options.batch_size, false_alarms)
     if bad:
         caught = score_bad(detector, bad)
         if arguments.choose_parts:
-            _choose_parts(detector, caught, arguments.false_alarms)
+            _choose_parts(detector, caught, false_alarms)
         _print_caught(detector, caught)
     kept = runs.replace_calibration(arguments.run, detector, f"{datetime.now():%Y%m%d-%H%M%S}")
     calibration = calibration_of(detector)

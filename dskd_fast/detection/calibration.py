@@ -166,6 +166,7 @@ class Calibration:
         chosen_parts: those that alone decide, chosen by known bad images; None where nothing was.
         precision: in which the networks ran, and run for every image that is compared with this: one of
             `SCORING_PRECISIONS`.
+        by_other_images: whether the images are others than the training was given, as of another lamp.
     """
 
     statistics: dict[str, Statistics]
@@ -176,6 +177,7 @@ class Calibration:
     exposure: Exposure | None = None
     chosen_parts: list[str] | None = None
     precision: str = "fp32"
+    by_other_images: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in SCORING_PRECISIONS:

@@ -328,7 +328,13 @@ class Detector:
                 f"out what does not belong there, and {'recalibrate' if are_new else 'train again'}"
             )
         self.calibration = Calibration(
-            statistics, source, n_images, warnings=warnings, exposure=exposure, precision=self.precision
+            statistics,
+            source,
+            n_images,
+            warnings=warnings,
+            exposure=exposure,
+            precision=self.precision,
+            by_other_images=are_new,
         )
         if self.calibrated is not None:
             self.calibrated.cpu()

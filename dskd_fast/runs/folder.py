@@ -285,6 +285,9 @@ def load_run(
         threshold, exposure = content.pop("threshold"), content.pop("exposure", None)
         of_weights = content.pop("weights", None)  # which earlier versions did not record
         of_scores = content.pop("scores", None)
+        if isinstance(of_scores, dict):
+            # Earlier versions did not record it, and calibrated again by other images alone.
+            content.setdefault("by_other_images", of_scores.get("file", SCORES) != SCORES)
         calibration = Calibration(
             **content | {"statistics": {name: Statistics(**content["statistics"][name]) for name in students}},
             threshold=None if threshold is None else Threshold(**threshold),

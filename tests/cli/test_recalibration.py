@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,6 +94,27 @@ def test_by_its_own_images_a_run_is_calibrated_for_another_precision_in_which_it
     assert found_in(run, bad)[0] == pytest.approx(in_fp32, rel=1e-3, abs=1e-3)
     code, _, err = cli("recalibrate", run)
     assert (code, "--good" in err) == (2, True)
+
+
+def test_for_another_precision_new_good_images_are_not_given_up_for_the_runs_own(cli, cli_error, run, good, edit):
+    assert cli("recalibrate", run, "--good", good).code == 0
+    before, message = state(run), "is calibrated by other images: pass their folder with --good, too"
+    assert message in cli_error("recalibrate", run, "--precision", "fp32")
+    assert state(run) == before
+    # As versions wrote it that did not record which images they were.
+    edit(run / "calibration.json", lambda content: content.pop("by_other_images"))
+    assert message in cli_error("recalibrate", run, "--precision", "fp32")
+    code, out, _ = cli("recalibrate", run, "--precision", "bf16", "--good", good)
+    assert (code, "scores are in bf16 from now on" in out) == (0, True)
+
+
+def test_a_rate_of_false_alarms_is_not_ignored_where_there_are_no_images_to_set_a_threshold_by(
+    cli_error, run, monkeypatch
+):
+    find = runs.find_category
+    monkeypatch.setattr(runs, "find_category", lambda *a, **k: replace(find(*a, **k), validation=[]))
+    message = cli_error("recalibrate", run, "--precision", "fp32", "--false-alarms", "1%")
+    assert "no validation images to set a threshold by: leave --false-alarms out" in message
 
 
 def test_new_good_images_are_then_normal_and_were_anomalous(run, good, cli):
