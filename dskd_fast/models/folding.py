@@ -3,18 +3,20 @@
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import fx, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from dskd_fast.models.bottleneck import WholeMapConv2d, WholeMapConvTranspose2d
+_CONVOLUTIONS = (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d)
 
 
 def fold(network: nn.Module) -> None:
     """Put each batch norm of a network, as it is in eval mode, into the convolution before it, in place.
 
     The network then gives the same but for float32 rounding, cannot be trained any more, and has another state dict.
-    Where a convolution's result goes elsewhere, too, or a backbone's code cannot be followed, batch norm stays.
+    Where a convolution's result goes elsewhere, too, a convolution is none of PyTorch's own kinds, or a backbone's code
+    cannot be followed, batch norm stays.
     """
     try:
         graph = _Tracer().trace(network)
@@ -23,13 +25,15 @@ def fold(network: nn.Module) -> None:
     modules = dict(network.named_modules())
     nodes = [node for node in graph.nodes if node.op == "call_module"]
     targets = [str(node.target) for node in nodes]
+    # Of these the backbone's code takes the weights themselves.
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     for node in nodes:
         before, name = node.args[0], str(node.target)
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
         conv, norm = modules[str(before.target)], modules[name]
         once = targets.count(name) == targets.count(str(before.target)) == 1
-        if once and _can_hold_bias(conv) and type(norm) in (nn.BatchNorm2d, BatchNormAct2d):
+        if once and not {name, str(before.target)} & read and _can_hold_bias(conv) and _can_be_folded(norm):
             _fold_pair(conv, norm)
             parent, _, own_name = name.rpartition(".")
             left = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
@@ -42,8 +46,7 @@ def round_weights(network: nn.Module, dtype: torch.dtype) -> None:
     Under autocast to `dtype` nothing changes but that they are not rounded again in every call.
     """
     for part in network.modules():
-        # The condensing block multiplies in float32 whatever autocast says.
-        if isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and not _is_whole_map(part):
+        if _is_plain(part, *_CONVOLUTIONS, nn.Linear):
             part.to(dtype)
 
 
@@ -53,12 +56,19 @@ class _Tracer(fx.Tracer):
         return is_of_a_pair or super().is_leaf_module(m, module_qualified_name)
 
 
-def _is_whole_map(part: nn.Module) -> bool:
-    return isinstance(part, WholeMapConv2d | WholeMapConvTranspose2d)
+def _is_plain(part: nn.Module, *kinds: type[nn.Module]) -> bool:
+    # Subclasses may compute with other weights than they hold, as those that standardise them do, or, as the condensing
+    # block, in float32 whatever autocast says.
+    return type(part) in kinds and not parametrize.is_parametrized(part)
 
 
 def _can_hold_bias(part: nn.Module) -> bool:
-    return isinstance(part, nn.Conv2d | nn.ConvTranspose2d) and not _is_whole_map(part)
+    # The weights of groups that are transposed lie in another order.
+    return _is_plain(part, *_CONVOLUTIONS) and not (isinstance(part, nn.ConvTranspose2d) and part.groups > 1)
+
+
+def _can_be_folded(part: nn.Module) -> bool:
+    return type(part) in (nn.BatchNorm2d, BatchNormAct2d) and part.running_var is not None
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from dskd_fast.models import DSKD
 from dskd_fast.models.folding import fold
@@ -24,7 +25,7 @@ def with_statistics(model):
     """Batch norm as training leaves it, not as the identity."""
     generator = torch.Generator().manual_seed(1)
     for part in model.modules():
-        if isinstance(part, nn.BatchNorm2d):
+        if isinstance(part, nn.BatchNorm2d) and part.track_running_stats:
             part.running_mean.normal_(0, 0.2, generator=generator)
             part.running_var.uniform_(0.5, 2, generator=generator)
             nn.init.uniform_(part.weight, 0.5, 1.5, generator=generator)
@@ -72,6 +73,35 @@ def test_only_what_can_be_folded_is_folded():
     fold(network)
     torch.testing.assert_close(network(x), before, rtol=1e-12, atol=1e-12)
     assert [isinstance(norm, nn.BatchNorm2d) for norm in network.norms] == [True, True, True, False, False]
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class ReadsWeights(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + self[0].weight.sum()
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(Standardised(4, 4, 3), nn.BatchNorm2d(4)),
+        nn.Sequential(weight_norm(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4)),
+        nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.BatchNorm2d(4)),
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+        ReadsWeights(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
+    ],
+)
+def test_a_pair_that_cannot_be_folded_stays_as_it_is(network):
+    network = with_statistics(network).double()
+    x = torch.rand(2, 4, 5, 5, dtype=torch.float64)
+    before = network(x)
+    fold(network)
+    assert torch.equal(network(x), before)
+    assert isinstance(network[1], nn.BatchNorm2d)
 
 
 def test_code_that_cannot_be_followed_stays_as_it_is():
