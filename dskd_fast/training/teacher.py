@@ -1,6 +1,9 @@
 """The frozen teacher as training uses it: cheaper than the one that the run keeps, and not asked twice."""
 
 import copy
+import math
+import os
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.detector import to_float
-from dskd_fast.device import numerics
+from dskd_fast.device import is_out_of_memory, numerics
 from dskd_fast.models.folding import fold, round_weights
 from dskd_fast.models.teacher import Teacher
 from dskd_fast.progress import log
@@ -16,8 +19,11 @@ from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.distributed import Group
 
 KEPT_BYTES = 2 * 2**30
-"""Most that kept features may take: those of 292 images at 256 x 256 of the paper's teacher, of 2131 at 128 x 128 of
-`lite`, and of twice as many in bf16."""
+"""Most that kept features may take in all processes together, where that is no more than a quarter of the memory: those
+of 292 images at 256 x 256 of the paper's teacher, of 2131 at 128 x 128 of `lite`, and of twice as many in bf16."""
+
+# So often something is said of features that take long.
+PROGRESS_SECONDS = 10.0
 
 # Images for which features are computed together, whatever the batches of the training: the same each time.
 _AT_A_TIME = 8
@@ -47,23 +53,56 @@ class FrozenTeacher:
             return self._network(images)
 
     def features_of(self, images: ImageStore, n: int, group: Group) -> "KeptFeatures | None":
-        """The features of the first n images of a store, each process's share computed there; None if too large."""
+        """The features of the first n images of a store, each process's share computed there.
+
+        None, and why to the logger, if they are too large for the memory of any process.
+        """
+        try:
+            levels = self._levels_of(images, n, group)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            levels = []
+        if group.add(torch.tensor([float(not levels)], dtype=torch.float64)).item():
+            log.info(
+                "the teacher's features of the %d training images are too large to be kept, so it runs in every step "
+                "(rounding may differ from that of a training that keeps them)",
+                n,
+            )
+            return None
+        for level in levels:
+            group.exchange(level)
+        return KeptFeatures(levels)
+
+    def _levels_of(self, images: ImageStore, n: int, group: Group) -> list[Tensor]:
+        """For each level (n, h, w, C), of which this process's share is computed; none if they are too large."""
         share = group.share(n)
         levels: list[Tensor] = []
+        told = time.monotonic()
         for start in range(share.start, share.stop, _AT_A_TIME):
             stop = min(start + _AT_A_TIME, share.stop)
             found = [x.permute(0, 2, 3, 1) for x in self(to_float(images.batch(range(start, stop)), self.device))]
             if not levels:
                 n_bytes = n * sum(x[0].nbytes for x in found)
-                if n_bytes > KEPT_BYTES:
-                    return None
+                # Each process has all of them, and the processes may be of one machine.
+                if n_bytes * group.size > min(KEPT_BYTES, _physical_memory() // 4):
+                    return []
                 log.info("keeping the teacher's features of the %d training images: %.0f MiB", n, n_bytes / 2**20)
                 levels = [x.new_empty((n, *x.shape[1:])) for x in found]
             for level, values in zip(levels, found, strict=True):
                 level[start:stop] = values
-        for level in levels:
-            group.exchange(level)
-        return KeptFeatures(levels)
+            if time.monotonic() - told >= PROGRESS_SECONDS:
+                told = time.monotonic()
+                log.info("features of %d of %d images computed", stop - share.start, share.stop - share.start)
+        return levels
+
+
+def _physical_memory() -> float:
+    """In bytes, as far as the system tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 class KeptFeatures:

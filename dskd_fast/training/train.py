@@ -93,8 +93,8 @@ def train(
 
     model, images, checkpoints = group.agree(prepare)
     train_indices = list(range(len(category.train)))
-    with stopping_signal(checkpoint is not None) as signal_number, deterministic_convolutions():
-        history = _fit(model, images, train_indices, options, report, checkpoints, group, signal_number)
+    with deterministic_convolutions():
+        history = _fit(model, images, train_indices, options, report, checkpoints, group)
 
     detector = options.detector(model)
     if group.is_first:
@@ -116,7 +116,6 @@ def _fit(
     report: Callable[[TrainingState], None],
     checkpoints: Checkpoints,
     group: Group,
-    signal_number: Callable[[], int],
 ) -> list[Epoch]:
     device = model.teacher.mean.device
     augment = Augmentation.parse(options.augmentation)
@@ -132,7 +131,8 @@ def _fit(
         # The rest of an epoch in batches of another size leaves another last one.
         check_batches(model, len(indices) - at.seen or len(indices), options, group)
     kept = None
-    # Of a GPU the memory is for the batches, and the teacher takes a smaller part of its time.
+    # Of a GPU the memory is for the batches, and the teacher takes a smaller part of its time. A signal ends this at
+    # once: there is no step to finish.
     if augment == Augmentation() and options.epochs > 1 and device.type == "cpu":
         with clear_errors(options, group):
             kept = trainer.teacher.features_of(images, len(indices), group)
@@ -148,54 +148,57 @@ def _fit(
             + (" or use --precision fp32" if options.precision != "fp32" else "")
         )
 
-    while len(at.history) < options.epochs:
-        if at.seen == 0:
-            at.order = torch.randperm(len(indices), generator=random).tolist()
-        started = time.perf_counter() - at.seconds
-        while at.seen < len(indices):
-            done = (len(at.history) + at.seen / len(indices)) / options.epochs
-            trainer.set_progress(done, 1 / (options.epochs * steps_per_epoch))
-            chosen = at.order[at.seen : at.seen + options.batch_size]
-            with clear_errors(options, group):
-                # Random numbers are drawn for the whole batch, so that an image gets the same ones in any group.
-                batch = augment(to_float(images.batch(indices[i] for i in chosen), device), random)
-                share = group.share(len(batch))
-                part = batch[share]
-                of_teacher = None if kept is None else kept.of([indices[i] for i in chosen[share]])
-                losses = trainer.step(part, group.size * len(part) / len(chosen), of_teacher)
-            of_part = losses.double().cpu() * len(part)
-            *sums, stop = group.add(torch.cat([of_part, torch.tensor([float(signal_number() > 0)])])).tolist()
-            at.seen += len(chosen)
-            if not all(map(math.isfinite, sums)):
-                means = ", ".join(f"{name} {x / len(chosen):.3g}" for name, x in zip(model.students, sums, strict=True))
-                raise diverged(f"the loss is no longer finite ({means})")
-            at.totals = [total + x for total, x in zip(at.totals, sums, strict=True)]
-            at.seconds = time.perf_counter() - started
-            steps_done = len(at.history) * steps_per_epoch + math.ceil(at.seen / options.batch_size)
-            report(
-                TrainingState(
-                    steps_done,
-                    options.epochs * steps_per_epoch,
-                    len(at.history) + 1,
-                    **mean_losses(),
-                    images_per_second=at.seen / at.seconds,
+    with stopping_signal(checkpoints.path is not None) as signal_number:
+        while len(at.history) < options.epochs:
+            if at.seen == 0:
+                at.order = torch.randperm(len(indices), generator=random).tolist()
+            started = time.perf_counter() - at.seconds
+            while at.seen < len(indices):
+                done = (len(at.history) + at.seen / len(indices)) / options.epochs
+                trainer.set_progress(done, 1 / (options.epochs * steps_per_epoch))
+                chosen = at.order[at.seen : at.seen + options.batch_size]
+                with clear_errors(options, group):
+                    # Random numbers are drawn for the whole batch, so that an image gets the same ones in any group.
+                    batch = augment(to_float(images.batch(indices[i] for i in chosen), device), random)
+                    share = group.share(len(batch))
+                    part = batch[share]
+                    of_teacher = None if kept is None else kept.of([indices[i] for i in chosen[share]])
+                    losses = trainer.step(part, group.size * len(part) / len(chosen), of_teacher)
+                of_part = losses.double().cpu() * len(part)
+                *sums, stop = group.add(torch.cat([of_part, torch.tensor([float(signal_number() > 0)])])).tolist()
+                at.seen += len(chosen)
+                if not all(map(math.isfinite, sums)):
+                    means = ", ".join(
+                        f"{name} {x / len(chosen):.3g}" for name, x in zip(model.students, sums, strict=True)
+                    )
+                    raise diverged(f"the loss is no longer finite ({means})")
+                at.totals = [total + x for total, x in zip(at.totals, sums, strict=True)]
+                at.seconds = time.perf_counter() - started
+                steps_done = len(at.history) * steps_per_epoch + math.ceil(at.seen / options.batch_size)
+                report(
+                    TrainingState(
+                        steps_done,
+                        options.epochs * steps_per_epoch,
+                        len(at.history) + 1,
+                        **mean_losses(),
+                        images_per_second=at.seen / at.seconds,
+                    )
                 )
-            )
-            if group.is_first and (stop or checkpoints.is_due()):
-                if not is_sound(model, part):
-                    raise diverged("the students' features are no longer finite")
-                checkpoints.save(trainer, at, random)
-            if stop and not group.is_first:
-                raise PeerFailed
-            if stop:
-                raise TrainingStopped(
-                    f"stopped after step {steps_done} of {options.epochs * steps_per_epoch}, in epoch "
-                    f"{len(at.history) + 1}, and saved: go on with `dskd-fast train --resume {checkpoints.run}`",
-                    signal_number() or signal.SIGTERM,
-                )
-        epoch = Epoch(**mean_losses(), images_per_second=at.seen / at.seconds)
-        if (growth := grown_loss(at.history[0] if at.history else epoch, epoch)) is not None:
-            raise diverged(growth)
-        at = Position([0.0] * len(model.students), [*at.history, epoch])
+                if group.is_first and (stop or checkpoints.is_due()):
+                    if not is_sound(model, part):
+                        raise diverged("the students' features are no longer finite")
+                    checkpoints.save(trainer, at, random)
+                if stop and not group.is_first:
+                    raise PeerFailed
+                if stop:
+                    raise TrainingStopped(
+                        f"stopped after step {steps_done} of {options.epochs * steps_per_epoch}, in epoch "
+                        f"{len(at.history) + 1}, and saved: go on with `dskd-fast train --resume {checkpoints.run}`",
+                        signal_number() or signal.SIGTERM,
+                    )
+            epoch = Epoch(**mean_losses(), images_per_second=at.seen / at.seconds)
+            if (growth := grown_loss(at.history[0] if at.history else epoch, epoch)) is not None:
+                raise diverged(growth)
+            at = Position([0.0] * len(model.students), [*at.history, epoch])
     trainer.finish()
     return at.history

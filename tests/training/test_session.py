@@ -22,6 +22,7 @@ from dskd_fast.runs.options import ADDED_OPTIONS
 from dskd_fast.training import trainer as trainer_module
 from dskd_fast.training.checkpoints import Checkpoints
 from dskd_fast.training.session import ensure_run, resume_run, start_run
+from dskd_fast.training.teacher import FrozenTeacher
 
 RUN_FILES = ["calibration.json", "config.json", "history.json", "scores.safetensors", "weights.safetensors"]
 
@@ -231,6 +232,16 @@ def test_ctrl_c_twice_stops_at_once_unless_it_is_ignored(start, tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
+def test_ctrl_c_stops_at_once_while_the_teachers_features_are_computed(start, tmp_path, monkeypatch):
+    def features_of(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(FrozenTeacher, "features_of", features_of)
+    with pytest.raises(KeyboardInterrupt):
+        start(lambda _: pytest.fail("too late"), augmentation="none")
+    assert not (tmp_path / "run").exists()
+
+
 def test_from_the_command_line(cli, cli_error, category, tiny_arguments, tmp_path, monkeypatch):
     run = tmp_path / "a run"
     arguments = ["train", "--data-root", category.root, *tiny_arguments, "--out", run]
@@ -414,9 +425,9 @@ def test_it_may_be_compiled_and_a_compiler_that_is_missing_is_named(start, tmp_p
 
     monkeypatch.setattr(torch, "compile", traced)
     start(name="compiled", compile=True, batch_size=7, epochs=1)
-    assert len(compiled) == 1
+    assert len(compiled) == 2  # the teacher apart from the students
     start(name="eager", batch_size=7, epochs=1)
-    assert len(compiled) == 1
+    assert len(compiled) == 2
     same_result(tmp_path / "compiled", tmp_path / "eager")
     monkeypatch.setattr(torch, "compile", lambda _: original(lambda batch: batch.sin(), backend=failing))
     with pytest.raises(UserError, match=r"torch\.compile cannot compile the training here \(.*no compiler.*leave --co"):

@@ -1,5 +1,7 @@
 """The frozen teacher of a training, and the features that it keeps."""
 
+import logging
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.detector import to_float
 from dskd_fast.device import numerics
-from dskd_fast.training.distributed import ALONE
+from dskd_fast.training.distributed import ALONE, Group
 from dskd_fast.training.teacher import FrozenTeacher
 
 
@@ -38,3 +40,36 @@ def test_kept_features_are_the_teachers_and_none_are_kept_beyond_the_limit(
     n_bytes = 12 * sum(x[0].nbytes for x in kept.of([0]))
     monkeypatch.setattr(teacher_module, "KEPT_BYTES", n_bytes - 1)
     assert teacher.features_of(images, 12, ALONE) is None
+
+
+def test_features_are_not_kept_where_the_memory_is_too_small_and_long_work_says_how_far_it_is(
+    data_root, tiny_options, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO, "dskd_fast")
+    images = ImageStore(open_category(data_root, "screw_bag").train, 64)
+    options = tiny_options()
+    teacher = FrozenTeacher(options.networks(pretrained=True).teacher, options)
+    monkeypatch.setattr(teacher_module, "PROGRESS_SECONDS", 0)
+    n_bytes = 12 * sum(x[0].nbytes for x in teacher.features_of(images, 12, ALONE).of([0]))
+    assert caplog.messages[-2:] == ["features of 8 of 12 images computed", "features of 12 of 12 images computed"]
+
+    class Two(Group):
+        """Two processes, of which the other has room."""
+
+        def add(self, values):
+            return values
+
+    too_large = "the teacher's features of the 12 training images are too large to be kept, so it runs in every step"
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_module, "KEPT_BYTES", 2 * n_bytes - 1)
+        assert teacher.features_of(images, 12, Two(0, 2)) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_module, "_physical_memory", lambda: 4 * n_bytes - 4)
+        assert teacher.features_of(images, 12, ALONE) is None
+
+    def no_room(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", no_room)
+    assert teacher.features_of(images, 12, ALONE) is None
+    assert sum(message.startswith(too_large) for message in caplog.messages) == 3
