@@ -48,7 +48,7 @@ from dskd_fast.errors import TrainingStopped, UserError
 from dskd_fast.evaluation.evaluate import count_kinds, remarks, threshold_of
 from dskd_fast.evaluation.evaluate import evaluate as evaluate_detector
 from dskd_fast.evaluation.page import write_report
-from dskd_fast.files import in_shell, load_tensors, printable
+from dskd_fast.files import load_tensors, printable
 from dskd_fast.metrics.maps import maps_without_image, read_maps, score_maps
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.folder import find_category
@@ -201,11 +201,6 @@ def predict(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     detector, _, config = runs.load_run(arguments.run, "cpu")
-    if detector.precision != "fp32":
-        raise UserError(
-            f"{arguments.run} is calibrated for {detector.precision}, and exported files compute in fp32: calibrate it "
-            f"again with `dskd-fast recalibrate {in_shell(arguments.run)} --precision fp32`"
-        )
     exported = export_detector(
         detector,
         arguments.out or arguments.run / f"model{SUFFIXES[arguments.format]}",

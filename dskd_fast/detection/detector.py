@@ -46,7 +46,8 @@ class Detector:
     """DSKD with everything that turns its features into maps, scores and decisions.
 
     Attributes:
-        model: the networks.
+        model: the networks. Those of a run that scores in bf16 have weights in bf16, and outside of this class run only
+            under `dskd_fast.device.numerics("bf16", detector.device)`.
         scoring: how maps and scores are made of their features.
         calibration: statistics and threshold; None before `calibrate`.
         bits: of values of more than 8 bits in image files, see `dskd_fast.data.images.read_image`.

@@ -86,9 +86,14 @@ def export(detector: Detector, path: Path, file_format: Format, *, category: str
         threshold: of the decisions; None makes none.
 
     Raises:
-        UserError: packages are missing, the weights are too large for an ONNX file, the file disagrees with the
-            detector, or cannot be written. An older file is then still there.
+        UserError: the detector computes in bf16, packages are missing, the weights are too large for an ONNX file, the
+            file disagrees with the detector, or cannot be written. An older file is then still there.
     """
+    if detector.precision != "fp32":
+        raise UserError(
+            f"the run is calibrated for {detector.precision}, and exported files compute in fp32: calibrate it again "
+            "with `dskd-fast recalibrate RUN --precision fp32`"
+        )
     suffix = SUFFIXES[file_format]
     if path.suffix != suffix:
         raise UserError(f"{path} does not end in {suffix}, as files of the format {file_format} do: choose such a name")

@@ -429,6 +429,13 @@ def test_a_file_that_disagrees_is_not_kept(tmp_path, below, monkeypatch, output,
     assert [(name, path.read_text()) for name in below(tmp_path)] == [(path.name, "older")]
 
 
+def test_a_detector_that_computes_in_bf16_is_refused(tiny_detector, tmp_path):
+    in_bf16 = replace(tiny_detector, precision="bf16")
+    with pytest.raises(UserError, match=r"calibrated for bf16, .* `dskd-fast recalibrate RUN --precision fp32`"):
+        export(in_bf16, tmp_path / "model.pt2", "torch", category="screw_bag", threshold=None)
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_onnx_needs_is_known_before_the_work(tmp_path, monkeypatch, below):
     find_spec = export_module.importlib.util.find_spec
     with monkeypatch.context() as patch:
