@@ -79,15 +79,17 @@ def export(detector: Detector, path: Path, file_format: Format, *, category: str
 
     Args:
         detector: calibrated.
-        path: of the file; an older one is replaced.
+        path: of the file; an older one is replaced. A process that is killed while it replaces both of OpenVINO's
+            leaves no .xml under its name.
         file_format: "torch" for `torch.export.load`, "onnx", or "openvino", whose users have to ask for float32, too:
             `Exported.metadata["compile"]` is the line.
         category: recorded in the file.
         threshold: of the decisions; None makes none.
 
     Raises:
-        UserError: the detector computes in bf16, packages are missing, the weights are too large for an ONNX file, the
-            file disagrees with the detector, or cannot be written. An older file is then still there.
+        UserError: the detector computes in bf16, packages are missing, OpenVINO's .bin is there without its .xml, the
+            weights are too large for an ONNX file, the file disagrees with the detector, or cannot be written. An older
+            file is then still there.
     """
     if detector.precision != "fp32":
         raise UserError(
@@ -105,6 +107,8 @@ def export(detector: Detector, path: Path, file_format: Format, *, category: str
     if file_format == "openvino":
         files.append(path.with_suffix(_WEIGHTS))
         require_writable(files[1])
+        if files[1].exists() and not path.exists():
+            raise UserError(f"{files[1]} exists without {path.name}, so it may be anything: choose another name")
     metadata = _metadata(detector, file_format, category, threshold)
     if file_format == "openvino":
         precision = json.dumps(OPENVINO_PRECISION)
@@ -116,6 +120,7 @@ def export(detector: Detector, path: Path, file_format: Format, *, category: str
     }[file_format]
     program = _program(detector, threshold)
     difference = 0.0
+    older: dict[Path, Path] = {}
 
     def write_and_verify(temporary: Path) -> None:
         nonlocal difference
@@ -127,13 +132,28 @@ def export(detector: Detector, path: Path, file_format: Format, *, category: str
                     f"the exported file disagrees with the run by {difference:.1e}, more than {TOLERANCE:.0e}, and was "
                     "not kept: use another --format, or report this"
                 )
-            for file in files[1:]:
-                os.replace(temporary.with_suffix(file.suffix), file)
+            if len(files) > 1:
+                # The .xml first, and back last: beside weights that are not its own it would be wrong without a word.
+                for file in filter(Path.exists, files):
+                    older[file] = temporary.with_suffix(f".old{file.suffix[1:]}")
+                    os.replace(file, older[file])
+                os.replace(temporary.with_suffix(_WEIGHTS), files[1])
         finally:
             for file in files[1:]:
                 temporary.with_suffix(file.suffix).unlink(missing_ok=True)
 
-    write_file(path, write_and_verify)
+    try:
+        write_file(path, write_and_verify)
+    except BaseException:
+        # The new weights alone would keep the next export from this place.
+        if len(files) > 1 and not path.exists() and all(map(Path.exists, older.values())):
+            files[1].unlink(missing_ok=True)
+        for file, aside in reversed(older.items()):
+            if aside.exists():
+                os.replace(aside, file)
+        raise
+    for aside in older.values():
+        aside.unlink()
     return Exported(path, sum(file.stat().st_size for file in files), metadata, difference)
 
 
