@@ -1,6 +1,9 @@
 """Exported files do what `predict` does, whatever the batch and the size of the images, and without this package."""
 
+import functools
 import json
+import os
+import pickle
 import resource
 import shutil
 import signal
@@ -14,6 +17,7 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 from torch.nn import functional as nnf
 
@@ -29,6 +33,7 @@ from dskd_fast.detection.program import Inspection, enlarge, resize_square
 from dskd_fast.detection.scoring.calibrated import PARTS, CalibratedScore
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
+from dskd_fast.runs.folder import load_run
 
 FORMATS = ("torch", "onnx", "openvino")
 
@@ -41,8 +46,15 @@ def load(path):
         return lambda images: dict(zip(names, session.run(None, {"images": images}), strict=True))
     if path.suffix == ".xml":
         return openvino_run(openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}))
-    module = torch.export.load(path).module()
+    module = load_program(path)[0].module()
     return lambda images: {name: x.numpy() for name, x in module(torch.from_numpy(images)).items()}
+
+
+@functools.cache
+def load_program(path):
+    """A .pt2's program, and its metadata as text."""
+    extra = {METADATA: ""}
+    return torch.export.load(path, extra_files=extra), extra[METADATA]
 
 
 def openvino_run(compiled):
@@ -77,35 +89,48 @@ def random_images(batch, height, width):
 
 
 @pytest.fixture(scope="module")
+def exports(tiny_run, tmp_path_factory):
+    """The run and, by format, what was exported of it: by the first process of the test session, since it takes long."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "exported"
+    run, done = folder / "run", folder / "done"
+    with FileLock(f"{folder}.lock"):
+        if not done.exists():
+            shutil.copytree(tiny_run, run, dirs_exist_ok=True)
+            detector = load_run(run, "cpu")[0]
+            threshold = detector.calibration.threshold.value
+            done.write_bytes(pickle.dumps(export_all(detector, folder, "screw_bag", threshold)))
+    return run, pickle.loads(done.read_bytes())
+
+
+def export_all(detector, folder, category, threshold):
+    """Traced once for all formats, since that takes longest, and written as ONNX once, of which OpenVINO's is made."""
+    program, done = export_module._program(detector, threshold), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module, "_program", lambda *_: program)
+        for file_format in FORMATS:
+            if file_format == "openvino":
+                source = done["onnx"].path
+                patch.setattr(export_module, "_write_onnx", lambda program, path, metadata: shutil.copy(source, path))
+            path = folder / file_format / f"model{SUFFIXES[file_format]}"
+            done[file_format] = export(detector, path, file_format, category=category, threshold=threshold)
+    return done
+
+
+@pytest.fixture(scope="module")
+def tiny_detector(exports):
+    """Of the run that was exported, which another process may have trained."""
+    return load_run(exports[0], "cpu")[0]
+
+
+@pytest.fixture(scope="module")
 def threshold(tiny_detector):
     return tiny_detector.calibration.threshold.value
 
 
-@pytest.fixture(scope="module")
-def export_as(tiny_detector, threshold, tmp_path_factory):
-    """Traced once for all formats, since that takes longest, and written as ONNX once, of which OpenVINO's is made."""
-    program = export_module._program(tiny_detector, threshold)
-    folder = tmp_path_factory.mktemp("exported")
-    done = {}
-
-    def export_as(file_format):
-        if file_format in done:
-            return done[file_format]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export_module, "_program", lambda *_: program)
-            if file_format == "openvino":
-                source = export_as("onnx").path
-                patch.setattr(export_module, "_write_onnx", lambda program, path, metadata: shutil.copy(source, path))
-            path = folder / file_format / f"model{SUFFIXES[file_format]}"
-            done[file_format] = export(tiny_detector, path, file_format, category="screw_bag", threshold=threshold)
-        return done[file_format]
-
-    return export_as
-
-
 @pytest.fixture(scope="module", params=FORMATS)
-def exported(request, export_as):
-    return export_as(request.param)
+def exported(request, exports):
+    return exports[1][request.param]
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +194,7 @@ def test_a_file_says_what_it_is(exported, tiny_detector, threshold):
     limits = tiny_detector.calibration.exposure
     assert exported.metadata["exposure"] == {"brightness": [*limits.brightness], "contrast": [*limits.contrast]}
     if exported.path.suffix == ".pt2":
-        extra = {METADATA: ""}
-        torch.export.load(exported.path, extra_files=extra)
-        assert json.loads(extra[METADATA]) == exported.metadata
+        assert json.loads(load_program(exported.path)[1]) == exported.metadata
         return
     if exported.path.suffix == ".xml":
         found = openvino.Core().read_model(exported.path).get_rt_info("dskd_fast").value
@@ -207,7 +230,7 @@ def test_no_file_holds_anything_of_this_package(exported):
         assert openvino.Type.f64 not in {output.get_element_type() for one in operators for output in one.outputs()}
         assert {one.get_type_info().version_id[:5] for one in operators} == {"opset"}
         return
-    calls = [node.target for node in torch.export.load(exported.path).graph.nodes if node.op == "call_function"]
+    calls = [node.target for node in load_program(exported.path)[0].graph.nodes if node.op == "call_function"]
     assert len(calls) > 100
     assert {target.namespace for target in calls if isinstance(target, torch._ops.OpOverload)} == {"aten"}
 
@@ -215,9 +238,9 @@ def test_no_file_holds_anything_of_this_package(exported):
 @pytest.mark.parametrize(
     ("file_format", "precision"), [("openvino", {}), ("onnx", {"INFERENCE_PRECISION_HINT": "bf16"})]
 )
-def test_openvino_in_less_than_float32_gives_no_numbers_and_passes_no_image(export_as, file_format, precision):
+def test_openvino_in_less_than_float32_gives_no_numbers_and_passes_no_image(exports, file_format, precision):
     """Both are bf16 on processors that multiply it: the first without a word."""
-    path, images = export_as(file_format).path, random_images(2, 40, 64)
+    path, images = exports[1][file_format].path, random_images(2, 40, 64)
     compiled = openvino.Core().compile_model(path, "CPU", precision)
     found = openvino_run(compiled)(images)
     if compiled.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32:
@@ -306,8 +329,7 @@ def test_settings_of_a_run_are_in_the_module(scoring):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file_format", FORMATS)
-def test_settings_of_a_run_are_in_the_file_and_without_a_threshold_there_are_no_decisions(tmp_path, file_format):
+def test_settings_of_a_run_are_in_the_files_and_without_a_threshold_there_are_no_decisions(tmp_path):
     detector = small_detector(align_corners=True, filter_maps=True, sigma=9.0, temperature=0.1)
     # Students within 0.1 % of their teacher: what cancels, or is taken for nothing, would show.
     teacher, *students = detector.model.convolutions
@@ -318,16 +340,17 @@ def test_settings_of_a_run_are_in_the_file_and_without_a_threshold_there_are_no_
     detector.calibrate([torch.from_numpy(random_images(8, 32, 32))], "validation")
     assert detector.calibration.statistics["global"].mean < 1e-7
     detector.calibration = replace(detector.calibration, exposure=None)
-    path = tmp_path / f"model{SUFFIXES[file_format]}"
-    exported = export(detector, path, file_format, category="c", threshold=None)
-    # The detector is one from before there were limits of brightness and contrast.
-    assert list(exported.metadata["outputs"]) == ["score", "map", "parts"]
-    assert (exported.metadata["scoring"], exported.metadata["parts"]) == ("paper", ["local", "global"])
-    assert "exposure" not in exported.metadata
-    assert exported.metadata["threshold"] is None
-    run = load(path)
-    for images in (random_images(1, 32, 45), random_images(4, 61, 32), random_images(2, 90, 70)):
-        assert_agrees(run(images), detector.predict(images.transpose(0, 2, 3, 1)), None)
+    sizes = ((1, 32, 45), (4, 61, 32), (2, 90, 70))
+    expected = [detector.predict(random_images(*size).transpose(0, 2, 3, 1)) for size in sizes]
+    for exported in export_all(detector, tmp_path, "c", None).values():
+        # The detector is one from before there were limits of brightness and contrast.
+        assert list(exported.metadata["outputs"]) == ["score", "map", "parts"]
+        assert (exported.metadata["scoring"], exported.metadata["parts"]) == ("paper", ["local", "global"])
+        assert "exposure" not in exported.metadata
+        assert exported.metadata["threshold"] is None
+        run = load(exported.path)
+        for size, detections in zip(sizes, expected, strict=True):
+            assert_agrees(run(random_images(*size)), detections, None)
 
 
 @pytest.mark.parametrize(
@@ -436,6 +459,45 @@ def test_a_detector_that_computes_in_bf16_is_refused(tiny_detector, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_the_two_files_of_openvino_are_replaced_together(tmp_path, below, monkeypatch):
+    path, weights = tmp_path / "model.xml", tmp_path / "model.bin"
+    module = Inspection(small_detector(), 1.0)
+
+    def write(program, temporary, metadata):
+        temporary.write_text("new")
+        temporary.with_suffix(".bin").write_text("new")
+
+    def replace_all_but_the_last(source, target):
+        if target == path and source.read_text() == "new":
+            raise OSError("no more")
+        shutil.move(source, target)
+
+    def export_to_path():
+        export(small_detector(), path, "openvino", category="c", threshold=1.0)
+
+    monkeypatch.setattr(export_module, "_program", lambda *_: None)
+    monkeypatch.setattr(export_module, "_write_openvino", write)
+    run = lambda images: {name: x.numpy() for name, x in module(torch.from_numpy(images)).items()}  # noqa: E731
+    monkeypatch.setattr(export_module, "_load_openvino", lambda _: run)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_all_but_the_last)
+        for older in ([], [weights, path]):
+            for file in older:
+                file.write_text("older")
+            with pytest.raises(UserError, match="no more"):
+                export_to_path()
+            assert [(file.name, file.read_text()) for file in older] == [(name, "older") for name in below(tmp_path)]
+    export_to_path()
+    assert [(name, (tmp_path / name).read_text()) for name in below(tmp_path)] == [
+        ("model.bin", "new"),
+        ("model.xml", "new"),
+    ]
+    path.unlink()
+    with pytest.raises(UserError, match=r"model\.bin exists without model\.xml"):
+        export_to_path()
+    assert weights.read_text() == "new"
+
+
 def test_what_onnx_needs_is_known_before_the_work(tmp_path, monkeypatch, below):
     find_spec = export_module.importlib.util.find_spec
     with monkeypatch.context() as patch:
@@ -457,19 +519,15 @@ def test_what_onnx_needs_is_known_before_the_work(tmp_path, monkeypatch, below):
 
 
 @pytest.mark.slow
-def test_what_onnx_cannot_express_is_a_user_error(tmp_path, below):
-    class Unusual(SmallNetworks):
-        @torch.no_grad()
-        def anomaly_maps(self, images, temperature, *, align_corners, **kinds):
-            return tuple(
-                torch.special.bessel_j0(m)
-                for m in super().anomaly_maps(images, temperature, align_corners=False, **kinds)
-            )
+def test_what_onnx_cannot_express_is_a_user_error(tmp_path, below, monkeypatch):
+    class Unusual(nn.Module):
+        def forward(self, images):
+            return torch.special.bessel_j0(images)
 
-    detector = small_detector()
-    detector.model = Unusual()
+    program = torch.export.export(Unusual(), (torch.zeros(1),))
+    monkeypatch.setattr(export_module, "_program", lambda *_: program)
     with pytest.raises(UserError, match=r"the teacher small .*bessel_j0.*--format torch"):
-        export(detector, tmp_path / "model.onnx", "onnx", category="c", threshold=None)
+        export(small_detector(), tmp_path / "model.onnx", "onnx", category="c", threshold=None)
     assert below(tmp_path) == []
 
 
