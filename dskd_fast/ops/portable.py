@@ -23,7 +23,7 @@ _SERIES_RADIUS = 0.5
 _SERIES_END = 8
 # Largest logit, relative to the teacher's own position, that is exponentiated as it is (dskd_fast/backends/torch.py).
 _LOGIT_LIMIT = 30.0
-# Of the largest entry of a vector: features are far from it.
+# Of the largest entry of a vector that is scaled once: int64 holds the powers of two that are looked up.
 _MAX_EXPONENT = 30
 # Products of numbers with so many bits after the point, and few before it, are exact in float32.
 _SHORT = 2.0**10
@@ -81,8 +81,9 @@ def _directions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tenso
     for x and y of any length. f is |x| / |y| with few bits, and y the sum of y_1 with few bits and the small rest y_2,
     so that f y_1 is exact and x - f y_1 - f y_2 is off by its own rounding only; r is then as short as s - t.
     """
-    x, y = (_near_one(z.flatten(2).mT) for z in (student, teacher))
-    # But for zero vectors, whose largest entry is no more than 0, none is as short as the limit.
+    # Twice, for vectors whose largest entry lies between 2^-61 and 2^60.
+    x, y = (_near_one(_near_one(z.flatten(2).mT)) for z in (student, teacher))
+    # In that range none but zero vectors is as short as the limit; below it, vectors are taken for shorter than unit ones.
     x_norm, y_norm = (z.square().sum(-1, keepdim=True).sqrt() for z in (x, y))
     has_x, has_y = x_norm > 0, y_norm > 0
     x_norm, y_norm = x_norm.clamp(min=0.25), y_norm.clamp(min=0.25)
@@ -97,7 +98,7 @@ def _directions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _near_one(x: Tensor) -> Tensor:
-    """Vectors (..., C) times a power of two each, so that their largest entry lies between 1/2 and 2."""
+    """Vectors (..., C) times a power of two each, up to 2^30, so that their largest entry is between 1/2 and 2."""
     largest = x.abs().amax(-1, keepdim=True).clamp(2.0**-_MAX_EXPONENT, 2.0**_MAX_EXPONENT)
     exponent = (largest.log() / math.log(2)).floor()
     # Looked up, since runtimes' own powers are off: 2^-30 to 2^31, of which rounded logarithms may take the last.

@@ -90,7 +90,7 @@ def random_images(batch, height, width):
 
 @pytest.fixture(scope="module")
 def exports(tiny_run, tmp_path_factory):
-    """The run and, by format, what was exported of it: by the first process of the test session, since it takes long."""
+    """The run and, by format, what was exported of it: by the test session's first process, since it takes long."""
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "exported"
     run, done = folder / "run", folder / "done"
@@ -110,8 +110,9 @@ def export_all(detector, folder, category, threshold):
         patch.setattr(export_module, "_program", lambda *_: program)
         for file_format in FORMATS:
             if file_format == "openvino":
-                source = done["onnx"].path
-                patch.setattr(export_module, "_write_onnx", lambda program, path, metadata: shutil.copy(source, path))
+                patch.setattr(
+                    export_module, "_write_onnx", lambda program, path, metadata: shutil.copy(done["onnx"].path, path)
+                )
             path = folder / file_format / f"model{SUFFIXES[file_format]}"
             done[file_format] = export(detector, path, file_format, category=category, threshold=threshold)
     return done

@@ -37,7 +37,7 @@ def test_contextual_affinity_keeps_its_digits(noise, temperature, limit):
     assert torch.equal(contextual_affinity(student, teacher, torch.tensor(temperature, dtype=torch.float64)), found)
 
 
-@pytest.mark.parametrize("scale", [1.3, 1e-4, 1e8])
+@pytest.mark.parametrize("scale", [1.3, 1e-17, 1e-11, 1e-4, 1e8, 1e17])
 def test_a_student_of_another_length_than_its_teacher_loses_no_digits(scale):
     """Only directions count, so students learn no lengths, and a plain difference would be rounded to the teacher's."""
     student, teacher = features(1e-3, scale=scale)
