@@ -25,6 +25,7 @@ LOST_DEVICE = 3
 
 _GRACE = 1.0  # from SIGTERM to SIGKILL, and for the system to end what was killed
 _RESTARTS = 5
+_MARK = "DSKD_FAST_GPU_PROCESS"
 _TAIL = 1500
 _LARGEST_OUTPUT = 1 << 20
 
@@ -56,10 +57,11 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 class Process(NamedTuple):
-    """A running process of a step, alone in its group, and the file that its output goes to."""
+    """A running process of a step, alone in its group, the file of its output, and what its environment alone holds."""
 
     popen: subprocess.Popen
     output: IO[bytes]
+    mark: str
 
 
 class Driver:
@@ -200,16 +202,23 @@ class Running:
     def _open(self, k: int, begin: int) -> Process:
         output = tempfile.TemporaryFile()  # noqa: SIM115, since it outlives this call
         command = self._driver.command(self._step, k, begin)
-        # In a session of its own, so that whatever it starts ends with it.
+        mark = f"{os.getpid()}-{time.monotonic_ns()}"
+        # In a session of its own, and marked, so that whatever it starts ends with it.
         popen = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {_MARK: mark},
         )
-        return Process(popen, output)
+        return Process(popen, output, mark)
 
     def _close(self, k: int) -> None:
         """End a process and all that it has started; keep its code and the end of its output."""
         process = self._processes.pop(k)
         _signal(process, signal.SIGKILL)
+        _kill_marked(process.mark)
         try:
             code = process.popen.wait(_GRACE)
         except subprocess.TimeoutExpired:  # it waits inside the driver, and cannot be killed
@@ -242,6 +251,14 @@ def _signal(process: Process, number: int) -> None:
     # The group outlives the process where that has left others behind.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.popen.pid, number)
+
+
+def _kill_marked(mark: str) -> None:
+    """Kill what a process has started in sessions of its own, too: children inherit the environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if f"{_MARK}={mark}\0".encode() in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def _last_line(text: str) -> str:

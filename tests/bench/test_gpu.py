@@ -33,7 +33,8 @@ CODE = {
     "silent": "pass",
     "crashes": "[(note('crashes', k) if k != 1 else os.kill(os.getpid(), 11)) for k in range(begin, 4)]",
     "loses": f"note('loses', begin); sys.exit({LOST_DEVICE} if begin < 2 else 0)",
-    "leaves": "note('leaves', 0); subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])",
+    "leaves": "note('leaves', 0); [subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)', path], "
+    "start_new_session=apart) for apart in (False, True)]",
     "last": "note('last', 0)",
 }
 
@@ -45,7 +46,7 @@ def drive(tmp_path):
     def run(seconds, *steps):
         def command(step, process, begin):
             code = HEAD + "    " + CODE[step.name]
-            return [sys.executable, "-c", code, str(process), str(begin), str(tmp_path / "results.jsonl")]
+            return [sys.executable, "-I", "-S", "-c", code, str(process), str(begin), str(tmp_path / "results.jsonl")]
 
         has_all = Driver(tmp_path, seconds, command, {"rehearsal": True}).run(steps, Step("good", "Build", 0))
         summary = json.loads((tmp_path / "summary.json").read_text())
@@ -122,6 +123,13 @@ def test_on_a_gpu_each_backend_meets_all_precisions_levels_and_layouts(tmp_path)
         assert len({(c.contestant.precision, c.layout) for c in affinity}) == 8
         assert {c.shape for c in affinity} == {*plan.REAL.shapes, *plan.REAL.odd_shapes}
         assert all(isinstance(case, Case) for case in found)
+
+
+def test_minutes_that_would_be_cut_are_refused(tmp_path):
+    command = [sys.executable, "-m", "bench.gpu", "--out", tmp_path, "--minutes", "20"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--minutes is 20: use a number above 0, up to 9" in done.stderr
 
 
 def test_the_cheapest_steps_of_a_rehearsal(tmp_path):
