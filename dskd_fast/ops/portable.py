@@ -83,7 +83,7 @@ def _directions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tenso
     """
     # Twice, for vectors whose largest entry lies between 2^-61 and 2^60.
     x, y = (_near_one(_near_one(z.flatten(2).mT)) for z in (student, teacher))
-    # In that range none but zero vectors is as short as the limit; below it, vectors are taken for shorter than unit ones.
+    # In that range none but zero vectors is as short as the limit; shorter ones are taken for less than unit vectors.
     x_norm, y_norm = (z.square().sum(-1, keepdim=True).sqrt() for z in (x, y))
     has_x, has_y = x_norm > 0, y_norm > 0
     x_norm, y_norm = x_norm.clamp(min=0.25), y_norm.clamp(min=0.25)
