@@ -12,6 +12,7 @@ scores.csv              scores of each test image, written by `evaluate`
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -148,9 +149,10 @@ def save_calibration(folder: Path, detector: Detector, scores: str) -> None:
 
 def replace_calibration(folder: Path, detector: Detector, date: str) -> str:
     """Give a run a new calibration; the one that was there is kept as calibration-DATE.json, whose name is returned."""
+    names = itertools.chain([date], (f"{date}-{number}" for number in itertools.count(2)))
+    # Of two within a second the later has another name.
+    date = next(name for name in names if not (folder / f"{Path(CALIBRATION).stem}-{name}.json").exists())
     kept = f"{Path(CALIBRATION).stem}-{date}.json"
-    if (folder / kept).exists():
-        raise UserError(f"{folder / kept} exists already: the run was calibrated within this second, so try again")
     write_json(folder / kept, read_json(folder / CALIBRATION))
     save_calibration(folder, detector, f"{Path(SCORES).stem}-{date}.safetensors")
     return kept
