@@ -81,7 +81,7 @@ _LIBRARY.define("cosine_distance(Tensor student, Tensor teacher, str backend, bo
 
 @torch.library.impl(_LIBRARY, "cosine_distance", "CompositeImplicitAutograd")
 def _(student, teacher, backend, with_gradient):
-    distance = torch.ops.dskd_fast.cosine_distance.map(student, teacher, backend)
+    distance = cosine_distance(student, teacher, backend)
     return distance, distance.new_empty(0)
 
 
@@ -251,10 +251,7 @@ def _fold(function, info, in_dims, *inputs):
             for i in range(size)
         ]
         return tuple(torch.stack(x) for x in zip(*entries, strict=True)), (0, 0)
-    moved = [
-        x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip((student, teacher), in_dims[:2], strict=True)
-    ]
+    moved = _with_images_first(info, in_dims, (student, teacher))
     values, gradient = function(*(x.flatten(0, 1) for x in moved), *inputs[2:])
     images = moved[0].shape[:2]
     if not with_gradient:
@@ -262,14 +259,20 @@ def _fold(function, info, in_dims, *inputs):
     return (values.unflatten(0, images), gradient.unflatten(0, images)), (0, 0)
 
 
+def _with_images_first(info, in_dims, tensors):
+    """The first inputs, with what is mapped over as a new first dimension of each."""
+    dims = in_dims[: len(tensors)]
+    return [
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(tensors, dims, strict=True)
+    ]
+
+
 def _fold_images(function, info, in_dims, *inputs):
     """The same of operators that take images and a backend, and give something for each image."""
     *tensors, backend = inputs
     refuse_grad(tensors[1])
-    moved = [
-        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip(tensors, in_dims, strict=False)
-    ]
+    moved = _with_images_first(info, in_dims, tensors)
     return function(*(x.flatten(0, 1) for x in moved), backend).unflatten(0, moved[0].shape[:2]), 0
 
 
