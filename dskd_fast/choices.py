@@ -15,6 +15,8 @@ SCORINGS = ("calibrated", "paper")
 RECIPES = ("fast", "paper")
 
 TEMPERATURE_RANGE = (0.01, 100.0)
+DISTILLATION_TEMPERATURE_RANGE = (0.005, 100.0)
+"""Of the loss against any keys."""
 BITS_RANGE = (9, 16)
 """Bits of a camera whose files hold 16."""
 

@@ -1,7 +1,7 @@
-"""Contextual affinity and cosine distance maps, differentiable in the student.
+"""Contextual affinity, its form for any keys, and cosine distance: maps that are differentiable in the student.
 
-Usable in any PyTorch project: CPU or GPU, under autocast and torch.compile. The N x N affinities are never stored as a
-whole beyond N = 512 on a CPU: rows are visited a slab at a time, of at most 2^18 entries or 64 rows.
+Usable in any PyTorch project: CPU or GPU, under autocast and torch.compile. The N x N (or N x K) affinities are never
+stored as a whole beyond N = 512 on a CPU: rows are visited a slab at a time, of at most 2^18 entries or 64 rows.
 """
 
 import numpy as np
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dskd_fast.ops import operators
+from dskd_fast.backends.common import PreparedKeys
+from dskd_fast.choices import TEMPERATURE_RANGE
+from dskd_fast.ops import dispatch, distillation, operators
 from dskd_fast.ops.dispatch import check_backend, resolve_precision
 
 
@@ -76,6 +78,155 @@ def contextual_affinity(
     return kl if student.dim() == 4 else kl.flatten(1)
 
 
+def affinity_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    keys: Tensor | PreparedKeys | None = None,
+    *,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    normalize: bool = True,
+    precision: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Per-row KL divergence of the student's from the teacher's affinities with any keys.
+
+    KL(softmax_k <t_i, k>/T_t || softmax_k <s_i, k>/T_s) for each row i, with all vectors normalised: the loss of SEED
+    and CompRess (keys: a queue of embeddings), of CIRKD (a memory of pixels) and, with the teacher's own vectors as
+    keys and one temperature, the paper's contextual affinity divided by T^2. dskd_fast/losses/README.md tells which
+    published loss is which arguments. Neither the N x K affinities nor a copy of the features for a mask is stored.
+
+    Args:
+        student: (B, N, C), (B, C, H, W) or (M, C), floating, any strides. Differentiable as in `contextual_affinity`.
+        teacher: same shape and device, any floating dtype. Must not require grad.
+        keys: (B, K, C), or (K, C) shared by all images, any floating dtype; or what `prepare_keys` made of them; or
+            None for the teacher's own vectors. K from 1 to 2^20. Must not require grad.
+        student_temperature: T_s, from 0.005 to 100, a number or a floating tensor () as in `contextual_affinity`.
+        teacher_temperature: T_t, likewise; None for T_s.
+        key_mask: bool, (B, K), or (K,) for all images alike, True for keys that take part. Masked ones must be finite.
+        row_mask: bool, of the result's shape, True for rows that take part; the others give 0 whatever they hold.
+        normalize: whether vectors are divided by their length. Otherwise logits are what they are; up to 300 in size
+            they keep their digits.
+        precision: as in `contextual_affinity`; None with prepared keys stands for theirs.
+        backend: as in `contextual_affinity`; prepared keys stay with the backend that made them.
+
+    Returns:
+        (B, N), (B, H, W) or (M,), float32 (float64 as there). 0 in rows of which all keys are masked.
+
+    Raises:
+        TypeError: an input is not a dense floating tensor, a mask is not bool.
+        NotImplementedError: forward-mode autograd is asked for.
+        ValueError: shapes, devices, temperatures, precision or backend outside of the above, or an input other than the
+            student requires grad.
+        RuntimeError: the forced backend cannot serve the call, or a second derivative is asked for.
+
+    Example:
+        >>> student = torch.randn(32, 128, requires_grad=True)
+        >>> teacher, queue = torch.randn(32, 128), torch.randn(4096, 128)
+        >>> kl = affinity_distillation(student, teacher, queue, student_temperature=0.07, teacher_temperature=0.01)
+        >>> kl.shape
+        torch.Size([32])
+        >>> kl.mean().backward()
+    """
+    s, t = _as_maps(student, teacher, dims=(2, 3, 4))
+    check_backend(backend)
+    ts = _as_tensor(student_temperature, student.device, "student_temperature")
+    tt = ts if teacher_temperature is None else _as_tensor(teacher_temperature, student.device, "teacher_temperature")
+    resolved = resolve_precision(precision, s, t)
+    shape = student.shape[:-1] if student.dim() < 4 else (student.shape[0], *student.shape[2:])
+    with_gradient = torch.is_grad_enabled() and student.requires_grad
+    own = keys is None and teacher_temperature is None and key_mask is None and row_mask is None and normalize
+    if own and _has_own_keys_range(student_temperature):
+        kl, _ = operators.call(operators.contextual_affinity, s, t, ts, resolved, backend, with_gradient)
+        # T^2 as one factor would underflow with the smallest T.
+        scale = ts.to(kl.device)
+        return ((kl / scale) / scale).to(kl.dtype).reshape(shape)
+    packed, count = [t.flatten(2).mT], None
+    if isinstance(keys, PreparedKeys):
+        _check_prepared(keys, s, precision, normalize, backend)
+        packed, count, resolved, backend = keys.packed, keys.shape[1], keys.precision, keys.backend
+    elif keys is not None:
+        packed = [_as_keys(keys, s, "student")]
+    n_keys = packed[0].shape[1] if count is None else count
+    if n_keys == 0:
+        raise ValueError("keys has no rows: pass at least one key")
+    if key_mask is not None:
+        accepted = ((n_keys,), (s.shape[0], n_keys))
+        _check_mask("key_mask", key_mask, s.device, accepted)
+        key_mask = key_mask.unsqueeze(0) if key_mask.dim() == 1 else key_mask
+    if row_mask is not None:
+        _check_mask("row_mask", row_mask, s.device, (tuple(shape),))
+        row_mask = row_mask.reshape(s.shape[0], *s.shape[2:])
+    kl, _ = operators.call(
+        distillation.affinity_distillation,
+        s, t, packed, count, ts, tt, key_mask, row_mask, normalize, resolved, backend, with_gradient,
+    )  # fmt: skip
+    return kl.reshape(shape)
+
+
+@torch.no_grad()
+def prepare_keys(
+    keys: Tensor, *, normalize: bool = True, precision: str | None = None, backend: str = "auto"
+) -> PreparedKeys:
+    """Keys as `affinity_distillation` reads them, for those that do not change between calls: a queue, a memory.
+
+    Args:
+        keys: (K, C), shared by all images, or (B, K, C), floating.
+        normalize, precision, backend: as in `affinity_distillation`, which takes them from here.
+
+    Returns:
+        What `affinity_distillation` takes as keys: about as large as the keys are in the precision's type (twice that
+        on a CPU). Not differentiable; made outside of compiled code.
+
+    Example:
+        >>> queue = prepare_keys(torch.randn(4096, 128), precision="bf16")
+        >>> x = torch.randn(32, 128)
+        >>> affinity_distillation(x, x, queue, student_temperature=0.07).sum()
+        tensor(0.)
+        >>> update_keys(queue, torch.randn(32, 128), start=0)
+    """
+    dispatch.check_backend(backend)
+    keys = _as_keys(keys, None, "keys")
+    if keys.shape[1] == 0:
+        raise ValueError("keys has no rows: pass at least one key")
+    one = keys[:, :1].mT.unsqueeze(-1)
+    resolved = resolve_precision(precision, one, one)
+    if resolved == dispatch.AMBIENT:
+        resolved = dispatch.ambient_precision(keys.device.type)
+    name = dispatch.choose(backend, one, one, resolved, keys).name
+    batch, count, channels = keys.shape
+    packed = dispatch.load(name).prepare_keys(keys, normalize, resolved)
+    return PreparedKeys(packed, (batch, count, channels), normalize, resolved, name)
+
+
+@torch.no_grad()
+def update_keys(prepared: PreparedKeys, keys: Tensor, start: int) -> None:
+    """Put (P, C) or (B, P, C) keys in place of those from `start` on, beyond the end from the beginning on: a queue.
+
+    Only these are prepared, in place. The centre, which is subtracted from all keys and changes no result but rounding,
+    stays that of the keys that `prepare_keys` had.
+
+    Raises:
+        ValueError: P is larger than K, `start` is not from 0 to K - 1, or the shapes do not fit.
+    """
+    batch, count, channels = prepared.shape
+    keys = _as_keys(keys, None, "keys")
+    if keys.shape[0] != batch or keys.shape[2] != channels or keys.shape[1] > count:
+        raise ValueError(
+            f"keys has shape {tuple(keys.shape)} as (B, P, C): the prepared keys have {prepared.shape}, of "
+            "which P <= K can be replaced"
+        )
+    if not 0 <= start < count:
+        raise ValueError(f"start={start!r} is not a place of one of {count} keys: use 0 to {count - 1}")
+    module = dispatch.load(prepared.backend)
+    first = min(keys.shape[1], count - start)
+    for part, place in ((keys[:, :first], start), (keys[:, first:], 0)):
+        if part.shape[1]:
+            module.update_keys(prepared.packed, part, place, prepared.normalize, prepared.precision)
+
+
 def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") -> Tensor:
     """Per-position cosine distance 1 - <s_i, t_i>/(|s_i||t_i|), the paper's eq. 1.
 
@@ -106,30 +257,36 @@ def cosine_distance(student: Tensor, teacher: Tensor, *, backend: str = "auto") 
     return distance if student.dim() == 4 else distance.flatten(1)
 
 
-def check_temperature(temperature: float | Tensor) -> None:
-    """Raise ValueError or TypeError unless it is a number from 0.01 to 100 or a tensor that may hold one."""
+def check_temperature(temperature: float | Tensor, name: str = "temperature") -> None:
+    """Raise ValueError or TypeError unless it is a number in the range of its name, or a tensor that may hold one.
+
+    From 0.01 to 100 is "temperature", from 0.005 to 100 any other.
+    """
     if not isinstance(temperature, Tensor):
-        operators.check_number(temperature)
+        if name == "temperature":
+            operators.check_number(temperature)
+        else:
+            distillation.check_number(temperature, name)
         return
     if temperature.dim() != 0:
-        raise ValueError(f"temperature has shape {tuple(temperature.shape)}: pass a number or a tensor of shape ()")
+        raise ValueError(f"{name} has shape {tuple(temperature.shape)}: pass a number or a tensor of shape ()")
     if not temperature.is_floating_point():
-        raise TypeError(f"temperature has dtype {temperature.dtype}: pass a number or a floating-point tensor")
-    _refuse_tangent("temperature", temperature)
-    operators.refuse_grad(temperature=temperature)
+        raise TypeError(f"{name} has dtype {temperature.dtype}: pass a number or a floating-point tensor")
+    _refuse_tangent(name, temperature)
+    operators.refuse_grad(**{name: temperature})
 
 
-def _as_tensor(temperature: float | Tensor, device: torch.device) -> Tensor:
+def _as_tensor(temperature: float | Tensor, device: torch.device, name: str = "temperature") -> Tensor:
     """The temperature, checked, as a tensor () on the CPU or on `device`; on `device` in compiled code."""
     if torch.compiler.is_compiling() and isinstance(temperature, np.ndarray):
         temperature = torch.as_tensor(temperature)  # the compiler takes numpy's numbers for arrays
-    check_temperature(temperature)
+    check_temperature(temperature, name)
     if isinstance(temperature, Tensor):
         if temperature.device == device:
             return temperature
         if temperature.device.type != "cpu":
             raise ValueError(
-                f"temperature is on {temperature.device} and student on {device}: pass it on that device or on the CPU"
+                f"{name} is on {temperature.device} and student on {device}: pass it on that device or on the CPU"
             )
     if torch.compiler.is_compiling():
         # A product is what the compiler can do with a float that changes, and with a tensor on the CPU, without a copy
@@ -141,19 +298,27 @@ def _as_tensor(temperature: float | Tensor, device: torch.device) -> Tensor:
     return torch.tensor(temperature, dtype=torch.float64, device="cpu")
 
 
-def _as_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _check_features(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}: pass a floating-point tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}: pass a floating-point tensor")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}: pass a dense tensor, x.to_dense()")
+    _refuse_tangent(name, x)
+
+
+_SHAPES = {2: "(M, C)", 3: "(B, N, C)", 4: "(B, C, H, W)"}
+
+
+def _as_maps(student: Tensor, teacher: Tensor, dims: tuple[int, ...] = (3, 4)) -> tuple[Tensor, Tensor]:
     """Check the pair; return both as views (B, C, H, W), of rows (B, C, N, 1)."""
     for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}: pass a floating-point tensor")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} has dtype {x.dtype}: pass a floating-point tensor")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} has layout {x.layout}: pass a dense tensor, x.to_dense()")
-        _refuse_tangent(name, x)
-        if x.dim() not in (3, 4):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: pass (B, C, H, W) or (B, N, C)")
-        if x.shape[1 if x.dim() == 4 else 2] == 0:
+        _check_features(name, x)
+        if x.dim() not in dims:
+            accepted = " or ".join(_SHAPES[dim] for dim in sorted(dims, reverse=True))
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: pass {accepted}")
+        if x.shape[1 if x.dim() == 4 else -1] == 0:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: it must have at least one channel")
     if student.shape != teacher.shape:
         raise ValueError(
@@ -166,7 +331,63 @@ def _as_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     operators.refuse_grad(teacher=teacher)
     if student.dim() == 4:
         return student, teacher
+    if student.dim() == 2:
+        student, teacher = student.unsqueeze(0), teacher.unsqueeze(0)
     return student.mT.unsqueeze(-1), teacher.mT.unsqueeze(-1)
+
+
+def _has_own_keys_range(temperature: float | Tensor) -> bool:
+    """Whether `contextual_affinity` takes the temperature; of a tensor nothing is read, and it must."""
+    return isinstance(temperature, Tensor) or temperature >= TEMPERATURE_RANGE[0]
+
+
+def _as_keys(keys: Tensor, maps: Tensor | None, name: str) -> Tensor:
+    """Check keys, against maps (B, C, H, W) if there are any; return them as (B or 1, K, C)."""
+    _check_features("keys", keys)
+    if keys.dim() not in (2, 3) or keys.shape[-1] == 0:
+        raise ValueError(f"keys has shape {tuple(keys.shape)}: pass (K, C) or (B, K, C) with at least one channel")
+    operators.refuse_grad(keys=keys)
+    keys = keys.unsqueeze(0) if keys.dim() == 2 else keys
+    if maps is not None:
+        if keys.shape[2] != maps.shape[1]:
+            raise ValueError(f"keys has {keys.shape[2]} channels and {name} {maps.shape[1]}: they must be the same")
+        if keys.shape[0] not in (1, maps.shape[0]):
+            raise ValueError(
+                f"keys are of {keys.shape[0]} images and {name} of {maps.shape[0]}: pass as many, or (K, C)"
+            )
+        if keys.device != maps.device:
+            raise ValueError(f"keys is on {keys.device} and {name} on {maps.device}: they must be on the same device")
+    return keys
+
+
+def _check_prepared(keys: PreparedKeys, maps: Tensor, precision: str | None, normalize: bool, backend: str) -> None:
+    batch, _, channels = keys.shape
+    if channels != maps.shape[1] or batch not in (1, maps.shape[0]):
+        raise ValueError(
+            f"keys were prepared from shape {keys.shape} and student has {maps.shape[0]} images of {maps.shape[1]} "
+            "channels: they must have as many, or (K, C)"
+        )
+    if keys.packed[-1].device != maps.device:
+        raise ValueError(f"keys were prepared on {keys.packed[-1].device} and student is on {maps.device}")
+    wanted = keys.precision if precision is None else dispatch.current_name(precision)
+    for name, given, prepared in (
+        ("normalize", normalize, keys.normalize),
+        ("precision", wanted, keys.precision),
+        ("backend", keys.backend if backend == "auto" else backend, keys.backend),
+    ):
+        if given != prepared:
+            raise ValueError(f"{name}={given!r}, but the keys were prepared with {prepared!r}: prepare them again")
+
+
+def _check_mask(name: str, mask: Tensor, device: torch.device, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} is {kind}: pass a bool tensor, True for what takes part")
+    if tuple(mask.shape) not in shapes:
+        accepted = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}: pass {accepted}")
+    if mask.device != device:
+        raise ValueError(f"{name} is on {mask.device} and student on {device}: they must be on the same device")
 
 
 def _refuse_tangent(name: str, x: Tensor) -> None:

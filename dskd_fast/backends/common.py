@@ -1,10 +1,25 @@
 """What the backends share."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 # A float32's rounding of the ends of `choices.TEMPERATURE_RANGE` is in range, too: it has no 0.01.
 TEMPERATURE_LIMITS = (0.00999999, 100.0001)
+DISTILLATION_TEMPERATURE_LIMITS = (0.00499999, 100.0001)
+
+
+class PreparedKeys(NamedTuple):
+    """Keys as one backend's kernels read them, made once for many calls by `dskd_fast.functional.prepare_keys`."""
+
+    packed: list[Tensor]
+    """What this backend alone understands; the last is the centre (B', C), which was subtracted from all keys."""
+    shape: tuple[int, int, int]
+    """(B', K, C) of the keys that they were made of; B' is 1 where all images share them."""
+    normalize: bool
+    precision: str
+    backend: str
 
 
 def accumulation_dtype(student: Tensor, teacher: Tensor, precision: str) -> torch.dtype:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dskd_fast.backends import native_build
-from dskd_fast.backends.common import accumulation_dtype, dtype_refusal, outputs
+from dskd_fast.backends.common import PreparedKeys, accumulation_dtype, dtype_refusal, outputs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,3 +36,8 @@ def cosine_distance(student: Tensor, teacher: Tensor, weights: Tensor | None) ->
     distance, gradient = outputs(student, accumulation_dtype(student, teacher, "fp32"), weights is not None)
     torch.ops.dskd_fast_cpu.cosine_distance(student, teacher, distance, weights, gradient)
     return distance, gradient
+
+
+def distillation_refusal(student: Tensor, teacher: Tensor, keys: Tensor | PreparedKeys, precision: str) -> str | None:
+    """Why this backend cannot serve a distillation against any keys, None if it can."""
+    return "it has no kernels for keys other than the teacher's own"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dskd_fast.backends import native_build
-from dskd_fast.backends.common import dtype_refusal, outputs
+from dskd_fast.backends.common import PreparedKeys, dtype_refusal, outputs
 
 # Sums over more positions could leave float32's range at the lowest temperatures (kernels/README.md).
 MAX_POSITIONS = 1 << 17
@@ -82,3 +82,8 @@ def _device_refusal(device: torch.device) -> str | None:
         except RuntimeError as error:  # no code for this GPU, or a driver that is too old
             _REFUSALS[device] = f"a trial on {device} failed: {str(error).strip().splitlines()[0]}"
     return _REFUSALS[device]
+
+
+def distillation_refusal(student: Tensor, teacher: Tensor, keys: Tensor | PreparedKeys, precision: str) -> str | None:
+    """Why this backend cannot serve a distillation against any keys, None if it can."""
+    return "it has no kernels for keys other than the teacher's own"

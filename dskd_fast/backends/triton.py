@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dskd_fast.backends.common import dtype_refusal, outputs
+from dskd_fast.backends.common import PreparedKeys, dtype_refusal, outputs
 from dskd_fast.kernels import affinity, configs, cosine, prepare
 
 # Sums over more positions could leave float32's range at the lowest temperatures (kernels/README.md).
@@ -205,3 +205,8 @@ def _device_refusal(device: torch.device) -> str | None:
             _REFUSALS[device] = f"a trial on {device} failed: {reason}"
             warnings.warn(f"dskd_fast uses no Triton kernels: {_REFUSALS[device]}", stacklevel=2)
     return _REFUSALS[device]
+
+
+def distillation_refusal(student: Tensor, teacher: Tensor, keys: Tensor | PreparedKeys, precision: str) -> str | None:
+    """Why this backend cannot serve a distillation against any keys, None if it can."""
+    return "it has no kernels for keys other than the teacher's own"

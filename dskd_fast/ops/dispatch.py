@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dskd_fast.backends.common import PreparedKeys
 from dskd_fast.errors import UserError
 
 # Each is a module of `dskd_fast.backends`.
@@ -44,8 +45,17 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"dskd_fast.backends.{name}")
 
 
-def refusal(name: str, student: Tensor, teacher: Tensor, precision: str | None) -> str | None:
-    """Why a backend cannot serve a call, None if it can. Precision None stands for the cosine distance."""
+def refusal(
+    name: str,
+    student: Tensor,
+    teacher: Tensor,
+    precision: str | None,
+    keys: Tensor | PreparedKeys | None = None,
+) -> str | None:
+    """Why a backend cannot serve a call, None if it can.
+
+    Precision None stands for the cosine distance; keys are those of the distillation against any keys.
+    """
     try:
         module = load(name)
     except ImportError as error:
@@ -54,16 +64,24 @@ def refusal(name: str, student: Tensor, teacher: Tensor, precision: str | None) 
         return str(error)
     except Exception as error:  # a broken installation raises anything
         return f"importing it failed: {type(error).__name__}: {error}"
+    if keys is not None:
+        return module.distillation_refusal(student, teacher, keys, precision)
     return module.refusal(student, teacher, precision)
 
 
-def choose(backend: str, student: Tensor, teacher: Tensor, precision: str | None) -> Choice:
+def choose(
+    backend: str,
+    student: Tensor,
+    teacher: Tensor,
+    precision: str | None,
+    keys: Tensor | PreparedKeys | None = None,
+) -> Choice:
     """The backend that serves a call on (B, C, H, W) tensors.
 
     Args:
         backend: one of `BACKENDS`, which is then used or is an error; or "auto": the one that the environment variable
             DSKD_FAST_BACKEND names, under the same rule, or else the first of the device's that can serve the call.
-        student, teacher, precision: of the call; precision None stands for the cosine distance.
+        student, teacher, precision, keys: of the call, as for `refusal`.
 
     Raises:
         ValueError: the backend is not known.
@@ -75,12 +93,12 @@ def choose(backend: str, student: Tensor, teacher: Tensor, precision: str | None
         check_variable(default)
         asked, remedy, backend = f"{BACKEND_VARIABLE}={default}", "unset it", default
     if backend != "auto":
-        if (reason := refusal(backend, student, teacher, precision)) is not None:
+        if (reason := refusal(backend, student, teacher, precision, keys)) is not None:
             raise BackendError(f"{asked} cannot serve this call: {reason}; {remedy}")
         return Choice(backend, {})
     passed_over: dict[str, str] = {}
     for name in AUTOMATIC.get(student.device.type, AUTOMATIC_ELSEWHERE):
-        if (reason := refusal(name, student, teacher, precision)) is None:
+        if (reason := refusal(name, student, teacher, precision, keys)) is None:
             return Choice(name, passed_over)
         passed_over[name] = reason
     raise BackendError(f"no backend can serve this call: {passed_over}")

@@ -111,16 +111,17 @@ def _(student, teacher, weights, backend):
     return torch.empty_like(student, dtype=accumulation_dtype(student, teacher, "fp32"))
 
 
-def _save_gradient(ctx, inputs, output):
+def save_gradient(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
+    ctx.others = [[None] * len(x) if isinstance(x, list | tuple) else None for x in inputs[1:]]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
 
-def _scale_gradient(ctx, grad_map, _):
+def scale_gradient(ctx, grad_map, _):
     _refuse_second_derivative()
-    return (_scaled(ctx, grad_map), *(None for _ in ctx.needs_input_grad[1:]))
+    return (_scaled(ctx, grad_map), *ctx.others)
 
 
 def _refuse_second_derivative():
@@ -159,6 +160,18 @@ def _weighted(ctx, grad_map):
     return call(cosine_gradient, student, teacher, grad_map, ctx.backend).to(student.dtype)
 
 
+def save_gradient_of_transformed(ctx, inputs, output):
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+def scale_gradient_of_transformed(ctx, grad_map, grad_gradient):
+    if grad_gradient is not None:  # torch.func.grad differentiates the backward only if it is asked to
+        raise RuntimeError("the loss has no second derivative: differentiate it once")
+    return (_scaled(ctx, grad_map), *(None for _ in ctx.needs_input_grad[1:]))
+
+
 class _Transformed(torch.autograd.Function):
     """The affinity for torch.func, whose transforms do not know what is registered with an operator."""
 
@@ -166,17 +179,8 @@ class _Transformed(torch.autograd.Function):
     def forward(*inputs):
         return contextual_affinity(*inputs)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.dtype = inputs[0].dtype
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(ctx, grad_map, grad_gradient):
-        if grad_gradient is not None:  # torch.func.grad differentiates the backward only if it is asked to
-            raise RuntimeError("the loss has no second derivative: differentiate it once")
-        return (_scaled(ctx, grad_map), *(None for _ in ctx.needs_input_grad[1:]))
+    setup_context = staticmethod(save_gradient_of_transformed)
+    backward = staticmethod(scale_gradient_of_transformed)
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -242,7 +246,7 @@ def _fold(function, info, in_dims, *inputs):
     """The affinity's rule for vmap: images do not know of each other, so what is mapped over joins them."""
     student, teacher, *options, with_gradient = inputs
     # Inside of vmap nothing shows that it requires grad.
-    refuse_grad(teacher, *(x for x in options if isinstance(x, Tensor)))
+    refuse_grad(teacher=teacher, temperature=options[0] if isinstance(options[0], Tensor) else None)
     with_gradient = with_gradient or (torch.is_grad_enabled() and student.requires_grad)
     inputs, size = (student, teacher, *options, with_gradient), info.batch_size
     if any(dim is not None for dim in in_dims[2:]):  # a temperature each
@@ -251,7 +255,7 @@ def _fold(function, info, in_dims, *inputs):
             for i in range(size)
         ]
         return tuple(torch.stack(x) for x in zip(*entries, strict=True)), (0, 0)
-    moved = _with_images_first(info, in_dims, (student, teacher))
+    moved = with_images_first(info, in_dims, (student, teacher))
     values, gradient = function(*(x.flatten(0, 1) for x in moved), *inputs[2:])
     images = moved[0].shape[:2]
     if not with_gradient:
@@ -259,7 +263,7 @@ def _fold(function, info, in_dims, *inputs):
     return (values.unflatten(0, images), gradient.unflatten(0, images)), (0, 0)
 
 
-def _with_images_first(info, in_dims, tensors):
+def with_images_first(info, in_dims, tensors):
     """The first inputs, with what is mapped over as a new first dimension of each."""
     dims = in_dims[: len(tensors)]
     return [
@@ -271,32 +275,40 @@ def _with_images_first(info, in_dims, tensors):
 def _fold_images(function, info, in_dims, *inputs):
     """The same of operators that take images and a backend, and give something for each image."""
     *tensors, backend = inputs
-    refuse_grad(tensors[1])
-    moved = _with_images_first(info, in_dims, tensors)
+    refuse_grad(teacher=tensors[1])
+    moved = with_images_first(info, in_dims, tensors)
     return function(*(x.flatten(0, 1) for x in moved), backend).unflatten(0, moved[0].shape[:2]), 0
 
 
-_TRANSFORMED = {
-    contextual_affinity: _Transformed,
+_TRANSFORMED: dict[Any, Any] = {
     cosine_distance: _TransformedCosine,
     cosine_gradient: _TransformedGradient,
 }
 
-contextual_affinity.register_autograd(_scale_gradient, setup_context=_save_gradient)
-contextual_affinity.register_vmap(functools.partial(_fold, contextual_affinity))
+
+def register(operator: Any, transformed: type, fold: Callable[..., Any]) -> None:
+    """Make an operator that gives a map and its gradient differentiable, by torch.func too."""
+    operator.register_autograd(scale_gradient, setup_context=save_gradient)
+    operator.register_vmap(functools.partial(fold, operator))
+    _TRANSFORMED[operator] = transformed
+
+
+register(contextual_affinity, _Transformed, _fold)
 torch.library.register_autograd(cosine_distance, _gradient_of_pair, setup_context=_save_pair, lib=_LIBRARY)
 for _operator in (cosine_distance, cosine_gradient):
     torch.library.register_vmap(_operator, functools.partial(_fold_images, _operator), lib=_LIBRARY)
 
 
-def check_number(temperature: float) -> None:
-    """Raise ValueError unless `temperature` is a number in `TEMPERATURE_RANGE`."""
+def check_number(
+    temperature: float,
+    name: str = "temperature",
+    limits: tuple[float, float] = TEMPERATURE_LIMITS,
+    stated: tuple[float, float] = TEMPERATURE_RANGE,
+) -> None:
+    """Raise ValueError unless `temperature` is a number within the limits, which a user reads as `stated`."""
     is_number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
-    if not is_number or not TEMPERATURE_LIMITS[0] <= temperature <= TEMPERATURE_LIMITS[1]:
-        raise ValueError(
-            f"temperature={temperature!r} is not supported: use a number from {TEMPERATURE_RANGE[0]} to "
-            f"{TEMPERATURE_RANGE[1]:g}"
-        )
+    if not is_number or not limits[0] <= temperature <= limits[1]:
+        raise ValueError(f"{name}={temperature!r} is not supported: use a number from {stated[0]} to {stated[1]:g}")
 
 
 def refuse_tangents(**tangents: Tensor | None) -> None:
@@ -306,11 +318,12 @@ def refuse_tangents(**tangents: Tensor | None) -> None:
             raise NotImplementedError(f"{name} carries a tangent of forward-mode autograd: use reverse mode (backward)")
 
 
-def refuse_grad(teacher: Tensor | None = None, temperature: Tensor | None = None) -> None:
-    """Raise ValueError if one of them requires grad."""
-    for name, x, remedy in (
-        ("teacher", teacher, "run the teacher under torch.no_grad() or pass teacher.detach()"),
-        ("temperature", temperature, "pass temperature.detach()"),
-    ):
+def refuse_grad(**tensors: Tensor | None) -> None:
+    """Raise ValueError if one of the inputs, given by name, requires grad."""
+    for name, x in tensors.items():
         if x is not None and x.requires_grad:
-            raise ValueError(f"{name} requires grad, but the loss is differentiable in the student alone: {remedy}")
+            remedy = "run the teacher under torch.no_grad() or " if name == "teacher" else ""
+            raise ValueError(
+                f"{name} requires grad, but the loss is differentiable in the student alone: {remedy}"
+                f"pass {name}.detach()"
+            )

@@ -141,6 +141,93 @@ def _expm1_tail(x):
     return np.where(np.abs(x) <= 0.5, series * near * near, np.expm1(x) - x)
 
 
+class KeysTruth:
+    """The same of the distillation against any keys, with the arguments of `functional.affinity_distillation`."""
+
+    def __call__(self, *call, **options):
+        """(B, N, C) twice and keys (B, K, C) -> KL (B, N) and d KL_i / d student_i (B, N, C), numpy, float64."""
+        images = [self._image(*image) for image in self._images(*call, **options)]
+        return tuple(np.stack(x) for x in zip(*images, strict=True))
+
+    def limits(self, *call, precision, draws=8, **options):
+        """What rounding alone does to the two, as `Truth.limits` has it: operands are t / T_t, delta, k, p_s - p_t."""
+        random = np.random.default_rng(0)
+        double = precision == "fp32" and torch.float64 in (call[0].dtype, call[1].dtype)
+        u, working = (FLOAT64, FLOAT64) if double else (UNIT_ROUNDOFF[precision], FLOAT32)
+
+        def off(x, by):
+            return x + by * random.choice(np.array((-1.0, 1.0)), size=x.shape)
+
+        found = [], []
+        for s, t, delta, keys, mask, *through in self._images(*call, **options):
+            kl, gradient = self._image(s, t, delta, keys, mask, *through)
+            sizes = [np.linalg.norm(x, axis=1, keepdims=True) for x in (t, delta, keys)]
+            accumulation = math.sqrt(s.shape[1]) * working * sizes[2].T
+            squares = np.zeros((2, len(kl)))
+            for _ in range(draws):
+                k = off(keys, u * np.abs(keys) + FLOAT64)
+                a = off(t, u * np.abs(t)) @ k.T
+                a = off(a, 4 * working + accumulation * sizes[0])
+                d = off(off(delta, u * np.abs(delta) + FLOAT64) @ k.T, accumulation * sizes[1])
+                noisy_kl, weight = self._rows(a, d, mask)
+                # A weight that is computed from its logits again has their rounding, which its sum does not know of.
+                logits = working * (sizes[0] + sizes[1]) * sizes[2].T
+                by = u * np.abs(weight) + logits * (_softmax(a) + _softmax(a + d)) if mask.any() else 0
+                noisy = self._through(off(weight, by) @ k, s, *through)
+                raw = np.linalg.norm(weight @ keys, axis=1, keepdims=True) * through[1] / through[2]
+                noisy = off(noisy, working * raw)
+                noisy_kl = off(noisy_kl, 4 * working * kl)
+                squares += (noisy_kl - kl) ** 2, ((noisy - gradient) ** 2).sum(1)
+            # Weights below float32's normal range have no digits left.
+            smallest = 0 if double else float(np.finfo(np.float32).tiny) * len(keys)
+            for limits, x, factor in zip(
+                found, np.sqrt(squares / draws), (1, (through[1] / through[2])[:, 0]), strict=True
+            ):
+                limits.append(x + smallest * (1 + factor))
+        return tuple(map(np.stack, found))
+
+    check = staticmethod(Truth.check)
+
+    @staticmethod
+    def _images(student, teacher, keys, *, student_temperature, teacher_temperature, key_mask=None, normalize=True):
+        for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+            s, t, k = (x.detach().double().numpy() for x in (s, t, keys[i % len(keys)]))
+            inverse_norm = np.ones((len(s), 1))
+            if normalize:
+                (s, inverse_norm), (t, _), (k, _) = map(_normalise, (s, t, k))
+            mask = np.ones(len(k), bool) if key_mask is None else key_mask[i % len(key_mask)].numpy()
+            t = t / teacher_temperature
+            delta = s / student_temperature - t
+            yield s, t, delta, k - k.mean(0), mask, normalize, inverse_norm, student_temperature
+
+    @classmethod
+    def _image(cls, s, t, delta, keys, mask, *through):
+        kl, weight = cls._rows(t @ keys.T, delta @ keys.T, mask)
+        return kl, cls._through(weight @ keys, s, *through)
+
+    @staticmethod
+    def _through(raw, s, normalize, inverse_norm, student_temperature):
+        """The gradient with respect to the student's vectors from that with respect to the logits' rows."""
+        along = (raw * s).sum(1, keepdims=True) * s if normalize else 0
+        return (raw - along) * inverse_norm / student_temperature
+
+    @staticmethod
+    def _rows(a, d, mask):
+        if not mask.any():
+            return np.zeros(len(a)), np.zeros_like(a)
+        a, d = np.where(mask, a, -np.inf), np.where(mask, d, 0)
+        d = d - np.take_along_axis(d, a.argmax(1)[:, None], 1)
+        p = _softmax(a)
+        mean = (p * d).sum(1, keepdims=True)
+        c = d - mean
+        small = np.clip(c, None, 300)
+        tail = _expm1_tail(small)
+        v = (p * tail).sum(1, keepdims=True)
+        far = np.where(mask, c, 0).max(1, keepdims=True) > 300
+        kl = np.where(far, _logsumexp(a + d) - _logsumexp(a) - mean, np.log1p(v))
+        return kl[:, 0], np.where(far, _softmax(a + d) - p, p * (tail + small - v) / (1 + v))
+
+
 class Backend:
     """A backend on a device: takes rows (B, N, C), gives the map (B, N) and the gradient (B, N, C), both on the CPU."""
 
@@ -154,6 +241,19 @@ class Backend:
         """Rows are seen as an image of one column, or as one of (H, W)."""
         return self._rows(*self.affinity_of_maps(
             *(self._maps(x, image) for x in (student, teacher)), temperature, precision, with_gradient
+        ))  # fmt: skip
+
+    def distillation(self, student, teacher, keys, *, precision="fp32", with_gradient=True, row_mask=None, **options):
+        """Rows (B, N, C), keys (B, K, C) or what the backend has prepared, row_mask (B, N), options of `KeysTruth`."""
+        maps = [self._maps(x, None) for x in (student, teacher)]
+        keys = keys.to(self.device) if isinstance(keys, torch.Tensor) else keys
+        masks = [options.get("key_mask"), None if row_mask is None else row_mask.unsqueeze(-1)]
+        masks = [None if x is None else x.to(self.device) for x in masks]
+        assert self.module.distillation_refusal(*maps, keys, precision) is None
+        temperatures = options["student_temperature"], options["teacher_temperature"]
+        normalize = options.get("normalize", True)
+        return self._rows(*self.module.affinity_distillation(
+            *maps, keys, *temperatures, *masks, normalize, precision, with_gradient
         ))  # fmt: skip
 
     def cosine(self, student, teacher, with_gradient=True):
@@ -286,6 +386,11 @@ def layouts(request):
 @pytest.fixture(scope="session")
 def truth():
     return Truth()
+
+
+@pytest.fixture(scope="session")
+def keys_truth():
+    return KeysTruth()
 
 
 @pytest.fixture(scope="session")

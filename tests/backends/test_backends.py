@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dskd_fast import reference
-from dskd_fast.backends import torch as torch_tiled
+from dskd_fast.backends import slabs
 
 # numpy, which the interpreter computes with, warns of infinities and NaN; on a GPU nothing does.
 pytestmark = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:triton\.runtime\.interpreter")
@@ -98,7 +98,7 @@ class Case:
         """The formulas as printed, in float32, with the operands of the forward's products rounded."""
         rounding = {
             "fp32": lambda x: x,
-            "tf32": torch_tiled._round_to_tf32,
+            "tf32": slabs.round_to_tf32,
             "bf16": lambda x: x.bfloat16().float(),
             "fp16": lambda x: x.half().float(),
         }[precision]

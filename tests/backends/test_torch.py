@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dskd_fast.backends import slabs
 from dskd_fast.backends import torch as torch_tiled
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -102,8 +103,8 @@ def test_cosine_distance_of_a_small_angle(angle):
 def test_results_do_not_depend_on_the_slab(monkeypatch, truth, make_features, slab, temperature):
     """From one row at a time, over rows that do not divide N, to several images at once (3 = 2 + 1)."""
     student, teacher = make_features(37, 21, 0.1, batch=3)
-    monkeypatch.setitem(torch_tiled._SLAB_ELEMENTS, "cpu", slab)
-    monkeypatch.setattr(torch_tiled, "_FEWEST_ROWS", 1)
+    monkeypatch.setitem(slabs.SLAB_ELEMENTS, "cpu", slab)
+    monkeypatch.setattr(slabs, "FEWEST_ROWS", 1)
     for precision in ("fp32", "bf16"):
         exact, limits = truth(student, teacher, temperature), truth.limits(student, teacher, temperature, precision)
         truth.check(affinity(student, teacher, temperature, precision), exact, limits)
@@ -193,4 +194,4 @@ def test_settings_are_restored_after_an_error(monkeypatch, make_features, global
 def test_tf32_operands_are_rounded_to_nearest():
     x = torch.tensor([1 + 2.0**-10, 1 + 2.0**-12, 1 + 3 * 2.0**-12, -1 - 3 * 2.0**-12, 0, -0.0, math.inf, math.nan])
     expected = [1 + 2.0**-10, 1, 1 + 2.0**-10, -1 - 2.0**-10, 0, -0.0, math.inf, math.nan]
-    torch.testing.assert_close(torch_tiled._round_to_tf32(x), torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(slabs.round_to_tf32(x), torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
