@@ -6,17 +6,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dskd_fast import functional
-    from dskd_fast.losses import ContextualAffinityLoss, CosineDistanceLoss
+    from dskd_fast.losses import AffinityDistillationLoss, ContextualAffinityLoss, CosineDistanceLoss
     from dskd_fast.models import DSKD
     from dskd_fast.runs.folder import load
 
 __version__ = "0.1.0"
 
-__all__ = ["DSKD", "ContextualAffinityLoss", "CosineDistanceLoss", "__version__", "functional", "load"]
+__all__ = [
+    "DSKD",
+    "AffinityDistillationLoss",
+    "ContextualAffinityLoss",
+    "CosineDistanceLoss",
+    "__version__",
+    "functional",
+    "load",
+]
 
 # Imported when asked for: the losses need no timm, which takes seconds, and the command line's help no torch.
 _MODULES = {
     "functional": "dskd_fast.functional",
+    "AffinityDistillationLoss": "dskd_fast.losses",
     "ContextualAffinityLoss": "dskd_fast.losses",
     "CosineDistanceLoss": "dskd_fast.losses",
     "DSKD": "dskd_fast.models",

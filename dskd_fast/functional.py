@@ -353,7 +353,7 @@ def _as_keys(keys: Tensor, maps: Tensor | None, name: str) -> Tensor:
             raise ValueError(f"keys has {keys.shape[2]} channels and {name} {maps.shape[1]}: they must be the same")
         if keys.shape[0] not in (1, maps.shape[0]):
             raise ValueError(
-                f"keys are of {keys.shape[0]} images and {name} of {maps.shape[0]}: pass as many, or (K, C)"
+                f"keys is of {keys.shape[0]} images and {name} of {maps.shape[0]}: pass as many, or (K, C)"
             )
         if keys.device != maps.device:
             raise ValueError(f"keys is on {keys.device} and {name} on {maps.device}: they must be on the same device")

@@ -10,7 +10,7 @@ from dskd_fast.choices import LOSSES
 
 Levels = Tensor | Sequence[Tensor]
 
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda values: values,
     "mean": torch.mean,
     "sum": torch.sum,
@@ -52,7 +52,7 @@ class ContextualAffinityLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_reduction(reduction)
+        check_reduction(reduction)
         functional.check_temperature(temperature)
         self.temperature = temperature
         self.reduction = reduction
@@ -95,7 +95,7 @@ class CosineDistanceLoss(nn.Module):
 
     def __init__(self, reduction: str = "mean", flatten: bool = False, backend: str = "auto") -> None:
         super().__init__()
-        _check_reduction(reduction)
+        check_reduction(reduction)
         self.reduction = reduction
         self.flatten = flatten
         self.backend = backend
@@ -123,16 +123,16 @@ def make_loss(name: str, temperature: float = 1.0) -> nn.Module:
     return CosineDistanceLoss(flatten=name == "flattened-cosine")
 
 
-def _check_reduction(reduction: str) -> None:
-    if reduction not in _REDUCTIONS:
-        accepted = ", ".join(repr(name) for name in _REDUCTIONS)
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        accepted = ", ".join(repr(name) for name in REDUCTIONS)
         raise ValueError(f"reduction={reduction!r} is not known: use one of {accepted}")
 
 
 def _over_levels(
     level: Callable[[Tensor, Tensor], Tensor], student: Levels, teacher: Levels, reduction: str
 ) -> Tensor | list[Tensor]:
-    reduce = _REDUCTIONS[reduction]
+    reduce = REDUCTIONS[reduction]
     if isinstance(student, Tensor) and isinstance(teacher, Tensor):
         return reduce(level(student, teacher))
     if isinstance(student, Tensor) or isinstance(teacher, Tensor):

@@ -1,0 +1,264 @@
+"""The distillation against any keys: what its operator promises to PyTorch, and the arguments of its function."""
+
+import re
+
+import pytest
+import torch
+from torch.export import Dim
+from torch.utils.checkpoint import checkpoint
+
+from dskd_fast import AffinityDistillationLoss, functional
+from dskd_fast.functional import affinity_distillation, contextual_affinity, prepare_keys, update_keys
+
+operator = torch.ops.dskd_fast.affinity_distillation
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(student, teacher, keys, student_temperature, teacher_temperature, normalize=True):
+    """The textbook: (B, N, C) twice and (B, K, C) or (K, C), float64 -> (B, N)."""
+    if normalize:
+        student, teacher, keys = (torch.nn.functional.normalize(x, dim=-1) for x in (student, teacher, keys))
+    log_p, log_q = (
+        (x @ keys.mT / t).log_softmax(-1) for x, t in ((teacher, teacher_temperature), (student, student_temperature))
+    )
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@pytest.fixture
+def pristine_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def rows():
+    return random(12, 8, seed=1).requires_grad_(), random(12, 8, seed=2), random(40, 8, seed=3)
+
+
+# What it computes
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5), (2, 5, 2, 3), (7, 5)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_maps_and_single_rows_agree_with_the_textbook(shape, shared):
+    student, teacher = (random(*shape, seed=seed).double() for seed in (1, 2))
+    keys = random(9, 5, seed=3).double() if shared else random(2, 9, 5, seed=3).double()
+    if not shared and len(shape) == 2:
+        with pytest.raises(ValueError, match="keys is of 2 images and student of 1"):
+            affinity_distillation(student, teacher, keys, student_temperature=1)
+        return
+    kl = affinity_distillation(student, teacher, keys, student_temperature=0.3, teacher_temperature=0.2)
+    rows = [x.flatten(2).mT if x.dim() == 4 else x for x in (student, teacher)]
+    assert kl.shape == (shape[:1] + shape[2:] if len(shape) == 4 else shape[:-1])
+    torch.testing.assert_close(kl.flatten(), dense(*rows, keys, 0.3, 0.2).flatten(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.3])
+def test_the_contextual_affinity_is_its_case(temperature):
+    """T^2 times as large: a power of two changes no bit, another T rounds twice."""
+    student, teacher = random(2, 5, 4, 3, seed=1), random(2, 5, 4, 3, seed=2)
+    kl = affinity_distillation(student, teacher, student_temperature=temperature)
+    paper = contextual_affinity(student, teacher, temperature)
+    torch.testing.assert_close(kl * temperature**2, paper, rtol=0 if temperature == 0.25 else 3e-7, atol=0)
+    # Masks and two temperatures take the other way.
+    whole = torch.ones(2, 4, 3, dtype=torch.bool)
+    other = affinity_distillation(student, teacher, student_temperature=temperature, row_mask=whole)
+    torch.testing.assert_close(other, kl, rtol=2e-6, atol=0)
+    below = affinity_distillation(student.double(), teacher.double(), student_temperature=0.006)
+    exact = dense(*(x.flatten(2).mT.double() for x in (student, teacher, teacher)), 0.006, 0.006)
+    torch.testing.assert_close(below.flatten(1), exact, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_is_that_of_finite_differences(rows):
+    student, teacher, keys = (x.detach().double() for x in rows)
+    key_mask, row_mask = torch.arange(40) % 3 > 0, torch.arange(12) % 4 > 0
+
+    def loss(x, normalize):
+        return affinity_distillation(
+            x, teacher, keys, student_temperature=0.5, teacher_temperature=0.3, key_mask=key_mask, row_mask=row_mask,
+            normalize=normalize,
+        )  # fmt: skip
+
+    for normalize in (True, False):
+        x = student.clone().requires_grad_()
+        loss(x, normalize).sum().backward()
+        assert torch.autograd.gradcheck(lambda y, n=normalize: loss(y, n), (x.detach().requires_grad_(),))
+        assert (x.grad[~row_mask] == 0).all()
+
+
+def test_a_queue_is_replaced_from_its_end_to_its_beginning(rows):
+    student, teacher, keys = rows
+    queue = prepare_keys(keys)
+    new = random(7, 8, seed=4)
+    update_keys(queue, new, 36)
+    expected = torch.cat((new[4:], keys[3:36], new[:4]))
+    options = {"student_temperature": 0.5, "teacher_temperature": 0.1}
+    got, exact = (affinity_distillation(student, teacher, k, **options) for k in (queue, expected))
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-7)
+
+
+# What the operator promises
+
+
+@pytest.mark.parametrize("case", ["rows", "masks", "prepared"])
+def test_registration(place, case):
+    student, teacher, keys = random(2, 5, 3, 4, seed=1), random(2, 5, 3, 4, seed=2), random(1, 70, 5, seed=3)
+    student, teacher, keys = (
+        x.to(place.device) for x in (student.to(memory_format=torch.channels_last), teacher, keys)
+    )
+    packed, count, masks = [keys], None, [None, None]
+    if case == "prepared":
+        prepared = prepare_keys(keys, precision="bf16", backend=place.backend)
+        packed, count = prepared.packed, 70
+    if case == "masks":
+        masks = [torch.rand(2, 70, device=place.device) > 0.5, torch.rand(2, 3, 4, device=place.device) > 0.5]
+    one = torch.tensor(0.5, device=place.device)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if place.backend == "torch":
+        checks = (*checks, "test_aot_dispatch_dynamic")
+    for with_gradient in (True, False):
+        call = (student.requires_grad_(with_gradient), teacher, packed, count, one, one / 2, *masks, True, "bf16",
+                place.backend, with_gradient)  # fmt: skip
+        torch.library.opcheck(operator, call, test_utils=checks if with_gradient else checks[2:])
+
+
+def test_backward_twice_and_a_second_derivative(rows):
+    student, *others = rows
+    kl = affinity_distillation(student, *others, student_temperature=0.1)
+    weights = random(12, seed=5)
+    first, second = (torch.autograd.grad(kl, student, weights, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    ones = torch.autograd.grad(kl.sum(), student, retain_graph=True)[0]
+    torch.testing.assert_close(first, ones * weights[:, None], rtol=1e-6, atol=1e-9)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(kl.sum(), student, create_graph=True)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_one_dynamic_graph_serves_every_number_of_keys(any_place, pristine_compiler, prepared):
+    counter = torch._dynamo.testing.CompileCounter()
+    loss = AffinityDistillationLoss(0.1, 0.05, backend=any_place.backend, precision="fp32")
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    for n, count in ((6, 30), (9, 50), (7, 41)):
+        student, teacher, keys = (random(x, 8, seed=i).to(any_place.device) for i, x in enumerate((n, n, count)))
+        mask = torch.arange(count, device=any_place.device) % 5 > 0
+        some = prepare_keys(keys, precision="fp32", backend=any_place.backend) if prepared else keys
+        results = []
+        for function in (loss, compiled):
+            x = student.clone().requires_grad_()
+            value = function(x, teacher, some, key_mask=mask)
+            value.backward()
+            results.append((value, x.grad))
+        for x, y in zip(*results, strict=True):
+            assert torch.equal(x, y)
+    assert counter.frame_count == 1
+
+
+def test_an_exported_loss_serves_other_shapes(tmp_path, rows):
+    class Module(torch.nn.Module):
+        def forward(self, student, teacher, keys):
+            return affinity_distillation(student, teacher, keys, student_temperature=0.1, teacher_temperature=0.05)
+
+    student, teacher, keys = (x.detach() for x in rows)
+    n, k = Dim("n", min=2), Dim("k", min=2)
+    program = torch.export.export(Module(), (student, teacher, keys), dynamic_shapes=({0: n}, {0: n}, {0: k}))
+    torch.export.save(program, tmp_path / "loss.pt2")
+    loaded = torch.export.load(tmp_path / "loss.pt2").module()
+    call = student[:7], teacher[:7], keys[:33]
+    assert torch.equal(loaded(*call), Module()(*call))
+
+
+def test_autocast_and_checkpointing(rows):
+    student, teacher, keys = rows
+    options = {"student_temperature": 0.1, "teacher_temperature": 0.05}
+    forced = affinity_distillation(student, teacher, keys, precision="bf16", **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        kl = affinity_distillation(student, teacher, keys, **options)
+        again = checkpoint(lambda x: affinity_distillation(x, teacher, keys, **options), student, use_reentrant=False)
+    assert torch.equal(kl, forced)
+    first, second = (torch.autograd.grad(x.sum(), student)[0] for x in (kl, again))
+    assert torch.equal(first, second)
+
+
+def test_function_transforms(rows):
+    """vmap over rows that share their keys, over keys and over masks; grad."""
+    student, teacher, keys = (x.detach() for x in rows)
+    keys, masks = keys.reshape(2, 20, 8), torch.arange(40).reshape(2, 20) % 3 > 0
+
+    def loss(s, t, k, m):
+        return affinity_distillation(s, t, k, student_temperature=0.2, key_mask=m).sum()
+
+    pairs = student.reshape(2, 6, 8), teacher.reshape(2, 6, 8)
+    for dims in ((0, 0, None, None), (0, 0, 0, 0), (0, None, None, 0)):
+        call = [x if dim == 0 else x[0] for x, dim in zip((*pairs, keys, masks), dims, strict=True)]
+        values = torch.func.vmap(torch.func.grad_and_value(loss), dims)(*call)
+        for i in range(2):
+            one = [x[i] if dim == 0 else x for x, dim in zip(call, dims, strict=True)]
+            x = one[0].clone().requires_grad_()
+            value = loss(x, *one[1:])
+            value.backward()
+            torch.testing.assert_close((values[0][i], values[1][i]), (x.grad, value.detach()), rtol=1e-6, atol=1e-8)
+    with pytest.raises(NotImplementedError, match="student carries a tangent"):
+        torch.func.jvp(lambda s: loss(s, pairs[1][0], keys[0], masks[0]), (pairs[0][0],), (pairs[0][0],))
+
+
+# Arguments
+
+
+X = random(6, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"keys": X[:, :3]}, ValueError, "keys has 3 channels and student 4"),
+        ({"keys": X[0]}, ValueError, "keys has shape (4,): pass (K, C) or (B, K, C)"),
+        ({"keys": X[:0]}, ValueError, "keys has no rows"),
+        ({"keys": X.long()}, TypeError, "keys has dtype torch.int64"),
+        ({"keys": X.clone().requires_grad_()}, ValueError, "keys requires grad"),
+        ({"teacher": X.clone().requires_grad_()}, ValueError, "teacher requires grad"),
+        ({"student_temperature": 0.004}, ValueError, "student_temperature=0.004 is not supported: use a number from 0.0"),
+        ({"teacher_temperature": -1}, ValueError, "teacher_temperature=-1 is not supported"),
+        ({"key_mask": torch.ones(5, dtype=torch.bool)}, ValueError, "key_mask has shape (5,): pass (6,) or (1, 6)"),
+        ({"key_mask": torch.ones(6)}, TypeError, "key_mask is torch.float32: pass a bool tensor"),
+        ({"row_mask": torch.ones(6, 1, dtype=torch.bool)}, ValueError, "row_mask has shape (6, 1): pass (6,)"),
+        ({"keys": prepare_keys(X), "normalize": False}, ValueError, "normalize=False, but the keys were prepared with"),
+        ({"keys": prepare_keys(X), "precision": "bf16"}, ValueError, "precision='bf16', but the keys were prepared"),
+        ({"keys": prepare_keys(X, backend="torch"), "backend": "cpu"}, ValueError, "backend='cpu', but the keys"),
+        ({"keys": prepare_keys(X[:, :2])}, ValueError, "keys were prepared from shape (1, 6, 2)"),
+    ],
+)  # fmt: skip
+def test_unsuitable_arguments(change, error, message):
+    call = {"student": X, "teacher": X, "keys": X, "student_temperature": 0.1} | change
+    with pytest.raises(error, match=re.escape(message)):
+        affinity_distillation(**call)
+
+
+@pytest.mark.parametrize(
+    ("keys", "start", "message"),
+    [(X[:, :2], 0, "(1, 6, 2) as (B, P, C)"), (X.repeat(2, 1), 0, "(1, 12, 4)"), (X, 6, "start=6 is not a place")],
+)
+def test_unsuitable_updates(keys, start, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        update_keys(prepare_keys(X), keys, start)
+
+
+# The module
+
+
+def test_masked_rows_leave_the_mean():
+    mask = torch.tensor([True, False, True, True, False, True])
+    rows = functional.affinity_distillation(X, X + 1, random(9, 4), student_temperature=0.1, row_mask=mask)
+    for reduction, expected in (("mean", rows.sum() / 4), ("sum", rows.sum()), ("none", rows)):
+        loss = AffinityDistillationLoss(0.1, reduction=reduction)
+        torch.testing.assert_close(loss(X, X + 1, random(9, 4), row_mask=mask), expected)
+    assert AffinityDistillationLoss(0.1)(X, X + 1, random(9, 4), row_mask=mask & False) == 0
+    with pytest.raises(ValueError, match="reduction='max' is not known"):
+        AffinityDistillationLoss(0.1, reduction="max")
+    with pytest.raises(ValueError, match=r"student_temperature=0\.001"):
+        AffinityDistillationLoss(0.001)
