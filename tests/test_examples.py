@@ -9,8 +9,9 @@ import pytest
 @pytest.mark.parametrize(
     ("module", "n_examples"),
     [
-        ("functional", 2),
+        ("functional", 4),
         ("losses.distillation", 2),
+        ("losses.affinity", 1),
         ("models.dskd", 1),
         ("detection.detector", 1),
     ],

@@ -222,7 +222,7 @@ X = random(6, 4)
         ({"keys": X.long()}, TypeError, "keys has dtype torch.int64"),
         ({"keys": X.clone().requires_grad_()}, ValueError, "keys requires grad"),
         ({"teacher": X.clone().requires_grad_()}, ValueError, "teacher requires grad"),
-        ({"student_temperature": 0.004}, ValueError, "student_temperature=0.004 is not supported: use a number from 0.0"),
+        ({"student_temperature": 0.004}, ValueError, "student_temperature=0.004 is not supported: use"),
         ({"teacher_temperature": -1}, ValueError, "teacher_temperature=-1 is not supported"),
         ({"key_mask": torch.ones(5, dtype=torch.bool)}, ValueError, "key_mask has shape (5,): pass (6,) or (1, 6)"),
         ({"key_mask": torch.ones(6)}, TypeError, "key_mask is torch.float32: pass a bool tensor"),

@@ -1,0 +1,109 @@
+"""The examples of dskd_fast/losses/README.md run, and are what the papers print."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax, normalize
+
+import dskd_fast
+
+README = (Path(dskd_fast.__file__).parent / "losses/README.md").read_text(encoding="utf-8")
+BLOCKS = {
+    section.partition("\n")[0]: section.partition("```python\n")[2].partition("```")[0]
+    for section in README.split("\n### ")[1:]
+}
+
+
+def random(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kl(teacher_logits, student_logits):
+    log_p, log_q = log_softmax(teacher_logits, -1), log_softmax(student_logits, -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def unit(*tensors):
+    return [normalize(x.double(), dim=-1) for x in tensors]
+
+
+def rows(maps):
+    return maps.flatten(2).mT.flatten(0, 1)
+
+
+def dskd(given):
+    """Eq. 3-6."""
+    s, t = unit(given["student_map"].flatten(2).mT, given["teacher_map"].flatten(2).mT)
+    return 0.5**2 * kl(t @ t.mT / 0.5, s @ t.mT / 0.5).mean()
+
+
+def queue(student_temperature, teacher_temperature, names=("student", "teacher"), enqueued=False):
+    """Similarities with a queue: SEED's (less the teacher's entropy), CompRess's, ReSSL's."""
+
+    def loss(given):
+        s, t, keys = unit(given[names[0]], given[names[1]], given["memory"])
+        if enqueued:
+            keys = torch.cat((t, keys[len(t) :]))
+        return kl(t @ keys.T / teacher_temperature, s @ keys.T / student_temperature).mean()
+
+    return loss
+
+
+def cirkd(given):
+    """Pixel to memory, of labelled pixels alone, which are gathered."""
+    labelled = given["labels"].flatten() != 255
+    s, t, keys = unit(rows(given["student_map"])[labelled], rows(given["teacher_map"])[labelled], given["memory"])
+    return kl(t @ keys.T / 0.1, s @ keys.T / 0.1).mean()
+
+
+def tokens(given):
+    found = []
+    for s, t, n in zip(given["tokens_student"], given["tokens_teacher"], given["lengths"], strict=True):
+        s, t = unit(s[:n], t[:n])
+        found.append(kl(t @ t.T / 0.1, s @ t.T / 0.1))
+    return torch.cat(found).mean()
+
+
+FORMULAS = {
+    "DSKD": dskd,
+    "SEED": queue(0.2, 0.01, enqueued=True),
+    "CompRess": queue(0.04, 0.04),
+    "ReSSL": queue(0.1, 0.04, ("strong_view", "weak_view_of_the_teacher")),
+    "CIRKD": cirkd,
+    "Tokens of a ViT": tokens,
+}
+
+
+@pytest.mark.parametrize("paper", FORMULAS)
+def test_an_example_is_the_papers_formula(paper):
+    given = {
+        "student": random(6, 16, seed=1),
+        "teacher": random(6, 16, seed=2),
+        "strong_view": random(6, 16, seed=1),
+        "weak_view_of_the_teacher": random(6, 16, seed=2),
+        "memory": random(50, 16, seed=3),
+        "student_map": random(2, 16, 3, 4, seed=4),
+        "teacher_map": random(2, 16, 3, 4, seed=5),
+        "labels": torch.tensor([0, 255, 1, 255, 2, 3]).repeat(4).reshape(2, 3, 4),
+        "tokens_student": random(3, 9, 16, seed=6),
+        "tokens_teacher": random(3, 9, 16, seed=7),
+        "lengths": torch.tensor([9, 4, 1]),
+    }
+    differentiable = ("student", "strong_view", "student_map", "tokens_student")
+    for name in differentiable:
+        given[name].requires_grad_()
+    used = [given[name] for name in differentiable]
+    exact = FORMULAS[paper](given)
+    exact_gradient = torch.autograd.grad(exact, used, allow_unused=True)
+    scope = {"torch": torch, **given}
+    exec(BLOCKS[paper], scope)
+    torch.testing.assert_close(scope["loss"].double(), exact, rtol=2e-5, atol=0)
+    for got, expected in zip(torch.autograd.grad(scope["loss"], used, allow_unused=True), exact_gradient, strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None:
+            assert (got - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_every_example_is_compared():
+    assert {*BLOCKS} == {*FORMULAS}
