@@ -148,7 +148,7 @@ class Lab:
         if complaint is not None:
             self.leave_out(info, case.group, complaint)
         info["extra_bytes"], info["extra_bytes_note"] = memory.extra_bytes(
-            case.kernel, case.index, shape, mode, self.device
+            memory.call_of, (case.kernel, case.index, shape, mode), self.device
         )
         student, teacher = features(shape, 1.0, self.device)
         call = functools.partial(run, function, student, teacher, mode)
@@ -156,7 +156,8 @@ class Lab:
         if mode == "forward+backward":
             self.note_time(case.key, case.cost(shape), seconds, _shape_text(shape))
         if case.kernel == "affinity":
-            product = self.product_seconds(shape, contestant.precision)
+            n = case.work.positions
+            product = self.product_seconds((shape[0], n, n, shape[1]), contestant.precision)
             info["percent_of_product"] = 100 * UNITS[mode] * product / benchmark.stats.stats.median
 
     def time(
@@ -253,15 +254,15 @@ class Lab:
         return time.perf_counter() - started
 
     def product_seconds(self, shape: tuple[int, ...], precision: str) -> float:
-        """Time of one (B, N, C) x (B, C, N) product with operands of a precision, from 1,024 of its N rows."""
+        """Time of a (B, N, C) x (B, C, K) product, shape (B, N, K, C), in a precision, from 1,024 of its N rows."""
         dtype = _OPERANDS.get(precision, torch.float32)
         if self.device.type == "cpu" and dtype == torch.float16:
             dtype = torch.float32  # processors multiply it as that, or slower
-        batch, channels, n = shape[0], shape[1], shape[2] * shape[3]
+        batch, n, keys, channels = shape
         rows = min(n, 1024)
         left = torch.randn(batch, rows, channels, device=self.device).to(dtype)
-        right = torch.randn(batch, n, channels, device=self.device).to(dtype).mT
-        out = torch.empty(batch, rows, n, device=self.device, dtype=dtype)
+        right = torch.randn(batch, keys, channels, device=self.device).to(dtype).mT
+        out = torch.empty(batch, rows, keys, device=self.device, dtype=dtype)
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         try:

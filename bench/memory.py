@@ -1,9 +1,11 @@
 """Extra memory of a call, measured: what the process grows by beyond its inputs and outputs."""
 
 import ctypes
+import functools
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -21,21 +23,28 @@ def give_back(device: torch.device) -> None:
         trim(0)
 
 
-def extra_bytes(kind: str, index: int, shape: tuple[int, ...], mode: str, device: torch.device) -> tuple:
-    """(bytes, None), or (None, why it was not measured), of the contestant `index` of a kind.
+def extra_bytes(prepare: Callable, arguments: tuple, device: torch.device) -> tuple:
+    """(bytes, None), or (None, why it was not measured), of the call that `prepare(*arguments, device)` returns.
 
-    On a CPU a process of its own makes the call once to load what it needs, gives back all free memory, and makes it
-    again: the highest resident size during that call, less that before it and the outputs' bytes. On a GPU it is
-    PyTorch's own count.
+    The call returns its outputs. On a CPU a process of its own makes it once to load what it needs, gives back all free
+    memory, and makes it again: the highest resident size during that call, less that before it and the outputs' bytes.
+    On a GPU it is PyTorch's own count.
     """
     give_back(device)  # what this process keeps, the one that measures may need
     if device.type == "cuda":
-        return _measure_cuda(kind, index, shape, mode, device), None
+        return _measure_cuda(prepare(*arguments, device), device), None
     if sys.platform != "linux":
         return None, "the peak of a process can be reset on Linux alone"
     # A pool of one: what a contestant leaves behind is gone with its process.
     with _context().Pool(1) as pool:
-        return pool.apply(_measure, (kind, index, shape, mode, torch.get_num_threads())), None
+        return pool.apply(_measure, (prepare, arguments, torch.get_num_threads())), None
+
+
+def call_of(kind: str, index: int, shape: tuple[int, ...], mode: str, device: torch.device) -> Callable:
+    """The call of a contestant of one of the paper's losses."""
+    student, teacher = features(shape, 1.0, device)
+    function = (field.COSINE if kind == "cosine" else field.AFFINITY)[index].make()
+    return functools.partial(run, function, student, teacher, mode)
 
 
 @cache
@@ -57,32 +66,23 @@ def _context():
     return context
 
 
-def _contestant(kind: str, index: int):
-    return (field.COSINE if kind == "cosine" else field.AFFINITY)[index].make()
-
-
-def _measure(kind: str, index: int, shape: tuple[int, ...], mode: str, threads: int) -> int:
+def _measure(prepare: Callable, arguments: tuple, threads: int) -> int:
     torch.set_num_threads(threads)
-    student, teacher = features(shape, 1.0, torch.device("cpu"))
-    function = _contestant(kind, index)
-    first = run(function, student, teacher, mode)
-    outputs = sum(x.nbytes for x in first if x is not None)
-    del first
+    call = prepare(*arguments, torch.device("cpu"))
+    outputs = sum(x.nbytes for x in call() if x is not None)
     give_back(torch.device("cpu"))
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    run(function, student, teacher, mode)
+    call()
     return max(0, _status("VmHWM") - before - outputs)
 
 
-def _measure_cuda(kind: str, index: int, shape: tuple[int, ...], mode: str, device: torch.device) -> int:
-    student, teacher = features(shape, 1.0, device)
-    function = _contestant(kind, index)
-    outputs = sum(x.nbytes for x in run(function, student, teacher, mode) if x is not None)
+def _measure_cuda(call: Callable, device: torch.device) -> int:
+    outputs = sum(x.nbytes for x in call() if x is not None)
     synchronise(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run(function, student, teacher, mode)
+    call()
     synchronise(device)
     return torch.cuda.max_memory_allocated(device) - before - outputs
 

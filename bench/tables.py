@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 SECTIONS = {
     "affinity": "Contextual affinity",
+    "distillation": "Distillation against any keys",
     "cosine": "Cosine distance",
     "growth": "Contextual affinity as the number of positions grows",
     "dskd": "The whole model",

@@ -195,7 +195,7 @@ def _time(session: Session, shape: tuple[int, ...], contestant: Contestant, mode
         found["percent_of_product"] = 100 * found["tflops"] / products[contestant.precision]
     if contestant in AFFINITY and not session.plan.is_rehearsal:
         index = AFFINITY.index(contestant)
-        found["extra_bytes"], _ = memory.extra_bytes("affinity", index, shape, mode, session.device)
+        found["extra_bytes"], _ = memory.extra_bytes(memory.call_of, ("affinity", index, shape, mode), session.device)
     return found | {"complaint": complaint}
 
 
