@@ -12,12 +12,13 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dskd_fast import ContextualAffinityLoss, CosineDistanceLoss
+from dskd_fast import AffinityDistillationLoss, ContextualAffinityLoss, CosineDistanceLoss
 
 # Longer than a busy machine takes to start the other process, so that only one that has died is waited for in vain.
 TIMEOUT = timedelta(seconds=120)
 
 BATCH = 4
+KEYS = torch.randn((10, 7), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 CASES = {
     "plain": {},
     "static graph": {"static_graph": True},
@@ -39,7 +40,8 @@ class Student(nn.Module):
 
 
 def loss(student, teacher):
-    return ContextualAffinityLoss(0.5)(student, teacher) + CosineDistanceLoss()(student, teacher)
+    of_keys = AffinityDistillationLoss(0.2, 0.1)(student[1], teacher[1], KEYS)
+    return ContextualAffinityLoss(0.5)(student, teacher) + CosineDistanceLoss()(student, teacher) + of_keys
 
 
 def run(case, rank, world_size):
