@@ -2,8 +2,8 @@
 
 FOLDER is laid out like MVTec LOCO, its images showing two rows of three cells with an object each, a cookie on black or
 a figure on white. A step takes 32 random patches of cells, enqueues the teacher's vectors and distils them with the
-loss of SEED. The measure is what cells of the validation images show, by the nearest neighbour among 12 cells of training
-images in the student's vectors. All patches are grey, of a fifth of a cell's side and of the same mean and contrast, so
+loss of SEED. The measure is what cells of the validation images show, by the nearest neighbour among 12 training cells
+in the student's vectors. All patches are grey, of a fifth of a cell's side and of the same mean and contrast, so
 that neither background nor colour nor brightness gives them away. Then the loss is timed with the dense form in its
 place, and the memory of both measured.
 """
