@@ -82,6 +82,8 @@ DSKD_DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_
 DSKD_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DSKD_DEVICE float float_of(uint32_t x) { return __uint_as_float(x); }
 DSKD_DEVICE float exp2_of(float x) { return exp2f(x); }
+// x / y within two units in the last place, for y up to 2^126.
+DSKD_DEVICE float quotient_of(float x, float y) { return __fdividef(x, y); }
 
 }  // namespace dskd
 

@@ -14,6 +14,8 @@ enum class Product { bfloat16, float16, tfloat32, plain };
 // Rows of a block and keys of a tile; operands are padded to multiples of it. Channels are padded to multiples of kPad.
 constexpr int kTile = 64;
 constexpr int kPad = 64;
+// Channels whose gradient a block sums up in registers.
+constexpr int kChannels = 256;
 // Groups of sampled positions whose mean centres the keys, and positions in each.
 constexpr int kGroups = 8;
 constexpr int kGroup = 32;
@@ -54,7 +56,8 @@ struct Cosine {
 };
 
 // How a call multiplies on a device of that capability, 80 for 8.0; false if the precision is none.
-inline bool choose_product(Affinity& call, const std::string& precision, int capability) {
+template <class Call>
+bool choose_product(Call& call, const std::string& precision, int capability) {
   const bool has_tensor_cores = capability >= 80;
   call.product = Product::plain;
   if (precision == "fp32") return true;

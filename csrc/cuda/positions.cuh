@@ -66,5 +66,16 @@ struct Squares {
 // 1/|x| from |x|^2; 0 for a vector of zeros, which has no direction.
 DSKD_DEVICE double inverse_of(double squares) { return squares > 0 ? 1 / sqrt(squares) : squares * 0; }
 
+// The first `rows` rows of a tile, as operands from row `row` and channel `channel` on.
+template <Product kProduct>
+DSKD_DEVICE void store_tile(void* to, const FloatTile& tile, int64_t row, int64_t c_pad, int64_t channel,
+                            int dropped_bits, int64_t rows = kPositions) {
+  using Element = typename Operand<kProduct>::type;
+  const int column = static_cast<int>(threadIdx.x) % kColumns;
+  for (int r = static_cast<int>(threadIdx.x) / kColumns; r < kPositions && r < rows; r += kPositionThreads / kColumns)
+    static_cast<Element*>(to)[(row + r) * c_pad + channel + column] =
+        Operand<kProduct>::from(tile[r][column], dropped_bits);
+}
+
 }  // namespace
 }  // namespace dskd

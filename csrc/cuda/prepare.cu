@@ -29,16 +29,6 @@ __global__ void __launch_bounds__(kPositionThreads, 4) centre_kernel(const Affin
 }
 
 template <Product kProduct>
-DSKD_DEVICE void store_tile(void* to, const FloatTile& tile, int64_t row, int64_t c_pad, int64_t channel,
-                            int dropped_bits) {
-  using Element = typename Operand<kProduct>::type;
-  const int column = static_cast<int>(threadIdx.x) % kColumns;
-  for (int r = static_cast<int>(threadIdx.x) / kColumns; r < kPositions; r += kPositionThreads / kColumns)
-    static_cast<Element*>(to)[(row + r) * c_pad + channel + column] =
-        Operand<kProduct>::from(tile[r][column], dropped_bits);
-}
-
-template <Product kProduct>
 __global__ void __launch_bounds__(kPositionThreads, 4) prepare_kernel(const Affinity call) {
   __shared__ double shared[kLanes][kPositions];
   __shared__ FloatTile key_tile, delta_tile;

@@ -382,5 +382,6 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 inline float exp2_of(float x) { return std::exp2(x); }
+inline float quotient_of(float x, float y) { return x / y; }
 
 }  // namespace dskd
