@@ -71,6 +71,8 @@ def units(name: str) -> list[Unit]:
             Unit("cuda/affinity.cu", "affinity.o", ()),
             Unit("cuda/prepare.cu", "prepare.o", exact),
             Unit("cuda/cosine.cu", "cosine.o", exact),
+            Unit("cuda/distillation.cu", "distillation.o", ()),
+            Unit("cuda/distillation_prepare.cu", "distillation_prepare.o", exact),
         ]
     found = [Unit(f"cpu/{stem}.cpp", f"{stem}.o", ()) for stem in ("operators", "brgemm")]
     for capability, instructions in _CAPABILITIES.items():
