@@ -138,7 +138,6 @@ __global__ void __launch_bounds__(kThreads, kProduct == Product::plain ? 1 : 2)
 constexpr int kRowThreads = 128;
 
 // A row's KL, and what the gradient needs of it, from the sums of the splits in their order.
-template <Product kProduct>
 __global__ void __launch_bounds__(kRowThreads) finish_kernel(const Distillation call) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
   if (at >= call.groups * call.rows) return;
@@ -165,7 +164,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(const Distillation 
     row.lift = static_cast<float>(ceil(log_ratio));
     row.rest = static_cast<float>(exp2(row.lift - log_ratio));
     row.factor = static_cast<float>(1 / (z * temperature_of(call.student_temperature, call.student_temperature_at)));
-    if (kProduct == Product::float16) {
+    if (call.product == Product::float16) {
       // |E expm1(x)| is at most 1.72 |E x| <= 2.84 sqrt(E tail) where |x| <= 1, else 2.8 E tail, tail being expm1(x) -
       // x; and z is the most that E / p can be.
       const double bound = (2.84 * sqrt(v * z) + 2.8 * v * z + u) / (1 + u),
@@ -236,8 +235,8 @@ const char* launch_all(const Distillation& call, int capability, void* stream) {
              shared_bytes<kProduct>(stages, false), stream, call);
   if (failed != nullptr) return failed;
   const int64_t rows = call.groups * call.rows;
-  failed = launch("finish", finish_kernel<kProduct>,
-                  dim3(static_cast<unsigned>((rows + kRowThreads - 1) / kRowThreads)), kRowThreads, 0, stream, call);
+  failed = launch("finish", finish_kernel, dim3(static_cast<unsigned>((rows + kRowThreads - 1) / kRowThreads)),
+                  kRowThreads, 0, stream, call);
   if (failed != nullptr || call.gradient.data == nullptr) return failed;
   const unsigned parts = static_cast<unsigned>((call.c_pad + kChannels - 1) / kChannels);
   return launch("gradient", gradient_kernel<kProduct>, dim3(static_cast<unsigned>(blocks * call.backward.count), parts),

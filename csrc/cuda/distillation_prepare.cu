@@ -12,7 +12,20 @@ DSKD_DEVICE double inverse_norm_of(double squares, bool normalize) {
   return normalize ? inverse_of(squares) : 1 + squares * 0;
 }
 
-template <Product kProduct>
+// `store_tile` of the call's kind of product: as one kernel for all, since loading is what takes the time.
+template <class Call>
+DSKD_DEVICE void store_operands(const Call& call, void* to, const FloatTile& tile, int64_t row, int64_t channel,
+                                int64_t rows) {
+  if (call.product == Product::bfloat16) {
+    store_tile<Product::bfloat16>(to, tile, row, call.c_pad, channel, 0, rows);
+  } else if (call.product == Product::float16) {
+    store_tile<Product::float16>(to, tile, row, call.c_pad, channel, 0, rows);
+  } else {
+    const int dropped_bits = call.product == Product::tfloat32 ? 13 : call.dropped_bits;
+    store_tile<Product::plain>(to, tile, row, call.c_pad, channel, dropped_bits, rows);
+  }
+}
+
 __global__ void __launch_bounds__(kPositionThreads, 4) keys_kernel(const Keys call) {
   __shared__ double shared[kLanes][kPositions];
   __shared__ FloatTile tile;
@@ -26,20 +39,19 @@ __global__ void __launch_bounds__(kPositionThreads, 4) keys_kernel(const Keys ca
   for (int64_t c = lane; c < channels; c += kLanes) squares += key[c] * key[c];
   const double inverse = inverse_norm_of(sum_of_lanes(squares, shared), call.normalize);
   const double* centre = call.centre + group * channels;
+  const float scale = call.product == Product::float16 ? kHalfScale : 1.0f;
   for (int64_t start_c = 0; start_c < call.c_pad; start_c += kColumns) {
     __syncthreads();
     for (int column = lane; column < kColumns; column += kLanes) {
       const int64_t c = start_c + column;
       const double k = is_key && c < channels ? key[c] * inverse - centre[c] : 0;
-      tile[p][column] = static_cast<float>(k) * (kProduct == Product::float16 ? kHalfScale : 1.0f);
+      tile[p][column] = static_cast<float>(k) * scale;
     }
     __syncthreads();
-    store_tile<kProduct>(call.packed, tile, group * call.k_pad + call.start + start, call.c_pad, start_c,
-                         call.dropped_bits, count - start);
+    store_operands(call, call.packed, tile, group * call.k_pad + call.start + start, start_c, count - start);
   }
 }
 
-template <Product kProduct>
 __global__ void __launch_bounds__(kPositionThreads, 4) rows_kernel(const Distillation call) {
   __shared__ double shared[kLanes][kPositions];
   __shared__ FloatTile teacher_tile, delta_tile;
@@ -55,7 +67,7 @@ __global__ void __launch_bounds__(kPositionThreads, 4) rows_kernel(const Distill
   const double s_rate = 1 / temperature_of(call.student_temperature, call.student_temperature_at);
   const double t_rate = 1 / temperature_of(call.teacher_temperature, call.teacher_temperature_at);
   float scale = 1, teacher_scale = 1;
-  if (kProduct == Product::float16) {
+  if (call.product == Product::float16) {
     // From |x|^2 + |y|^2 - 2<x, y>, which cancels; above its rounding error it is needed to within a factor only.
     const double x = s_inverse * s_rate, y = t_inverse * t_rate;
     const double least = 1e-15 * (s_rate * s_rate + t_rate * t_rate), size = ss * x * x + tt * y * y - 2 * st * x * y;
@@ -76,8 +88,8 @@ __global__ void __launch_bounds__(kPositionThreads, 4) rows_kernel(const Distill
       delta_tile[p][column] = static_cast<float>(d) * scale;
     }
     __syncthreads();
-    store_tile<kProduct>(call.rows_teacher, teacher_tile, first, call.c_pad, start_c, call.dropped_bits);
-    store_tile<kProduct>(call.rows_delta, delta_tile, first, call.c_pad, start_c, call.dropped_bits);
+    store_operands(call, call.rows_teacher, teacher_tile, first, start_c, kPositions);
+    store_operands(call, call.rows_delta, delta_tile, first, start_c, kPositions);
   }
   if (lane != 0) return;
   call.c_scale[first + p] = 1 / (scale * teacher_scale);
@@ -140,16 +152,11 @@ dim3 blocks_of(const Distillation& call) {
 
 const char* prepare_keys(const Keys& call, void* stream) {
   const int64_t blocks = call.shape.batch * ((call.shape.positions + kPositions - 1) / kPositions);
-  return with_product(call.product, [&](auto product) {
-    return launch("keys", keys_kernel<product.value>, dim3(static_cast<unsigned>(blocks)), kPositionThreads, 0, stream,
-                  call);
-  });
+  return launch("keys", keys_kernel, dim3(static_cast<unsigned>(blocks)), kPositionThreads, 0, stream, call);
 }
 
 const char* prepare_rows(const Distillation& call, void* stream) {
-  return with_product(call.product, [&](auto product) {
-    return launch("rows", rows_kernel<product.value>, blocks_of(call), kPositionThreads, 0, stream, call);
-  });
+  return launch("rows", rows_kernel, blocks_of(call), kPositionThreads, 0, stream, call);
 }
 
 const char* project_rows(const Distillation& call, void* stream) {
