@@ -18,14 +18,14 @@ import torch
 import triton
 
 from dskd_fast import reference
-from dskd_fast.backends import native_build
-from dskd_fast.backends.common import TEMPERATURE_LIMITS
+from dskd_fast.backends import cuda, native_build
+from dskd_fast.backends.common import DISTILLATION_TEMPERATURE_LIMITS, TEMPERATURE_LIMITS
 
 HERE = Path(__file__).parent / "emulation"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/common/maps.h
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # The prepare and cosine kernels count on products that are not fused, and nvcc is told so, too.
-FLAGS = ("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off")
+FLAGS = ("-std=c++20", "-Og", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # in the order of driver.cpp
 
 
@@ -48,6 +48,23 @@ class Call(NamedTuple):
     seed: int = 0
 
 
+class Distillation(NamedTuple):
+    """The same with keys (B', K, C); both temperatures are numbers, or tensors that lie in the device's memory."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    keys: torch.Tensor
+    temperature: float | torch.Tensor
+    teacher_temperature: float | torch.Tensor
+    precision: str = "fp32"
+    with_gradient: bool = True
+    seed: int = 0
+    key_mask: torch.Tensor | None = None
+    row_mask: torch.Tensor | None = None
+    normalize: bool = True
+    multiprocessors: int = 2
+
+
 class Emulation:
     """The kernels as compiled for sm_75 or for sm_80 and later."""
 
@@ -55,7 +72,7 @@ class Emulation:
         self.program = program
         self.capability = capability
 
-    def run(self, calls: list[Call], folder: Path) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    def run(self, calls: list[Call | Distillation], folder: Path) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """The map (B, H, W) and the gradient (B, C, H, W) of each call, all in one process."""
         source, result = folder / "calls", folder / "results"
         source.write_bytes(b"".join(map(self._packed, calls)))
@@ -76,21 +93,32 @@ class Emulation:
         assert len(numbers) == 0
         return results
 
-    def _packed(self, call: Call) -> bytes:
+    def _packed(self, call: Call | Distillation) -> bytes:
         gradient = torch.empty_like(call.student, dtype=torch.float32, device="meta")
         in_memory = isinstance(call.temperature, torch.Tensor)
-        header = [call.seed, call.temperature is not None, in_memory, call.with_gradient]
-        header += [PRECISIONS.index(call.precision), *call.student.shape]
+        kind = 2 if isinstance(call, Distillation) else call.temperature is not None
+        precision = cuda._operands(call.normalize, call.precision) if kind == 2 else call.precision
+        header = [call.seed, kind, in_memory, call.with_gradient, PRECISIONS.index(precision), *call.student.shape]
         for x in (call.student, call.teacher, gradient):
             header += [DTYPES.index(x.dtype), *x.stride()]
-        storages = []
-        for x in (call.student, call.teacher):
-            extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-            bits = torch.as_strided(x, (extent if x.numel() else 0,), (1,)).contiguous().view(torch.uint8)
-            storages.append(bits.numpy().tobytes())
+        storages = [storage_of(x) for x in (call.student, call.teacher)]
         header += map(len, storages)
-        header += [0] * (32 - len(header))
-        return struct.pack("<32qd", *map(int, header), float(call.temperature or 0)) + b"".join(storages)
+        temperatures = [call.temperature or 0, 0]
+        if isinstance(call, Distillation):
+            temperatures[1] = call.teacher_temperature
+            storages += [storage_of(call.keys), storage_of(cuda.centre_of(call.keys, call.normalize))]
+            header += [*call.keys.shape[:2], DTYPES.index(call.keys.dtype), *call.keys.stride(), len(storages[2])]
+            header += [0 if call.key_mask is None else len(call.key_mask), call.row_mask is not None]
+            storages += [storage_of(x) for x in (call.key_mask, call.row_mask) if x is not None]
+            header += [call.normalize, call.multiprocessors]
+        header += [0] * (48 - len(header))
+        return struct.pack("<48q2d", *map(int, header), *map(float, temperatures)) + b"".join(storages)
+
+
+def storage_of(x: torch.Tensor) -> bytes:
+    """From the first element to the last, with all between them that is not the tensor's."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return torch.as_strided(x, (extent if x.numel() else 0,), (1,)).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def compile_with_emulation(target: Path, sources: list[Path], tensor_cores: int) -> Path:
@@ -115,7 +143,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module", params=[80, *_slow(75)])
 def emulation(request, folder):
     csrc = native_build.csrc_folder() / "cuda"
-    sources = [*(csrc / f"{name}.cu" for name in ("affinity", "prepare", "cosine")), HERE / "driver.cpp"]
+    sources = [
+        *(csrc / f"{name}.cu" for name in ("affinity", "prepare", "cosine", "distillation", "distillation_prepare")),
+        HERE / "driver.cpp",
+    ]
     capability = request.param
     program = compile_with_emulation(folder / f"driver{capability}", sources, int(capability >= 80))
     return Emulation(program, capability)
@@ -304,6 +335,137 @@ def test_the_order_of_threads_changes_no_bit_nor_does_the_gradient(emulation, tm
         assert third[1] is None
 
 
+# Any keys
+
+# Rows, keys, channels; both temperatures; noise; precision; multiprocessors, of which the number of splits depends.
+KEY_CASES = [
+    ((1, 1, 3), (1, 1), 1, "fp32", 2),
+    ((65, 63, 17), (0.07, 0.01), 1, "bf16", 2),
+    ((15, 300, 65), (0.1, 0.04), 0.1, "fp16", 2),
+    ((18, 129, 300), (4, 4), 0.001, "tf32", 1),
+    ((63, 130, 40), (0.005, 0.005), 0.1, "fp32", 50),
+    ((17, 65, 48), (100, 0.02), 30, "fp16", 50),
+    ((65, 129, 1), (0.02, 0.005), 1, "bf16", 50),
+]
+
+
+def check_distillations(emulation, folder, keys_truth, calls):
+    """Against what is exact of rows that take part, 0 of others."""
+    for result, call in zip(emulation.run(calls, folder), calls, strict=True):
+        mask = torch.ones(result[0].shape) if call.row_mask is None else call.row_mask
+        student, teacher = (x.float().flatten(2).mT for x in (call.student, call.teacher))
+        rows = torch.where(mask.flatten(1).unsqueeze(-1) > 0, student, teacher), teacher, call.keys
+        options = {"student_temperature": call.temperature, "teacher_temperature": call.teacher_temperature}
+        options |= {"key_mask": call.key_mask, "normalize": call.normalize}
+        taken = mask.flatten(1).numpy()
+        kl, gradient = keys_truth(*rows, **options)
+        limits = keys_truth.limits(*rows, precision=call.precision, **options)
+        keys_truth.check(as_rows(*result), (kl * taken, gradient * taken[..., None]), limits)
+        for x in as_rows(*result):
+            assert (x[taken == 0] == 0).all()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_distillation_error_is_no_more_than_rounding_makes_it(
+    emulation, tmp_path, keys_truth, make_features, normalize
+):
+    calls = []
+    for (n, k, c), t, noise, precision, multiprocessors in KEY_CASES[emulation.capability < 80 :: 2 - normalize]:
+        student, teacher = make_features(n, c, noise, "normal" if n % 4 == 1 else "rectified")
+        keys = make_features(k, c, 0, "clustered", seed=1)[1]
+        length = 1 if normalize else math.sqrt(min(t) * 100 / c)  # logits up to about 100
+        features = maps(student * length), maps(teacher * length), keys * length
+        calls.append(Distillation(*features, *t, precision, normalize=normalize, multiprocessors=multiprocessors))
+    check_distillations(emulation, tmp_path, keys_truth, calls)
+
+
+def test_masks_strides_and_types_of_keys(emulation, tmp_path, keys_truth, make_features):
+    """Keys of each image, under masks of each, or of all; masked ones few, whole tiles from the first on, or all."""
+    student, teacher = (maps(x, (4, 5)) for x in make_features(20, 10, 0.3, "normal", batch=3))
+    student = student.contiguous(memory_format=torch.channels_last)
+    keys = (
+        make_features(200, 10, 0, batch=3, seed=1)[1].to(torch.float16).permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    )
+    key_mask = torch.ones(3, 200, dtype=torch.bool)
+    key_mask[0, 60:160] = False
+    key_mask[1, :135] = False
+    key_mask[2] = False
+    row_mask = torch.arange(60).view(3, 4, 5) % 3 > 0
+    student.masked_fill_(~row_mask.unsqueeze(1), math.nan)
+    some = [(keys, key_mask), (keys[:1], key_mask), (keys[:1], key_mask[:1]), (keys, key_mask[1:2]), (keys[1:2], None)]
+    calls = [
+        Distillation(student, teacher.bfloat16(), of, 0.1, 0.05, precision, key_mask=mask, row_mask=row_mask)
+        for (of, mask), precision in zip(some, (*PRECISIONS, "fp32"), strict=True)
+    ]
+    check_distillations(emulation, tmp_path, keys_truth, calls)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_distilled_rows_that_are_far_off(emulation, tmp_path, keys_truth, make_features, descending):
+    """Opposite, unrelated, zero and close vectors; every tile has larger logits than all before it, or none has."""
+    student, teacher = make_features(40, 16, 0.01, "normal")
+    student[:, 10:20] = -teacher[:, 10:20]
+    student[:, 20:30] = make_features(10, 16, 0, "normal", seed=1)[1]
+    student[:, 30:35] = 0
+    keys = make_features(200, 16, 0, "normal", seed=2)[1]
+    keys[:, :20] = teacher[:, :20] + 0.01 * keys[:, 20:40]  # rows that lie on one key
+    order = (torch.nn.functional.normalize(keys[0], dim=-1) @ teacher[0, 25]).argsort(descending=descending)
+    forms = [(0.005, 0.005, "fp32"), (0.005, 0.005, "fp16"), (0.01, 1, "bf16"), (0.07, 0.01, "tf32")]
+    calls = [Distillation(maps(student), maps(teacher), keys[:, order], *form, multiprocessors=1) for form in forms]
+    check_distillations(emulation, tmp_path, keys_truth, calls)
+
+
+def test_distillation_is_exactly_zero_of_equal_vectors(emulation, tmp_path, make_features):
+    teacher, keys = make_features(20, 20, 0)[1], make_features(150, 20, 0, seed=1)[1]
+    calls = [Distillation(maps(4 * teacher), maps(teacher), keys, 0.05, 0.05, precision) for precision in PRECISIONS]
+    for x in (x for result in emulation.run(calls, tmp_path) for x in result):
+        assert torch.equal(x, torch.zeros_like(x))
+
+
+def test_bits_of_a_distillation_and_temperatures_in_memory(emulation, tmp_path, make_features):
+    """The order of threads, the gradient, and where temperatures lie change no bit; out of range they give NaN."""
+    student, teacher = make_features(20, 20, 0.5)
+    keys = make_features(150, 20, 0, seed=1)[1]
+    lowest, highest = DISTILLATION_TEMPERATURE_LIMITS
+
+    def call(t, u, *options):
+        return Distillation(maps(student), maps(teacher), keys, t, u, *options)
+
+    def in_memory(*t):
+        return [torch.tensor(x, dtype=torch.float64) for x in t]
+
+    for t, precision in (((lowest, highest), "bf16"), ((0.07, lowest), "fp16")):
+        calls = [call(*t, precision), call(*t, precision, True, 1), call(*in_memory(*t), precision)]
+        first, *others, (kl, none) = emulation.run([*calls, call(*t, precision, False)], tmp_path)
+        assert all(torch.equal(x, y) for result in others for x, y in zip(result, first, strict=True))
+        assert torch.equal(kl, first[0])
+        assert none is None
+    outside = [(math.nextafter(lowest, 0), 1), (1, math.nextafter(highest, math.inf)), (math.nan, 1)]
+    for x in (x for result in emulation.run([call(*in_memory(*t)) for t in outside], tmp_path) for x in result):
+        assert x.isnan().all()
+
+
+def test_what_is_not_finite_in_a_distillation_spoils_no_more_than_it_must(emulation, tmp_path, make_features):
+    student, teacher = make_features(20, 9, 0.1, batch=2)
+    keys = make_features(70, 9, 0.1, batch=2, seed=1)[1]
+    student[1, 4, 2], teacher[0, 18, 0] = math.nan, math.inf
+    spoiled = torch.zeros(2, 20, dtype=torch.bool)
+    spoiled[1, 4] = spoiled[0, 18] = True
+    forms = [(0.5, 0.5, "fp32"), (0.02, 0.1, "fp16")]
+    calls = [
+        Distillation(maps(student), maps(teacher), keys, *form, normalize=n) for form in forms for n in (True, False)
+    ]
+    for result in emulation.run(calls, tmp_path):
+        values, gradient = as_rows(*result)
+        assert torch.equal(values.isnan(), spoiled)
+        assert torch.equal(gradient.isnan().any(-1), spoiled)
+    keys[1, 35, 2] = math.nan
+    for result in emulation.run([call._replace(keys=keys) for call in calls], tmp_path):
+        for x in as_rows(*result):
+            assert torch.isfinite(x[0, :18]).all()
+            assert x[1].isnan().all()
+
+
 # The compiler
 
 
@@ -330,7 +492,7 @@ def test_nothing_spills_and_tensor_cores_are_used(tmp_path, architecture):
         assert {*frames} == {("0", "0", "0")}
         declared = [int(size) for size in re.findall(r"(\d+) bytes smem", result.stderr)]
         assert max(declared, default=0) <= 48 << 10
-        if "affinity" in unit.source:
+        if Path(unit.source).stem in ("affinity", "distillation"):
             check_instructions(toolkit, target, architecture)
 
 

@@ -64,6 +64,7 @@ const char* distil(const dskd::Affinity& of, double teacher_temperature, const i
   call.student_temperature = of.temperature;
   call.student_temperature_at = of.temperature_at;
   call.teacher_temperature = teacher_temperature;
+  call.teacher_temperature_at = of.temperature_at == nullptr ? nullptr : of.temperature_at + 1;
   dskd::take_scratch(call, multiprocessors, allocate);
   keys.k_pad = call.k_pad;
   keys.c_pad = call.c_pad;
@@ -102,7 +103,6 @@ int main(int, char** arguments) {
   while (read(input, header, sizeof(header))) {
     double temperatures[2];
     if (!read(input, temperatures, sizeof(temperatures))) return 1;
-    const double temperature = temperatures[0];
     const int64_t* at = header;
     const auto next = [&at] { return *at++; };
     emulation::seed(static_cast<unsigned>(next()));
@@ -111,12 +111,12 @@ int main(int, char** arguments) {
     dskd::Affinity call{};
     const char* precisions[] = {"fp32", "tf32", "bf16", "fp16"};
     if (!dskd::choose_product(call, precisions[next()], kCapability)) return 1;
-    call.temperature = temperature;
+    call.temperature = temperatures[0];
     if (is_in_memory) {
-      double* at = static_cast<double*>(allocate(1, sizeof(double)));
-      *at = temperature;
-      call.temperature_at = at;
-      call.temperature = 0;  // nobody is to look at it
+      double* in_memory = static_cast<double*>(allocate(2, sizeof(double)));
+      for (int i = 0; i < 2; i++) in_memory[i] = temperatures[i];
+      call.temperature_at = in_memory;
+      call.temperature = temperatures[1] = 0;  // nobody is to look at them
     }
     dskd::Shape& shape = call.shape;
     shape.batch = next();
