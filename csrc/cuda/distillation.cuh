@@ -20,9 +20,9 @@ DSKD_DEVICE double temperature_of(double known, const double* at) {
   return temperature >= 0.00499999 && temperature <= 100.0001 ? temperature : float_of(0x7FC00000);
 }
 
-// Relative to m, the largest a so far, and to h, about the mean of c so far: z, s and v are the sums of E = exp2(a -
-// m), E (c - h) and E (expm1(c - h) - (c - h)). Where the student's largest logit is more than kRange higher than m +
-// h, v is lowered by 2^lift; what it would be without the terms of E alone is then the same to the last bit.
+// Relative to m, the largest a so far, and to h, about the mean of c so far, the sums z of E = exp2(a - m), s of
+// E (c - h), and v of E (expm1(c - h) - (c - h)). Where the student's largest logit is more than kRange higher than
+// m + h, exponentials in v are lowered by 2^lift; its other terms are then too small to show, and are left as they are.
 struct Sums : DistilledSums {
   DSKD_DEVICE Sums() : DistilledSums{kLowest, kLowest, 0, 0, 0, 0, 0} {}
   DSKD_DEVICE Sums(const DistilledSums& sums) : DistilledSums(sums) {}
@@ -63,7 +63,7 @@ struct Sums : DistilledSums {
       part_z += e[i];
       first += e[i] * c[i / 2][2 * r + i % 2];
     }
-    // Where the mean is h already, to within a quarter of what c varies by, nothing has to move. v keeps its digits.
+    // Where the mean is h to within a part of what c varies by, nothing moves, as is the rule after a few tiles.
     const float alpha = exp2_of(m - top), all = alpha * z + part_z;
     const float mean = all > 0 ? quotient_of(alpha * (z * h + s) + first, all) : h, d = h - mean;
     const bool stays = top == m && d * d <= 1 && 4 * d * d * all <= v && lift_of(m, h, top_student) == lift;
