@@ -30,6 +30,33 @@ FAR_SHIFT = tl.constexpr(190.0)
 
 
 @triton.jit
+def products(
+    row_queries, row_delta, queries, delta, keys, offs_i, offs_j,
+    BLOCK_C: tl.constexpr, C_PAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<query_i, k_j> and <delta_i, k_j> (rows, keys), and the keys if one block holds all their channels.
+
+    It then has the rows' operands, too; else pieces of them are read again.
+    """
+    a = tl.zeros((offs_i.shape[0], offs_j.shape[0]), tl.float32)
+    c = tl.zeros((offs_i.shape[0], offs_j.shape[0]), tl.float32)
+    offs_c = tl.arange(0, BLOCK_C)
+    input_precision: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
+    k = row_queries
+    if C_PAD == BLOCK_C:
+        k = tl.load(keys + offs_j[:, None] * C_PAD + offs_c[None, :])
+        a = tl.dot(row_queries, tl.trans(k), a, input_precision=input_precision)
+        c = tl.dot(row_delta, tl.trans(k), c, input_precision=input_precision)
+    else:
+        for start_c in range(0, C_PAD, BLOCK_C):
+            channels = (start_c + offs_c)[None, :]
+            part = tl.trans(tl.load(keys + offs_j[:, None] * C_PAD + channels))
+            a = tl.dot(tl.load(queries + offs_i[:, None] * C_PAD + channels), part, a, input_precision=input_precision)
+            c = tl.dot(tl.load(delta + offs_i[:, None] * C_PAD + channels), part, c, input_precision=input_precision)
+    return a, c, k
+
+
+@triton.jit
 def _tile(
     row_keys, row_delta, keys, delta, row_constant, c_shift, c_scale, bias, logit_scale, start_i, start_j,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, C_PAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -37,21 +64,7 @@ def _tile(
     """a and c (BLOCK_M, BLOCK_N), and the tile's keys if one block holds all their channels."""
     offs_i = start_i + tl.arange(0, BLOCK_M)
     offs_j = start_j + tl.arange(0, BLOCK_N)
-    a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    offs_c = tl.arange(0, BLOCK_C)
-    input_precision: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
-    k = row_keys
-    if C_PAD == BLOCK_C:
-        k = tl.load(keys + offs_j[:, None] * C_PAD + offs_c[None, :])
-        a = tl.dot(row_keys, tl.trans(k), a, input_precision=input_precision)
-        c = tl.dot(row_delta, tl.trans(k), c, input_precision=input_precision)
-    else:
-        for start_c in range(0, C_PAD, BLOCK_C):
-            channels = (start_c + offs_c)[None, :]
-            part = tl.trans(tl.load(keys + offs_j[:, None] * C_PAD + channels))
-            a = tl.dot(tl.load(keys + offs_i[:, None] * C_PAD + channels), part, a, input_precision=input_precision)
-            c = tl.dot(tl.load(delta + offs_i[:, None] * C_PAD + channels), part, c, input_precision=input_precision)
+    a, c, k = products(row_keys, row_delta, keys, delta, keys, offs_i, offs_j, BLOCK_C, C_PAD, PRECISION)
     a = a * logit_scale + (tl.load(bias + offs_j)[None, :] - row_constant[:, None])
     c = c * c_scale[:, None] - c_shift[:, None]
     if (start_j < start_i + BLOCK_M) & (start_i < start_j + BLOCK_N):

@@ -94,9 +94,21 @@ def squares_and_product(
 
 
 @triton.jit
-def _inverse_norm(squares):
+def inverse_root(squares):
     """1/|x| from |x|^2; 0 for a vector of zeros, which has no direction."""
     return tl.where(squares > 0, 1 / tl.sqrt(tl.where(squares > 0, squares, 1.0)), squares * 0)
+
+
+@triton.jit
+def sample(group, n):
+    """A group's share (GROUP,) of at most SAMPLE of n positions, n where it has fewer; and how many all groups have."""
+    samples = tl.minimum(n, SAMPLE)
+    i = group * GROUP + tl.arange(0, GROUP)
+    # One position in each of `samples` equal stretches of the image, at a place within it that changes from one to the
+    # next so that no period of the image is hit. Every position, where there are no more than SAMPLE.
+    within = tl.where(n > SAMPLE, (i * 40503) % 65536, 0).to(tl.int64)
+    positions = (((i.to(tl.int64) * 65536 + within) * n) // (samples.to(tl.int64) * 65536)).to(tl.int32)
+    return tl.where(i < samples, positions, n), samples
 
 
 @triton.jit(do_not_specialize=["n"])  # n = 1 would become a constant, which has no dtype
@@ -115,20 +127,14 @@ def centre_kernel(
 ):
     b = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
-    samples = tl.minimum(n, SAMPLE)
-    i = group * GROUP + tl.arange(0, GROUP)
-    # One position in each of `samples` equal stretches of the image, at a place within it that changes from one to the
-    # next so that no period of the image is hit. Every position, where there are no more than SAMPLE.
-    within = tl.where(n > SAMPLE, (i * 40503) % 65536, 0).to(tl.int64)
-    positions = (((i.to(tl.int64) * 65536 + within) * n) // (samples.to(tl.int64) * 65536)).to(tl.int32)
-    positions = tl.where(i < samples, positions, n)
+    positions, samples = sample(group, n)
     teacher += b * stride_b
     offs_c = tl.arange(0, BLOCK_C)
     squares = tl.zeros((GROUP,), tl.float64)
     for start_c in range(0, C_PAD, BLOCK_C):
         y = load(teacher, positions, start_c + offs_c, n, n_channels, width, stride_c, stride_h, stride_w)
         squares += tl.sum(y * y, 1)
-    weight = _inverse_norm(squares) / samples
+    weight = inverse_root(squares) / samples
     partial_mean += (b * GROUPS + group) * C_PAD
     for start_c in range(0, C_PAD, BLOCK_C):
         y = load(teacher, positions, start_c + offs_c, n, n_channels, width, stride_c, stride_h, stride_w)
@@ -202,8 +208,8 @@ def prepare_kernel(
         student, teacher, positions, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w,
         t_stride_c, t_stride_h, t_stride_w, C_PAD, BLOCK_P, BLOCK_C,
     )  # fmt: skip
-    s_inverse = _inverse_norm(ss)
-    t_inverse = _inverse_norm(tt)
+    s_inverse = inverse_root(ss)
+    t_inverse = inverse_root(tt)
     if PRECISION == "fp16":
         # From |s|^2 + |t|^2 - 2<s, t>, which cancels; above its rounding error it is needed to within a factor only.
         size = (ss * s_inverse * s_inverse + tt * t_inverse * t_inverse - 2 * st * s_inverse * t_inverse).to(tl.float32)
