@@ -172,6 +172,11 @@ def config(architecture: str, precision: str, width: int) -> Config:
     return TABLE[architecture][operand_class(precision)][min(width, WIDE)]
 
 
+def distillation_config(architecture: str, precision: str, width: int) -> Config:
+    """The entry for the kernels of `distillation.py`: the table's, but where those would spill registers."""
+    return config(architecture, precision, width)
+
+
 def operand_class(precision: str) -> str:
     """bf16 and fp16 share the entries of 16-bit operands."""
     return precision if precision in ("tf32", "fp32") else "half"

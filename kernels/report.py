@@ -9,9 +9,7 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dskd_fast.kernels import affinity, configs, cosine, prepare
+from dskd_fast.kernels import affinity, configs, cosine, distillation, prepare, prepare_distillation
+from dskd_fast.kernels.binary import Instruction, read_amdgcn, read_cubin
 
 # Channels after padding, one for each row of the table.
 WIDTHS = (64, 128, 256, 512, 1024)
@@ -78,8 +77,9 @@ MACHINES = {
 class Case(NamedTuple):
     """One kernel as it would be launched.
 
-    `kind` is "near", "other" or "far" (see `dskd_fast.kernels.affinity`) of the kernels over pairs, and "memory" of the
-    prepare kernel where the temperature is in the device's memory.
+    `kind` is "near", "other" or "far" (see `dskd_fast.kernels.affinity`) of the kernels over pairs of positions,
+    "memory" of the prepare kernel where the temperature is in the device's memory, and "keys" of all those of
+    `dskd_fast.kernels.distillation`.
     """
 
     architecture: str
@@ -93,35 +93,49 @@ def cases(architectures: Iterable[str], precisions: Iterable[str]) -> Iterator[C
     """Everything that the backend can launch on these."""
     for architecture in architectures:
         for precision in precisions:
-            entries = {width: configs.config(architecture, precision, width) for width in WIDTHS}
-            for width, entry in entries.items():
-                # Where the channels come in pieces, more of them are more rounds of the same loop.
-                if width == 1024 and entry == entries[512] and max(entry.forward.c, entry.gradient.c) < 512:
-                    continue
-                for kernel in ("forward", "gradient"):
-                    for kind in ("near", "other", "far"):
-                        yield Case(architecture, precision, width, kernel, kind)
+            for kinds, config in ((("near", "other", "far"), configs.config), (("keys",), configs.distillation_config)):
+                entries = {width: config(architecture, precision, width) for width in WIDTHS}
+                for width, entry in entries.items():
+                    # Where the channels come in pieces, more of them are more rounds of the same loop.
+                    if width == 1024 and entry == entries[512] and max(entry.forward.c, entry.gradient.c) < 512:
+                        continue
+                    for kernel in ("forward", "gradient"):
+                        for kind in kinds:
+                            yield Case(architecture, precision, width, kernel, kind)
             # Likewise for the kernels over positions, of any width.
-            for kernel, kind in (("prepare", ""), ("prepare", "memory"), ("project", "")):
+            for kernel, kind in (
+                ("prepare", ""),
+                ("prepare", "memory"),
+                ("project", ""),
+                ("keys", "keys"),
+                ("rows", "keys"),
+            ):
                 yield Case(architecture, precision, 256, kernel, kind)
-        for kernel in ("centre", "cosine"):
-            yield Case(architecture, "fp32", 256, kernel, "")
+        for kernel, kind in (
+            ("centre", ""),
+            ("cosine", ""),
+            ("centre", "keys"),
+            ("merge", "keys"),
+            ("project", "keys"),
+        ):
+            yield Case(architecture, "fp32", 256, kernel, kind)
 
 
 def inspect(case: Case, config: configs.Config | None = None) -> dict[str, Any]:
     """Compile a case, with the table's blocks unless others are given, and read the binary."""
     row: dict[str, Any] = case._asdict()
     machine = MACHINES[case.architecture]
-    config = config or configs.config(case.architecture, case.precision, case.width)
+    of_table = configs.distillation_config if case.kind == "keys" else configs.config
+    config = config or of_table(case.architecture, case.precision, case.width)
     source, options, blocks = _source(case, config)
     try:
         kernel = triton.compile(source, target=machine.target, options=options)
     except Exception as error:  # whatever Triton, LLVM and the assembler raise
         return row | {"error": repr(error.__cause__ or error)[:300]}
     if machine.target.backend == "cuda":
-        usage, instructions, labels = _read_cubin(kernel.asm["cubin"])
+        usage, instructions, labels = read_cubin(kernel.asm["cubin"])
     else:
-        usage, instructions, labels = _read_amdgcn(kernel.asm["amdgcn"])
+        usage, instructions, labels = read_amdgcn(kernel.asm["amdgcn"])
     row |= usage | {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
     row["fits"] = row["shared"] <= machine.shared
     threads = row["warps"] * machine.target.warp_size
@@ -143,27 +157,40 @@ _KERNELS = {
     "project": prepare.project_kernel,
     "cosine": cosine.cosine_kernel,
 }
+_KERNELS_OF_KEYS = {
+    "forward": distillation.forward_kernel,
+    "merge": distillation.merge_kernel,
+    "gradient": distillation.gradient_kernel,
+    "centre": prepare_distillation.centre_kernel,
+    "keys": prepare_distillation.keys_kernel,
+    "rows": prepare_distillation.rows_kernel,
+    "project": prepare_distillation.project_kernel,
+}
+_WHOLE_NUMBERS = ("n", "n_out", "first", "n_pad", "k_pad", "n_channels", "width", "split_keys", "splits", "images")
 
 
 def _source(case: Case, config: configs.Config) -> tuple[ASTSource, dict[str, int], configs.Blocks | None]:
     """The source of a case with the types of its arguments, as a launch on float32 images (B, C, H, W) has them."""
     constants: dict[str, Any] = {"C_PAD": case.width, "PRECISION": case.precision, "WITH_GRADIENT": True}
-    constants |= {"IN_MEMORY": case.kind == "memory", "OWN_SHIFT": True}
+    constants |= {"IN_MEMORY": case.kind == "memory", "OWN_SHIFT": True, "NORMALIZE": True}
     blocks = None
     if case.kernel in ("forward", "gradient"):
         blocks = config.forward if case.kernel == "forward" else config.gradient
         constants |= {"NEAR": case.kind == "near", "WITH_FAR": case.kind == "far", "CHUNK": config.chunk}
         launch = blocks.launch()
+    elif case.kernel == "merge":
+        launch = {"BLOCK_M": distillation.MERGE_ROWS}
     elif case.kernel == "cosine":
         launch = configs.cosine_blocks(4096).launch()
     else:
         block_c = prepare.CENTRE_BLOCK_C if case.kernel == "centre" else prepare.BLOCK_C
         launch = {"BLOCK_P": prepare.BLOCK_P, "BLOCK_C": block_c}
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
-    if blocks is None:
+    if blocks is None and case.kernel != "merge":
         options |= prepare.EXACT
     constants |= launch
-    kernel = _KERNELS[case.kernel]
+    is_of_keys = case.kind == "keys"
+    kernel = (_KERNELS_OF_KEYS if is_of_keys else _KERNELS)[case.kernel]
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -172,66 +199,22 @@ def _source(case: Case, config: configs.Config) -> tuple[ASTSource, dict[str, in
             kind = "*fp64"
         elif name in ("temperature", "inverse_temperature", "logit_scale", "is_far"):
             kind = "fp32"
-        elif name in ("n", "n_pad", "n_channels", "width") or "stride" in name:
+        elif name in _WHOLE_NUMBERS or "stride" in name:
             kind = "i32"
-        elif name in ("keys", "delta"):
+        elif name in ("queries", "keys", "operands", "delta") and not (
+            is_of_keys and name == "keys" and blocks is None
+        ):
             kind = "*" + _OPERANDS[case.precision]
+        elif name == "is_row":
+            kind = "*i8"
         else:
-            kind = "*fp64" if name == "inverse_norm" else "*fp32"
+            kind = "*fp64" if name == "inverse_norm" or name.endswith("_temperature") else "*fp32"
         signature[name] = kind
         # What the launcher finds out by itself: allocations, and padded numbers of rows, are multiples of 16.
-        if kind.startswith("*") or name == "n_pad":
+        if kind.startswith("*") or name in ("n_pad", "k_pad", "split_keys"):
             attributes[index,] = [["tt.divisibility", 16]]
     used = {name: value for name, value in constants.items() if name in signature}
     return ASTSource(kernel, signature, constexprs=used, attrs=attributes), options, blocks
-
-
-class Instruction(NamedTuple):
-    """Mnemonic, e.g. "HMMA", with what follows it, e.g. ".16816.F32.BF16"; and the label that a branch goes to."""
-
-    name: str
-    suffix: str
-    target: str | None
-
-
-def _read_cubin(cubin: bytes) -> tuple[dict[str, int], list[Instruction], dict[str, int]]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-
-        def run(tool: str, option: str) -> str:
-            command = [str(tools / tool), option, str(file)]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", run("cuobjdump", "--dump-resource-usage")))
-        text = run("nvdisasm", "-c")
-    instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = len(instructions)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_]*)(\S*)(.*)", line):
-            target = re.search(r"\((\.L\w+)\)", found[3]) if found[1] == "BRA" else None
-            instructions.append(Instruction(found[1], found[2], target and target[1]))
-    spilled = int(usage["STACK"]) + int(usage["LOCAL"])
-    return {"registers": int(usage["REG"]), "spilled": spilled}, instructions, labels
-
-
-def _read_amdgcn(text: str) -> tuple[dict[str, int], list[Instruction], dict[str, int]]:
-    def usage(name: str) -> int:
-        return int(re.search(rf"{name}:\s*(\d+)", text)[1])
-
-    instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label[1]] = len(instructions)
-        elif found := re.match(r"\s+((?:s|v|ds|buffer|global|flat|scratch)_\w+)(.*)", line):
-            target = re.search(r"(\.LBB\w+)", found[2]) if "branch" in found[1] else None
-            name = "v_mfma" if found[1].startswith("v_mfma") else found[1].removesuffix("_e32").removesuffix("_e64")
-            instructions.append(Instruction(name, found[1], target and target[1]))
-    return {"registers": usage("TotalNumVgprs"), "spilled": usage("ScratchSize")}, instructions, labels
 
 
 def _estimate(
