@@ -166,6 +166,14 @@ _TABLE = {
 # Each architecture has entries of its own, which tuning may replace.
 TABLE: dict[str, dict[str, dict[int, Config]]] = copy.deepcopy(_TABLE)
 
+# What the kernels of `distillation.py` have in place of the table's blocks, where with those they would spill.
+DISTILLATION: dict[tuple[str, str, int], dict[str, Blocks]] = {
+    ("sm_80", "tf32", 256): {"forward": Blocks(32, 64, 256, 4, 1)},
+    ("sm_90", "half", 512): {"gradient": Blocks(64, 32, 512, 8, 1)},
+    ("sm_100", "half", 512): {"gradient": Blocks(64, 32, 512, 8, 1)},
+    ("sm_100", "tf32", 256): {"gradient": Blocks(64, 32, 256, 8, 1)},
+}
+
 
 def config(architecture: str, precision: str, width: int) -> Config:
     """The table's entry for padded channels `width`."""
@@ -173,8 +181,9 @@ def config(architecture: str, precision: str, width: int) -> Config:
 
 
 def distillation_config(architecture: str, precision: str, width: int) -> Config:
-    """The entry for the kernels of `distillation.py`: the table's, but where those would spill registers."""
-    return config(architecture, precision, width)
+    """The entry for the kernels of `distillation.py`: the table's, but where those keep too much in registers for it."""
+    changed = DISTILLATION.get((architecture, operand_class(precision), width), {})
+    return config(architecture, precision, width)._replace(**changed)
 
 
 def operand_class(precision: str) -> str:

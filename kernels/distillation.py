@@ -7,7 +7,8 @@ With k_j a centred key, t_i the row's teacher vector and delta_i = s_i / T_s - t
     b[i, j] = a + c / log 2                 the student's logit
 
 No key is known to be near the row, so each row keeps running maxima m of a and m_s of b, and a running mean h of c
-under the teacher's weights E = 2^(a - m). With x = c - h and f = 2^(m + h / log 2 - m_s), so that f E exp(x) = 2^(b - m_s),
+under the teacher's weights E = 2^(a - m). With x = c - h, and f = 2^(m + h / log 2 - m_s), by which f E exp(x) is
+2^(b - m_s),
 
     Z = sum_j E,  S = sum_j E x (about 0),  V = f sum_j E (expm1(x) - x),  f u = (V + f S) / Z
     KL_i = log1p(u) - u + V / (f Z)         gradient: 1 / (T_s Z_s) sum_j f E (expm1(x) - u) k_j,  Z_s = f Z (1 + u)
@@ -154,29 +155,34 @@ def merge_kernel(
     partial += rows
     m = tl.full((BLOCK_M,), NEVER, tl.float32)
     m_s = tl.full((BLOCK_M,), NEVER, tl.float32)
+    h_top = tl.zeros((BLOCK_M,), tl.float32)
     for split in range(splits):
-        m = tl.maximum(m, tl.load(partial + split * split_stride))
-        m_s = tl.maximum(m_s, tl.load(partial + split * split_stride + 5 * stride))
+        part = partial + split * split_stride
+        m_part = tl.load(part)
+        h_top = tl.where(m_part > m, tl.load(part + stride), h_top)
+        m = tl.maximum(m, m_part)
+        m_s = tl.maximum(m_s, tl.load(part + 5 * stride))
     z = tl.zeros((BLOCK_M,), tl.float32)
     first = tl.zeros((BLOCK_M,), tl.float32)
     for split in range(splits):
         part = partial + split * split_stride
         alpha = tl.exp2(tl.load(part) - m)
-        part_z = tl.load(part + 2 * stride)
-        z += alpha * part_z
-        first += alpha * (part_z * tl.load(part + stride) + tl.load(part + 3 * stride))
-    h = first / z
+        z_part = tl.load(part + 2 * stride)
+        z += alpha * z_part
+        first += alpha * (z_part * (tl.load(part + stride) - h_top) + tl.load(part + 3 * stride))
+    # About the mean of the split with the largest E: of a row with one large E, h is then that key's c to the last bit.
+    h = h_top + first / z
     s = tl.zeros((BLOCK_M,), tl.float32)
     v = tl.zeros((BLOCK_M,), tl.float32)
     f = tl.zeros((BLOCK_M,), tl.float32)
     for split in range(splits):
         part = partial + split * split_stride
-        part_s, part_v, f, _ = _rebase(
+        s_part, v_part, f, _ = _rebase(
             tl.load(part + 2 * stride), tl.load(part + 3 * stride), tl.load(part + 4 * stride),
             tl.load(part), tl.load(part + stride), tl.load(part + 5 * stride), m, h, m_s,
         )  # fmt: skip
-        s += part_s
-        v += part_v
+        s += s_part
+        v += v_part
     fu = (v + f * s) / z
     student_z = fu + f  # Z_s / Z
     wide = f.to(tl.float64)

@@ -9,8 +9,17 @@ import triton.language as tl
 
 from dskd_fast.kernels.arithmetic import LN2, to_operand
 from dskd_fast.kernels.prepare import (
-    FP16_EXPONENT, GROUP, GROUPS, HIGHEST, NAN, inverse_root, load, sample, squares_and_product, store,
-)  # fmt: skip
+    FP16_EXPONENT,
+    GROUP,
+    GROUPS,
+    HIGHEST,
+    NAN,
+    inverse_root,
+    load,
+    sample,
+    squares_and_product,
+    store,
+)
 
 # Temperatures from this to HIGHEST, a float32's rounding of 0.005 among them; others give NaN.
 LOWEST = tl.constexpr(0.00499999)

@@ -14,17 +14,20 @@ import triton
 from torch import Tensor
 
 from dskd_fast.backends.common import PreparedKeys, dtype_refusal, outputs
-from dskd_fast.kernels import affinity, configs, cosine, prepare
+from dskd_fast.kernels import affinity, configs, cosine, distillation, prepare, prepare_distillation
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sums over more positions could leave float32's range at the lowest temperatures (kernels/README.md).
 MAX_POSITIONS = 1 << 17
 # Offsets within one image are 32-bit.
 MAX_ELEMENTS = 1 << 31
+# Fewer keys than this are not worth a program of their own.
+FEWEST_SPLIT_KEYS = 512
 
 
 def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | None:
     """Why this backend cannot serve a call, None if it can; precision None stands for the cosine distance."""
-    if (reason := dtype_refusal(student, teacher, (torch.float32, torch.bfloat16, torch.float16))) is not None:
+    if (reason := dtype_refusal(student, teacher, DTYPES)) is not None:
         return reason
     if student.device.type == "cpu":
         if _is_interpreted() and isinstance(triton.language.sum, triton.runtime.JITFunction):
@@ -42,8 +45,14 @@ def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | No
         n = student.shape[2] * student.shape[3]
         if n > MAX_POSITIONS:
             return f"it takes at most {MAX_POSITIONS} positions, not {n}"
-        if (elements := configs.padded_rows(n) * configs.padded_channels(student.shape[1])) >= MAX_ELEMENTS:
-            return f"it takes at most {MAX_ELEMENTS - 1} elements per image, not {elements}"
+        return _elements_refusal(student)
+    return None
+
+
+def _elements_refusal(student: Tensor) -> str | None:
+    rows = configs.padded_rows(student.shape[2] * student.shape[3])
+    if (elements := rows * configs.padded_channels(student.shape[1])) >= MAX_ELEMENTS:
+        return f"it takes at most {MAX_ELEMENTS - 1} elements per image, not {elements}"
     return None
 
 
@@ -126,6 +135,147 @@ def contextual_affinity(
     return kl, gradient
 
 
+def distillation_refusal(student: Tensor, teacher: Tensor, keys: Tensor | PreparedKeys, precision: str) -> str | None:
+    """Why this backend cannot serve a distillation against any keys, None if it can."""
+    if (reason := refusal(student, teacher, None)) is not None:
+        return reason
+    if isinstance(keys, Tensor) and (reason := dtype_refusal(keys, keys, DTYPES)) is not None:
+        return reason
+    return _elements_refusal(student)
+
+
+def prepare_keys(keys: Tensor, normalize: bool, precision: str, centre: Tensor | None = None) -> list[Tensor]:
+    """Keys (B', K, C) -> operands (B', K_PAD, C_PAD), their scale (B',) and the centre (B', C), float32 both."""
+    images, count, channels = keys.shape
+    device = keys.device
+    c_pad = configs.padded_channels(channels)
+    key_scale = torch.ones((images,), device=device)
+    if centre is None or precision == "fp16":
+        mean = torch.empty((images, prepare.GROUPS.value, c_pad), device=device)
+        length = torch.empty((images, prepare.GROUPS.value), device=device)
+        with _on(device):
+            prepare_distillation.centre_kernel[images, prepare.GROUPS.value](
+                keys, mean, length, count, channels, *keys.stride(), C_PAD=c_pad,
+                BLOCK_C=prepare.CENTRE_BLOCK_C, NORMALIZE=normalize, **prepare.EXACT,
+            )  # fmt: skip
+        if centre is None:
+            centre = mean.sum(1)[:, :channels]
+        if precision == "fp16":
+            exponent = torch.log2(length.amax(1).clamp(2.0**-60, 2.0**60)).ceil()
+            key_scale = torch.exp2(prepare_distillation.KEY_EXPONENT - exponent)
+    operands = torch.empty((images, configs.padded_rows(count), c_pad), dtype=_operand_dtype(precision), device=device)
+    packed = [operands, key_scale, centre.to(torch.float32).contiguous()]
+    _write_keys(packed, keys, 0, operands.shape[1], normalize, precision)
+    return packed
+
+
+def update_keys(packed: list[Tensor], keys: Tensor, start: int, normalize: bool, precision: str) -> None:
+    """Write keys (B', P, C) in place of those from `start` on."""
+    _write_keys(packed, keys, start, keys.shape[1], normalize, precision)
+
+
+def _write_keys(packed: list[Tensor], keys: Tensor, start: int, written: int, normalize: bool, precision: str) -> None:
+    operands, key_scale, centre = packed
+    images, count, channels = keys.shape
+    with _on(keys.device):
+        prepare_distillation.keys_kernel[(images * triton.cdiv(written, prepare.BLOCK_P),)](
+            keys, centre, key_scale, operands, count, written, start, operands.shape[1], channels, *keys.stride(),
+            C_PAD=operands.shape[2], BLOCK_P=prepare.BLOCK_P, BLOCK_C=prepare.BLOCK_C,
+            PRECISION=precision, NORMALIZE=normalize, **prepare.EXACT,
+        )  # fmt: skip
+
+
+def affinity_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    keys: Tensor | PreparedKeys,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+    key_mask: Tensor | None,
+    row_mask: Tensor | None,
+    normalize: bool,
+    precision: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """KL map and, if wanted, its gradient; see `dskd_fast.backends`."""
+    batch, channels, height, width = student.shape
+    device = student.device
+    kl, gradient = outputs(student, torch.float32, with_gradient)
+    if kl.numel() == 0:
+        return kl, gradient
+    if isinstance(keys, PreparedKeys):
+        packed, count = keys.packed, keys.shape[1]
+    else:
+        packed, count = prepare_keys(keys, normalize, precision), keys.shape[1]
+    operands, key_scale, _ = packed
+    n = height * width
+    n_pad, k_pad, c_pad = configs.padded_rows(n), *operands.shape[1:]
+    config = configs.distillation_config(architecture(device), precision, c_pad)
+    parts = math.ceil(k_pad / configs.ROW_MULTIPLE / _splits(device, batch * n_pad, k_pad)) * configs.ROW_MULTIPLE
+    splits = triton.cdiv(k_pad, parts)
+    rows = batch, n_pad
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    # Either temperature may be in the device's memory, where its value cannot be looked at: both are put there.
+    of_student, of_teacher = (
+        x.double() if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device)
+        for x in (student_temperature, teacher_temperature)
+    )
+    bias = torch.full((1 if key_mask is None else len(key_mask), k_pad), distillation.NEVER.value, device=device)
+    bias[:, :count] = 0 if key_mask is None else torch.where(key_mask, 0.0, distillation.NEVER.value)
+    is_row = torch.zeros(rows, dtype=torch.int8, device=device)
+    is_row[:, :n] = 1 if row_mask is None else row_mask.flatten(1)
+    queries, delta = (scratch(*rows, c_pad, dtype=operands.dtype) for _ in range(2))
+    scales = [scratch(*rows) for _ in ("a_scale", "c_scale")]
+    inverse_norm = scratch(*rows, dtype=torch.float64)
+    partial, final = scratch(distillation.PARTIAL, splits, *rows), scratch(distillation.FINAL, *rows)
+    factor = scratch(*rows)
+    per_row = {"C_PAD": c_pad, "BLOCK_P": prepare.BLOCK_P, "BLOCK_C": prepare.BLOCK_C, "NORMALIZE": normalize}
+    row_grid = (batch * (n_pad // prepare.BLOCK_P),)
+    scale_stride = 0 if len(operands) == 1 else 1
+    over_pairs = (n_pad, k_pad, parts, batch, k_pad * scale_stride, 0 if len(bias) == 1 else k_pad)
+    variant = {"PRECISION": precision, "C_PAD": c_pad}
+
+    with _on(device):
+        prepare_distillation.rows_kernel[row_grid](
+            student, teacher, key_scale, queries, delta, *scales, inverse_norm, of_student, of_teacher,
+            n, n_pad, channels, width, scale_stride, *student.stride(), *teacher.stride(),
+            PRECISION=precision, **per_row, **prepare.EXACT,
+        )  # fmt: skip
+        distillation.forward_kernel[batch * (n_pad // config.forward.m), splits](
+            queries, delta, operands, bias, is_row, *scales, partial, *over_pairs,
+            **variant, **config.forward.launch(),
+        )  # fmt: skip
+        distillation.merge_kernel[(batch * (n_pad // distillation.MERGE_ROWS),)](
+            partial, is_row, key_scale, of_student, kl, final, factor, n, n_pad, splits, batch, scale_stride,
+            BLOCK_M=distillation.MERGE_ROWS, PRECISION=precision,
+        )  # fmt: skip
+        if gradient is not None:
+            raw = scratch(splits, *rows, c_pad)
+            distillation.gradient_kernel[batch * (n_pad // config.gradient.m), splits, c_pad // config.chunk](
+                queries, delta, operands, bias, is_row, *scales, final, raw, *over_pairs,
+                CHUNK=config.chunk, **variant, **config.gradient.launch(),
+            )  # fmt: skip
+            prepare_distillation.project_kernel[row_grid](
+                raw, factor, inverse_norm, student, gradient, n, n_pad, channels, width, splits, batch,
+                *student.stride(), *gradient.stride(), **per_row, **prepare.EXACT,
+            )  # fmt: skip
+    return kl, gradient
+
+
+def _splits(device: torch.device, rows: int, keys: int) -> int:
+    """Into how many parts the keys are split: four blocks of 64 rows for each multiprocessor, if there are keys enough.
+
+    It depends on shapes and the device alone, and so do the results' bits. Interpreted there are two, to be merged.
+    """
+    if device.type == "cpu":
+        return 2
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(4 * processors * 64 // rows, keys // FEWEST_SPLIT_KEYS))
+
+
 def cosine_distance(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Cosine distance map and, if weights are given, its gradient; see `dskd_fast.backends`."""
     batch, channels, height, width = student.shape
@@ -205,8 +355,3 @@ def _device_refusal(device: torch.device) -> str | None:
             _REFUSALS[device] = f"a trial on {device} failed: {reason}"
             warnings.warn(f"dskd_fast uses no Triton kernels: {_REFUSALS[device]}", stacklevel=2)
     return _REFUSALS[device]
-
-
-def distillation_refusal(student: Tensor, teacher: Tensor, keys: Tensor | PreparedKeys, precision: str) -> str | None:
-    """Why this backend cannot serve a distillation against any keys, None if it can."""
-    return "it has no kernels for keys other than the teacher's own"
