@@ -181,7 +181,7 @@ def config(architecture: str, precision: str, width: int) -> Config:
 
 
 def distillation_config(architecture: str, precision: str, width: int) -> Config:
-    """The entry for the kernels of `distillation.py`: the table's, but where those keep too much in registers for it."""
+    """The entry for the kernels of `distillation.py`: the table's, but where it would spill registers."""
     changed = DISTILLATION.get((architecture, operand_class(precision), width), {})
     return config(architecture, precision, width)._replace(**changed)
 

@@ -111,7 +111,9 @@ def forward_kernel(
         z_tile = tl.sum(e, 1)
         alpha = tl.exp2(m - m_new)
         z_new = alpha * z + z_tile
+        # In two steps, so that of a row with one large E h is that key's c to the last bit: its x^2 would be all of V.
         h_new = h + (tl.sum(e * c, 1) - h * z_tile + alpha * s) / z_new
+        h_new += (tl.sum(e * (c - h_new[:, None]), 1) + alpha * (s + (h - h_new) * z)) / z_new
         s, v, f, alpha = _rebase(z, s, v, m, h, m_s, m_new, h_new, m_s_new)
         x = c - h_new[:, None]
         s += tl.sum(e * x, 1)

@@ -59,7 +59,7 @@ def test_error_is_no_more_than_rounding_makes_it(
 )  # fmt: skip
 def test_errors_at_a_real_size(backend, keys_truth, make_features, request, t, noise, precision):
     if backend.is_interpreted:
-        request.getfixturevalue("set_tiles")(512, 64)
+        request.getfixturevalue("set_tiles")(128, 128)
     student, teacher = make_features(300, 128, noise)
     keys = make_features(1500, 128, 0, seed=1)[1]
     exact = keys_truth(student, teacher, keys, **temperatures(*t))
