@@ -182,7 +182,7 @@ def config(architecture: str, precision: str, width: int) -> Config:
 
 def distillation_config(architecture: str, precision: str, width: int) -> Config:
     """The entry for the kernels of `distillation.py`: the table's, but where it would spill registers."""
-    changed = DISTILLATION.get((architecture, operand_class(precision), width), {})
+    changed = DISTILLATION.get((architecture, operand_class(precision), min(width, WIDE)), {})
     return config(architecture, precision, width)._replace(**changed)
 
 

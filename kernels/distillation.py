@@ -16,6 +16,9 @@ under the teacher's weights E = 2^(a - m). With x = c - h, and f = 2^(m + h / lo
 V is kept relative to the student's largest term, not the teacher's: it is at most K whatever the temperatures. All its
 terms are positive; what leaves float32's range is f alone, downwards, where u, and with it the KL, is large.
 
+A masked key's logit is NEVER, finite, as are then all sums of a row that has seen none but such keys; the first key
+that takes part multiplies them by 0.
+
 The keys are split among programs, each of which leaves what it has seen of a row; `merge_kernel` puts them together.
 """
 
@@ -25,10 +28,8 @@ import triton.language as tl
 from dskd_fast.kernels.affinity import products
 from dskd_fast.kernels.arithmetic import LN2, LOG2E, RADIUS, expm1_tail, log1p_tail, to_operand
 from dskd_fast.kernels.prepare import FP16_EXPONENT
+from dskd_fast.kernels.prepare_distillation import NEVER
 
-# A masked key's logit, which absorbs any other. Where a row has seen none but such, all its sums are finite, and the
-# first key that takes part multiplies them by 0.
-NEVER = tl.constexpr(-1e30)
 # Rows of a block of merge_kernel.
 MERGE_ROWS = 128
 # What a split leaves of a row, and what the gradient needs of it: places along the first dimension of scratch memory.
@@ -36,6 +37,21 @@ PARTIAL = 6  # m, h, Z, S, V, m_s
 FINAL = 6  # m, h, m_s less the weights' exponent, and with that exponent f, f u, Z_s / Z
 # Above this u the KL comes from the logarithms of its parts.
 FAR = tl.constexpr(32768.0)
+
+
+@triton.jit
+def _tile(
+    row_queries, row_delta, queries, delta, keys, bias, a_scale, c_scale, offs_i, start_j,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, C_PAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a and c (BLOCK_M, BLOCK_N), the tile's keys if one block holds all their channels, and where they lie."""
+    offs_j = tl.arange(0, BLOCK_N)
+    tile = keys + tl.cast(start_j, tl.int64) * C_PAD
+    a, c, k = products(row_queries, row_delta, queries, delta, tile, offs_i, offs_j, BLOCK_C, C_PAD, PRECISION)
+    a = a * a_scale[:, None] + tl.load(bias + start_j + offs_j)[None, :]
+    if PRECISION == "fp16":  # of the others it is 1
+        c = c * c_scale[:, None]
+    return a, c, k, tile
 
 
 @triton.jit
@@ -78,7 +94,6 @@ def forward_kernel(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     split = tl.program_id(1)
     offs_i = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_j = tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_C)
     rows = b * n_pad + offs_i
     if tl.max(tl.load(is_row + rows).to(tl.int32), 0) == 0:
@@ -98,12 +113,10 @@ def forward_kernel(
     m = tl.full((BLOCK_M,), NEVER, tl.float32)
     m_s = tl.full((BLOCK_M,), NEVER, tl.float32)
     for start_j in range(split * split_keys, tl.minimum((split + 1) * split_keys, k_pad), BLOCK_N):
-        a, c, _ = products(
-            row_queries, row_delta, queries, delta, keys + tl.cast(start_j, tl.int64) * C_PAD, offs_i, offs_j,
-            BLOCK_C, C_PAD, PRECISION,
+        a, c, _, _ = _tile(
+            row_queries, row_delta, queries, delta, keys, bias, row_a_scale, row_c_scale, offs_i, start_j,
+            BLOCK_N, BLOCK_C, C_PAD, PRECISION,
         )  # fmt: skip
-        a = a * row_a_scale[:, None] + tl.load(bias + start_j + offs_j)[None, :]
-        c = c * row_c_scale[:, None]
         logit = a + c * LOG2E
         m_new = tl.maximum(m, tl.max(a, 1))
         m_s_new = tl.maximum(m_s, tl.max(logit, 1))
@@ -112,8 +125,9 @@ def forward_kernel(
         alpha = tl.exp2(m - m_new)
         z_new = alpha * z + z_tile
         # In two steps, so that of a row with one large E h is that key's c to the last bit: its x^2 would be all of V.
-        h_new = h + (tl.sum(e * c, 1) - h * z_tile + alpha * s) / z_new
-        h_new += (tl.sum(e * (c - h_new[:, None]), 1) + alpha * (s + (h - h_new) * z)) / z_new
+        share = 1 / z_new
+        h_new = h + (tl.sum(e * c, 1) - h * z_tile + alpha * s) * share
+        h_new += (tl.sum(e * (c - h_new[:, None]), 1) + alpha * (s + (h - h_new) * z)) * share
         s, v, f, alpha = _rebase(z, s, v, m, h, m_s, m_new, h_new, m_s_new)
         x = c - h_new[:, None]
         s += tl.sum(e * x, 1)
@@ -249,7 +263,6 @@ def gradient_kernel(
     split = tl.program_id(1)
     chunk = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
     offs_i = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_j = tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_C)
     rows = b * n_pad + offs_i
     if tl.max(tl.load(is_row + rows).to(tl.int32), 0) == 0:
@@ -273,19 +286,17 @@ def gradient_kernel(
     input_precision: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
     g = tl.zeros((BLOCK_M, CHUNK), tl.float32)
     for start_j in range(split * split_keys, tl.minimum((split + 1) * split_keys, k_pad), BLOCK_N):
-        tile = keys + tl.cast(start_j, tl.int64) * C_PAD
-        a, c, k = products(
-            row_queries, row_delta, queries, delta, tile, offs_i, offs_j, BLOCK_C, C_PAD, PRECISION
+        a, c, k, tile = _tile(
+            row_queries, row_delta, queries, delta, keys, bias, row_a_scale, row_c_scale, offs_i, start_j,
+            BLOCK_N, BLOCK_C, C_PAD, PRECISION,
         )  # fmt: skip
-        a = a * row_a_scale[:, None] + tl.load(bias + start_j + offs_j)[None, :]
-        c = c * row_c_scale[:, None]
         e = tl.exp2(a - m[:, None])
         far = tl.exp2(a + c * LOG2E - m_s[:, None]) - e * student_z[:, None]
         # x has the bits of the forward kernel: of a row with one large E, S is what the rounding of its x has left out.
         x = c - h[:, None]
         weight = tl.where(tl.abs(x) <= RADIUS, e * (f[:, None] * (expm1_tail(x) + x) - fu[:, None]), far)
         if C_PAD != BLOCK_C or C_PAD != CHUNK:
-            k = tl.load(tile + offs_j[:, None] * C_PAD + chunk[None, :])
+            k = tl.load(tile + tl.arange(0, BLOCK_N)[:, None] * C_PAD + chunk[None, :])
         g = tl.dot(to_operand(weight, k.dtype, PRECISION), k, g, input_precision=input_precision)
     raw += (split.to(tl.int64) * images * n_pad + rows)[:, None] * C_PAD
     tl.store(raw + chunk[None, :], g)

@@ -23,6 +23,10 @@ from dskd_fast.kernels.prepare import (
 
 # Temperatures from this to HIGHEST, a float32's rounding of 0.005 among them; others give NaN.
 LOWEST = tl.constexpr(0.00499999)
+# A masked key's logit, which absorbs any other (distillation.py).
+NEVER = tl.constexpr(-1e30)
+# Keys of a block of bias_kernel.
+BIAS_BLOCK = 128
 # fp16 operands: the largest of the sampled keys has a length of at most 2^8. Others may be 255 times as long before a
 # channel leaves fp16's range, as keys may be that replace some later; and channels 2^-22 of it have all their digits.
 KEY_EXPONENT = 8
@@ -109,6 +113,26 @@ def keys_kernel(
         tl.store(operands + place, k, mask=(positions < n_out)[:, None])
 
 
+@triton.jit(do_not_specialize=["n"])  # n = 1 would become a constant, which has no dtype
+def bias_kernel(
+    mask,  # (B'', K) uint8: 0 for keys that take no part; any pointer unless WITH_MASK
+    bias,  # (B'', K_PAD) float32 out: 0, of keys that take no part NEVER
+    n,  # K
+    k_pad,
+    stride_b,
+    stride_n,
+    BLOCK_P: tl.constexpr,
+    WITH_MASK: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    positions = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    takes_part = positions < n
+    if WITH_MASK:
+        places = mask + b * stride_b + positions.to(tl.int64) * stride_n
+        takes_part = tl.load(places, mask=takes_part, other=0) != 0
+    tl.store(bias + b * k_pad + positions, tl.where(takes_part, 0.0, NEVER))
+
+
 @triton.jit
 def _operand_scale(squares):
     """float32 power of two that brings vectors of these squared lengths to the upper end of fp16's range."""
@@ -120,12 +144,14 @@ def _operand_scale(squares):
 def rows_kernel(
     student,  # (B, C, H, W)
     teacher,  # (B, C, H, W)
+    row_mask,  # (B, N) uint8: 0 for rows that take no part; any pointer unless WITH_MASK
     key_scale,  # (B',) float32
     queries,  # (B, N_PAD, C_PAD) out: t_i, times a power of two per row for fp16
     delta,  # (B, N_PAD, C_PAD) out: s_i / T_s - t_i / T_t, likewise
     a_scale,  # (B, N_PAD) float32 out: what a product of a row of the queries with a key is multiplied by to give a
     c_scale,  # (B, N_PAD) float32 out: likewise of delta and c
     inverse_norm,  # (B, N_PAD) float64 out: 1/|student_i|
+    is_row,  # (B, N_PAD) int8 out: 1 for rows that take part
     student_temperature,  # float64 pointers
     teacher_temperature,
     n,
@@ -146,6 +172,7 @@ def rows_kernel(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    WITH_MASK: tl.constexpr,
 ):
     s_temperature = tl.load(student_temperature)
     t_temperature = tl.load(teacher_temperature)
@@ -191,6 +218,10 @@ def rows_kernel(
     tl.store(a_scale + rows, (1 / (t_temperature * ln2 * k_scale * t_scale)).to(tl.float32))
     tl.store(c_scale + rows, (1 / (k_scale * d_scale)).to(tl.float32))
     tl.store(inverse_norm + rows, s_inverse)
+    takes_part = positions < n
+    if WITH_MASK:
+        takes_part = tl.load(row_mask + b * n + positions, mask=takes_part, other=0) != 0
+    tl.store(is_row + rows, takes_part.to(tl.int8))
 
 
 @triton.jit

@@ -103,22 +103,10 @@ def cases(architectures: Iterable[str], precisions: Iterable[str]) -> Iterator[C
                         for kind in kinds:
                             yield Case(architecture, precision, width, kernel, kind)
             # Likewise for the kernels over positions, of any width.
-            for kernel, kind in (
-                ("prepare", ""),
-                ("prepare", "memory"),
-                ("project", ""),
-                ("keys", "keys"),
-                ("rows", "keys"),
-            ):
-                yield Case(architecture, precision, 256, kernel, kind)
-        for kernel, kind in (
-            ("centre", ""),
-            ("cosine", ""),
-            ("centre", "keys"),
-            ("merge", "keys"),
-            ("project", "keys"),
-        ):
-            yield Case(architecture, "fp32", 256, kernel, kind)
+            for kernel in ("prepare memory", "prepare ", "project ", "keys keys", "rows keys", "merge keys"):
+                yield Case(architecture, precision, 256, *kernel.split(" "))
+        for kernel in ("centre ", "cosine ", "centre keys", "bias keys", "project keys"):
+            yield Case(architecture, "fp32", 256, *kernel.split(" "))
 
 
 def inspect(case: Case, config: configs.Config | None = None) -> dict[str, Any]:
@@ -163,6 +151,7 @@ _KERNELS_OF_KEYS = {
     "gradient": distillation.gradient_kernel,
     "centre": prepare_distillation.centre_kernel,
     "keys": prepare_distillation.keys_kernel,
+    "bias": prepare_distillation.bias_kernel,
     "rows": prepare_distillation.rows_kernel,
     "project": prepare_distillation.project_kernel,
 }
@@ -172,7 +161,7 @@ _WHOLE_NUMBERS = ("n", "n_out", "first", "n_pad", "k_pad", "n_channels", "width"
 def _source(case: Case, config: configs.Config) -> tuple[ASTSource, dict[str, int], configs.Blocks | None]:
     """The source of a case with the types of its arguments, as a launch on float32 images (B, C, H, W) has them."""
     constants: dict[str, Any] = {"C_PAD": case.width, "PRECISION": case.precision, "WITH_GRADIENT": True}
-    constants |= {"IN_MEMORY": case.kind == "memory", "OWN_SHIFT": True, "NORMALIZE": True}
+    constants |= {"IN_MEMORY": case.kind == "memory", "OWN_SHIFT": True, "NORMALIZE": True, "WITH_MASK": True}
     blocks = None
     if case.kernel in ("forward", "gradient"):
         blocks = config.forward if case.kernel == "forward" else config.gradient
@@ -180,13 +169,15 @@ def _source(case: Case, config: configs.Config) -> tuple[ASTSource, dict[str, in
         launch = blocks.launch()
     elif case.kernel == "merge":
         launch = {"BLOCK_M": distillation.MERGE_ROWS}
+    elif case.kernel == "bias":
+        launch = {"BLOCK_P": prepare_distillation.BIAS_BLOCK}
     elif case.kernel == "cosine":
         launch = configs.cosine_blocks(4096).launch()
     else:
         block_c = prepare.CENTRE_BLOCK_C if case.kernel == "centre" else prepare.BLOCK_C
         launch = {"BLOCK_P": prepare.BLOCK_P, "BLOCK_C": block_c}
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
-    if blocks is None and case.kernel != "merge":
+    if blocks is None and case.kernel not in ("merge", "bias"):
         options |= prepare.EXACT
     constants |= launch
     is_of_keys = case.kind == "keys"
@@ -207,6 +198,8 @@ def _source(case: Case, config: configs.Config) -> tuple[ASTSource, dict[str, in
             kind = "*" + _OPERANDS[case.precision]
         elif name == "is_row":
             kind = "*i8"
+        elif name in ("mask", "row_mask"):
+            kind = "*u8"
         else:
             kind = "*fp64" if name == "inverse_norm" or name.endswith("_temperature") else "*fp32"
         signature[name] = kind

@@ -223,10 +223,8 @@ def affinity_distillation(
         x.double() if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device)
         for x in (student_temperature, teacher_temperature)
     )
-    bias = torch.full((1 if key_mask is None else len(key_mask), k_pad), distillation.NEVER.value, device=device)
-    bias[:, :count] = 0 if key_mask is None else torch.where(key_mask, 0.0, distillation.NEVER.value)
-    is_row = torch.zeros(rows, dtype=torch.int8, device=device)
-    is_row[:, :n] = 1 if row_mask is None else row_mask.flatten(1)
+    bias = scratch(1 if key_mask is None else len(key_mask), k_pad)
+    is_row = scratch(*rows, dtype=torch.int8)
     queries, delta = (scratch(*rows, c_pad, dtype=operands.dtype) for _ in range(2))
     scales = [scratch(*rows) for _ in ("a_scale", "c_scale")]
     inverse_norm = scratch(*rows, dtype=torch.float64)
@@ -237,12 +235,18 @@ def affinity_distillation(
     scale_stride = 0 if len(operands) == 1 else 1
     over_pairs = (n_pad, k_pad, parts, batch, k_pad * scale_stride, 0 if len(bias) == 1 else k_pad)
     variant = {"PRECISION": precision, "C_PAD": c_pad}
+    of_keys = bias if key_mask is None else key_mask.view(torch.uint8)
+    of_rows = bias if row_mask is None else row_mask.contiguous().view(torch.uint8)
 
     with _on(device):
+        prepare_distillation.bias_kernel[k_pad // prepare_distillation.BIAS_BLOCK, len(bias)](
+            of_keys, bias, count, k_pad, *of_keys.stride(),
+            BLOCK_P=prepare_distillation.BIAS_BLOCK, WITH_MASK=key_mask is not None,
+        )  # fmt: skip
         prepare_distillation.rows_kernel[row_grid](
-            student, teacher, key_scale, queries, delta, *scales, inverse_norm, of_student, of_teacher,
+            student, teacher, of_rows, key_scale, queries, delta, *scales, inverse_norm, is_row, of_student, of_teacher,
             n, n_pad, channels, width, scale_stride, *student.stride(), *teacher.stride(),
-            PRECISION=precision, **per_row, **prepare.EXACT,
+            PRECISION=precision, WITH_MASK=row_mask is not None, **per_row, **prepare.EXACT,
         )  # fmt: skip
         distillation.forward_kernel[batch * (n_pad // config.forward.m), splits](
             queries, delta, operands, bias, is_row, *scales, partial, *over_pairs,
