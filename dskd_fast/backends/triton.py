@@ -151,10 +151,11 @@ def prepare_keys(keys: Tensor, normalize: bool, precision: str, centre: Tensor |
     c_pad = configs.padded_channels(channels)
     key_scale = torch.ones((images,), device=device)
     if centre is None or precision == "fp16":
-        mean = torch.empty((images, prepare.GROUPS.value, c_pad), device=device)
-        length = torch.empty((images, prepare.GROUPS.value), device=device)
+        shape = images, prepare.GROUPS.value
+        mean = torch.empty((*shape, c_pad), dtype=torch.float32, device=device)
+        length = torch.empty(shape, dtype=torch.float32, device=device)
         with _on(device):
-            prepare_distillation.centre_kernel[images, prepare.GROUPS.value](
+            prepare_distillation.centre_kernel[shape](
                 keys, mean, length, count, channels, *keys.stride(), C_PAD=c_pad,
                 BLOCK_C=prepare.CENTRE_BLOCK_C, NORMALIZE=normalize, **prepare.EXACT,
             )  # fmt: skip
@@ -170,7 +171,7 @@ def prepare_keys(keys: Tensor, normalize: bool, precision: str, centre: Tensor |
 
 
 def update_keys(packed: list[Tensor], keys: Tensor, start: int, normalize: bool, precision: str) -> None:
-    """Write keys (B', P, C) in place of those from `start` on."""
+    """Write keys (B', P, C) in place of those from `start` on; see `dskd_fast.backends`."""
     _write_keys(packed, keys, start, keys.shape[1], normalize, precision)
 
 

@@ -1,5 +1,6 @@
 """The table's entries, compiled ahead of time for every architecture, without a GPU: all with --all, else a tenth."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -48,19 +49,22 @@ def test_every_entry_of_the_table_is_compiled(report, loops):
     """With every kind of row, and every operand type that uses the entry; and every other kernel, too."""
     _, rows = report
     expected = set()
-    for architecture, operands in configs.TABLE.items():
-        for precision in PRECISIONS:
-            for entry in operands[configs.operand_class(precision)].values():
-                for kind in ("near", "other", "far"):
-                    expected.add((architecture, precision, "forward", kind, *entry.forward, None))
-                    expected.add((architecture, precision, "gradient", kind, *entry.gradient, entry.chunk))
+    entries = ((("near", "other", "far"), configs.config), (("keys",), configs.distillation_config))
+    for architecture, precision, (kinds, config) in itertools.product(configs.TABLE, PRECISIONS, entries):
+        for width in (64, 128, 256, 512, configs.WIDE):
+            entry = config(architecture, precision, width)
+            for kind in kinds:
+                expected.add((architecture, precision, "forward", kind, *entry.forward, None))
+                expected.add((architecture, precision, "gradient", kind, *entry.gradient, entry.chunk))
     names = ("architecture", "precision", "kernel", "kind")
     found = {(*(row[name] for name in names), *row["blocks"], row["chunk"]) for row in loops}
     assert found == expected
     others = {(row["architecture"], row["kernel"], row["kind"]) for row in rows if row not in loops}
-    kinds = (("centre", ""), ("prepare", ""), ("prepare", "memory"), ("project", ""), ("cosine", ""))
+    kinds = {("centre", ""), ("prepare", ""), ("prepare", "memory"), ("project", ""), ("cosine", "")}
+    kinds |= {(name, "keys") for name in ("centre", "keys", "bias", "rows", "merge", "project")}
     assert others == {(a, *kind) for a in ARCHITECTURES for kind in kinds}
-    assert {row["precision"] for row in rows if row["kernel"] == "prepare"} == set(PRECISIONS)
+    for kernel in ("prepare", "keys", "rows", "merge"):
+        assert {row["precision"] for row in rows if row["kernel"] == kernel} == set(PRECISIONS)
 
 
 def test_all_compile_for_every_architecture(report):
@@ -112,7 +116,7 @@ def test_exponentials_are_as_few_as_the_kind_of_row_needs(loops):
     """One where |c| <= 1; one more for the student; one more for far rows' sum in the forward kernel. More only where
     several warps hold the same pair."""
     for row in loops:
-        least = {"near": 1, "other": 2, "far": 3 if row["kernel"] == "forward" else 2}[row["kind"]]
+        least = {"near": 1, "other": 2, "far": 3 if row["kernel"] == "forward" else 2, "keys": 2}[row["kind"]]
         assert row["exponentials_per_pair"] >= least, name_of(row)
     typical = [
         row for row in loops if row["architecture"] == "sm_80" and row["width"] == 64 and row["precision"] == "bf16"
@@ -168,17 +172,19 @@ from triton.compiler import ASTSource
 import triton
 
 cases = [(kernel, "far") for kernel in ("centre", "prepare", "project", "cosine", "forward", "gradient")]
+cases += [(kernel, "keys") for kernel in ("centre", "keys", "bias", "rows", "merge", "project", "forward", "gradient")]
 for kernel, kind in (*cases, ("prepare", "memory")):
     case = report.Case("sm_90", "bf16", 64, kernel, kind)
     source, options, _ = report._source(case, configs.config("sm_90", "bf16", 64))
-    ones = {name: 1 for name in source.signature if name in ("width", "n_channels") or name.endswith("stride_c")}
+    ones = ("width", "n_channels", "stride_n", "images", "scale_stride")
+    ones = {name: 1 for name in source.signature if name in ones or name.endswith("stride_c")}
     signature = {name: "constexpr" if name in ones else kind for name, kind in source.signature.items()}
     signature |= {name: "i64" for name in signature if name.endswith("stride_b")}
     constants = {source.fn.arg_names[index[0]]: value for index, value in source.constants.items()} | ones
     special = ASTSource(source.fn, signature, constexprs=constants, attrs=source.attrs)
     compiled = triton.compile(special, target=report.MACHINES["sm_90"].target, options=options)
     print(kernel, "n" in source.fn.arg_names and source.fn.params[source.fn.arg_names.index("n")].do_not_specialize)
-    if kernel in ("prepare", "cosine"):
+    if kernel in ("prepare", "cosine", "rows"):
         print("fused:", compiled.asm["ptx"].count("fma.rn.f64"))
 """
 
@@ -190,6 +196,7 @@ def test_kernels_compile_for_what_the_launcher_turns_into_constants(compiling):
     result = subprocess.run(command, env=compiling, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
-    assert [line for line in lines if line.startswith("fused")] == ["fused: 0"] * 3
+    assert [line for line in lines if line.startswith("fused")] == ["fused: 0"] * 4
     is_kept = [line.split()[1] for line in lines if not line.startswith("fused")]
-    assert is_kept == ["True"] * 5 + ["False", "True"]  # the gradient kernel has no n
+    of_keys = ["True"] * 6 + ["False"] * 2  # the kernels over pairs with keys have no n
+    assert is_kept == ["True"] * 5 + ["False"] + of_keys + ["True"]  # nor has the gradient kernel

@@ -1,0 +1,175 @@
+"""What the Triton backend alone has of the distillation against any keys: launches, splits, buffers, fp16's range."""
+
+import itertools
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from dskd_fast.backends import triton as triton_fused
+from dskd_fast.backends.common import DISTILLATION_TEMPERATURE_LIMITS, PreparedKeys
+from dskd_fast.kernels import configs, distillation, prepare, prepare_distillation
+
+pytestmark = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:triton\.runtime\.interpreter")
+
+T = {"student_temperature": 0.1, "teacher_temperature": 0.05}
+
+
+@pytest.fixture(autouse=True)
+def tiles(triton_backend, set_tiles):
+    if triton_backend.is_interpreted:
+        set_tiles(64, 64)
+
+
+@pytest.fixture
+def inputs(make_features):
+    """Student and teacher (2, 70, 20), keys (1, 300, 20)."""
+    return *make_features(70, 20, 0.3, "normal", batch=2), make_features(300, 20, 0, "normal", seed=1)[1]
+
+
+def prepared(backend, keys, precision="fp32", normalize=True):
+    packed = backend.module.prepare_keys(keys.to(backend.device), normalize, precision)
+    return PreparedKeys(packed, tuple(keys.shape), normalize, precision, "triton")
+
+
+class Operations(TorchDispatchMode):
+    """Counts what the host has torch do."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket._qualified_op_name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_only_allocates_and_launches(triton_backend, inputs, monkeypatch):
+    """With keys that are prepared; but for two temperatures, which are filled in. No mask is copied either."""
+    student, teacher, keys = inputs
+    keys = prepared(triton_backend, keys)
+    launches = []
+    for module, name in (
+        (prepare_distillation, "bias"), (prepare_distillation, "rows"), (distillation, "forward"),
+        (distillation, "merge"), (distillation, "gradient"), (prepare_distillation, "project"),
+    ):  # fmt: skip
+        kernel = SimpleNamespace(run=lambda *_, name=name, **__: launches.append(name))
+        launcher = type("Kernel", (), {"__getitem__": lambda self, grid, kernel=kernel: kernel.run})()
+        monkeypatch.setattr(module, f"{name}_kernel", launcher)
+    masks = {"key_mask": torch.ones(2, 300, dtype=torch.bool), "row_mask": torch.ones(2, 70, dtype=torch.bool)}
+    with Operations() as operations:
+        for options in ({}, masks):
+            triton_backend.distillation(student, teacher, keys, **T, **options)
+    assert launches == ["bias", "rows", "forward", "merge", "gradient", "project"] * 2
+    host = {"empty", "empty_like", "full", "detach", "view", "transpose", "unsqueeze", "flatten", "_unsafe_view"}
+    assert operations.counts.keys() <= host | {"as_strided", "alias", "expand", "split", "_to_copy"}
+    assert operations.counts["full"] == 4
+
+
+def test_splits_fill_the_device_and_no_more(monkeypatch):
+    """Few rows and many keys: two to four blocks a multiprocessor; the sums of all splits stay below a bound."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    for rows, keys in itertools.product((128, 256, 4096, 65_536), (128, 1024, 65_536, 1 << 20)):
+        splits = triton_fused._splits(torch.device("cuda"), rows, keys)
+        assert 1 <= splits <= max(1, keys // triton_fused.FEWEST_SPLIT_KEYS)
+        assert splits == 1 or splits * rows <= 4 * 132 * 64
+        if keys == 1 << 20 and rows <= 4096:
+            assert splits * rows >= 2 * 132 * 64
+
+
+@pytest.mark.parametrize(
+    ("splits", "precision", "forward", "gradient", "chunk"),
+    [
+        (1, "fp32", (64, 32, 64), (32, 128, 16), 64),
+        (3, "fp16", (32, 64, 16), (64, 64, 32), 16),
+        (7, "tf32", (128, 128, 32), (64, 32, 64), 32),
+    ],
+)
+def test_results_do_not_depend_on_splits_and_tiles(
+    triton_backend, keys_truth, inputs, monkeypatch, splits, precision, forward, gradient, chunk
+):
+    """More splits than there are tiles with keys; one mask leaves two splits without any."""
+    forward, gradient = (configs.Blocks(*sizes, warps=4, stages=1) for sizes in (forward, gradient))
+    monkeypatch.setattr(configs, "config", lambda *_: configs.Config(forward, gradient, chunk))
+    monkeypatch.setattr(triton_fused, "_splits", lambda *_: splits)
+    key_mask = torch.ones(2, 300, dtype=torch.bool)
+    key_mask[1, :260] = False
+    options = {**T, "key_mask": key_mask}
+    result = triton_backend.distillation(*inputs, precision=precision, **options)
+    limits = keys_truth.limits(*inputs, precision=precision, **options)
+    keys_truth.check(result, keys_truth(*inputs, **options), limits)
+
+
+def test_nothing_is_written_outside_of_the_buffers(triton_backend, inputs, monkeypatch):
+    """Every buffer lies inside a larger one, whose other elements have to stay as they are."""
+    around, guard, mark = [], 1024, 77
+    empty = torch.empty
+
+    def guarded(shape, *, dtype, device):
+        outer = torch.full((math.prod(shape) + 2 * guard,), mark, dtype=dtype, device=device)
+        around.append(outer)
+        return outer[guard:-guard].view(shape)
+
+    expected = triton_backend.distillation(*inputs, **T)
+    monkeypatch.setattr(torch, "empty", guarded)
+    keys = prepared(triton_backend, inputs[2])
+    triton_backend.module.update_keys(keys.packed, inputs[2][:, -9:].to(triton_backend.device), 291, True, "fp32")
+    result = triton_backend.distillation(*inputs[:2], keys, **T)
+    monkeypatch.setattr(torch, "empty", empty)
+    assert all(map(torch.equal, result, expected))
+    assert len(around) > 10
+    for outer in around:
+        assert (torch.cat((outer[:guard], outer[-guard:])) == mark).all()
+
+
+def test_keys_may_be_replaced_by_others_of_any_length_in_fp16(triton_backend, keys_truth, inputs):
+    """Not normalised, 100 times as long as those that the scale was made for, and a tenth as long."""
+    student, teacher, keys = inputs
+    options = {**T, "normalize": False}
+    student, teacher = (x / 40 for x in (student, teacher))
+    for factor in (100, 0.1):
+        queue = prepared(triton_backend, keys / factor, "fp16", normalize=False)
+        triton_backend.module.update_keys(queue.packed, keys.to(triton_backend.device), 0, False, "fp16")
+        result = triton_backend.distillation(student, teacher, queue, precision="fp16", **options)
+        exact = keys_truth(student, teacher, keys, **options)
+        keys_truth.check(result, exact, keys_truth.limits(student, teacher, keys, precision="fp16", **options))
+
+
+def test_a_temperature_in_memory_gives_the_same_bits(triton_backend, inputs):
+    limits = prepare_distillation.LOWEST.value, prepare.HIGHEST.value
+    assert limits == DISTILLATION_TEMPERATURE_LIMITS
+    numbers = {"student_temperature": 1 / 8, "teacher_temperature": 1 / 64}
+    in_memory = {name: torch.tensor(t, device=triton_backend.device) for name, t in numbers.items()}
+    for x, y in zip(*(triton_backend.distillation(*inputs, **t) for t in (numbers, in_memory)), strict=True):
+        assert torch.equal(x, y)
+    for t in (0.0049, 101, math.nan):
+        in_memory["teacher_temperature"] = torch.tensor(t, device=triton_backend.device)
+        assert all(x.isnan().all() for x in triton_backend.distillation(*inputs, **in_memory))
+
+
+@pytest.mark.parametrize("who", range(3))
+def test_what_is_not_a_number_stays_in_its_row(triton_backend, inputs, who):
+    """That of a key is in all rows."""
+    clean = triton_backend.distillation(*inputs, **T)
+    inputs[who][0, 5, 3] = (math.nan, math.inf, -math.inf)[who]
+    kl, gradient = triton_backend.distillation(*inputs, **T)
+    bad = np.zeros((2, 70), bool)
+    bad[0, 5] = True
+    bad |= who == 2
+    assert (kl.isnan().numpy() == bad).all()
+    assert (gradient.isnan().all(-1).numpy() == bad).all()
+    assert all(torch.equal(x[~bad], y[~bad]) for x, y in zip((kl, gradient), clean, strict=True))
+
+
+def test_float64_and_too_many_elements_are_refused(triton_backend):
+    one = torch.ones(1, 2, 1, 1)
+    reason = triton_fused.distillation_refusal(one, one, torch.ones(1, 3, 2, dtype=torch.float64), "fp32")
+    assert reason == "it does not take float64"
+    wide = torch.ones(1, 1, 1, 1).expand(1, 1 << 15, 1 << 8, 1 << 8)
+    assert "elements per image" in triton_fused.distillation_refusal(wide, wide, torch.ones(1, 3, 1 << 15), "fp32")
