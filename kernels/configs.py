@@ -169,6 +169,8 @@ TABLE: dict[str, dict[str, dict[int, Config]]] = copy.deepcopy(_TABLE)
 # What the kernels of `distillation.py` have in place of the table's blocks, where with those they would spill.
 DISTILLATION: dict[tuple[str, str, int], dict[str, Blocks]] = {
     ("sm_80", "tf32", 256): {"forward": Blocks(32, 64, 256, 4, 1)},
+    ("sm_89", "tf32", 64): {"gradient": Blocks(32, 32, 64, 4, 2)},
+    ("sm_120", "half", 128): {"forward": Blocks(64, 32, 128, 4, 2)},
     ("sm_90", "half", 512): {"gradient": Blocks(64, 32, 512, 8, 1)},
     ("sm_100", "half", 512): {"gradient": Blocks(64, 32, 512, 8, 1)},
     ("sm_100", "tf32", 256): {"gradient": Blocks(64, 32, 256, 8, 1)},

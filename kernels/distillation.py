@@ -30,8 +30,8 @@ from dskd_fast.kernels.arithmetic import LN2, LOG2E, RADIUS, expm1_tail, log1p_t
 from dskd_fast.kernels.prepare import FP16_EXPONENT
 from dskd_fast.kernels.prepare_distillation import NEVER
 
-# Rows of a block of merge_kernel.
-MERGE_ROWS = 128
+# Rows and splits of a block of merge_kernel.
+MERGE_BLOCK = 32, 16
 # What a split leaves of a row, and what the gradient needs of it: places along the first dimension of scratch memory.
 PARTIAL = 6  # m, h, Z, S, V, m_s
 FINAL = 6  # m, h, m_s less the weights' exponent, and with that exponent f, f u, Z_s / Z
@@ -145,6 +145,21 @@ def forward_kernel(
     tl.store(partial + 5 * stride, m_s)
 
 
+@triton.jit
+def _load_partial(partial, rows, split, splits, stride):
+    """m, h, Z, S, V and m_s (splits, rows), of splits that there are not those of one without keys."""
+    here = (split < splits)[:, None]
+    places = partial + split.to(tl.int64)[:, None] * stride + rows[None, :]
+    stride *= splits
+    m = tl.load(places, mask=here, other=NEVER)
+    h = tl.load(places + stride, mask=here, other=0)
+    z = tl.load(places + 2 * stride, mask=here, other=0)
+    s = tl.load(places + 3 * stride, mask=here, other=0)
+    v = tl.load(places + 4 * stride, mask=here, other=0)
+    m_s = tl.load(places + 5 * stride, mask=here, other=NEVER)
+    return m, h, z, s, v, m_s
+
+
 @triton.jit(do_not_specialize=["n", "splits"])  # 1 would become a constant, which has no dtype
 def merge_kernel(
     partial,  # (PARTIAL, splits, B, N_PAD) float32: of forward_kernel
@@ -160,45 +175,46 @@ def merge_kernel(
     images,  # B
     key_stride_b,  # of key_scale
     BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     blocks = n_pad // BLOCK_M
     b = (tl.program_id(0) // blocks).to(tl.int64)
     offs_i = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_s = tl.arange(0, BLOCK_S)
     rows = b * n_pad + offs_i
-    split_stride = tl.full((), n_pad, tl.int64) * images
-    stride = split_stride * splits
-    partial += rows
+    stride = tl.full((), n_pad, tl.int64) * images
     m = tl.full((BLOCK_M,), NEVER, tl.float32)
     m_s = tl.full((BLOCK_M,), NEVER, tl.float32)
     h_top = tl.zeros((BLOCK_M,), tl.float32)
-    for split in range(splits):
-        part = partial + split * split_stride
-        m_part = tl.load(part)
-        h_top = tl.where(m_part > m, tl.load(part + stride), h_top)
-        m = tl.maximum(m, m_part)
-        m_s = tl.maximum(m_s, tl.load(part + 5 * stride))
+    for start in range(0, splits, BLOCK_S):
+        m_part, h_part, _, _, _, m_s_part = _load_partial(partial, rows, start + offs_s, splits, stride)
+        m_block = tl.max(m_part, 0)
+        h_block = tl.max(tl.where(m_part == m_block[None, :], h_part, NEVER), 0)
+        h_top = tl.where(m_block > m, h_block, h_top)
+        m = tl.maximum(m, m_block)
+        m_s = tl.maximum(m_s, tl.max(m_s_part, 0))
     z = tl.zeros((BLOCK_M,), tl.float32)
     first = tl.zeros((BLOCK_M,), tl.float32)
-    for split in range(splits):
-        part = partial + split * split_stride
-        alpha = tl.exp2(tl.load(part) - m)
-        z_part = tl.load(part + 2 * stride)
-        z += alpha * z_part
-        first += alpha * (z_part * (tl.load(part + stride) - h_top) + tl.load(part + 3 * stride))
+    for start in range(0, splits, BLOCK_S):
+        m_part, h_part, z_part, s_part, _, _ = _load_partial(partial, rows, start + offs_s, splits, stride)
+        alpha = tl.exp2(m_part - m[None, :])
+        z += tl.sum(alpha * z_part, 0)
+        first += tl.sum(alpha * (z_part * (h_part - h_top[None, :]) + s_part), 0)
     # About the mean of the split with the largest E: of a row with one large E, h is then that key's c to the last bit.
     h = h_top + first / z
     s = tl.zeros((BLOCK_M,), tl.float32)
     v = tl.zeros((BLOCK_M,), tl.float32)
-    f = tl.zeros((BLOCK_M,), tl.float32)
-    for split in range(splits):
-        part = partial + split * split_stride
-        s_part, v_part, f, _ = _rebase(
-            tl.load(part + 2 * stride), tl.load(part + 3 * stride), tl.load(part + 4 * stride),
-            tl.load(part), tl.load(part + stride), tl.load(part + 5 * stride), m, h, m_s,
+    for start in range(0, splits, BLOCK_S):
+        m_part, h_part, z_part, s_part, v_part, m_s_part = _load_partial(
+            partial, rows, start + offs_s, splits, stride
         )  # fmt: skip
-        s += s_part
-        v += v_part
+        s_part, v_part, _, _ = _rebase(
+            z_part, s_part, v_part, m_part, h_part, m_s_part, m[None, :], h[None, :], m_s[None, :]
+        )  # fmt: skip
+        s += tl.sum(s_part, 0)
+        v += tl.sum(v_part, 0)
+    f = tl.exp2(m + h * LOG2E - m_s)
     fu = (v + f * s) / z
     student_z = fu + f  # Z_s / Z
     wide = f.to(tl.float64)
@@ -219,7 +235,6 @@ def merge_kernel(
         # No |f E (expm1(x) - u)| of the row is larger: expm1(x)^2 is at most 4.2 (expm1(x) - x) for |x| <= 1.
         largest = tl.maximum(2.1 * tl.sqrt(f * v) + 3.4 * v, 1e-24)
         exponent = FP16_EXPONENT - tl.ceil(tl.log2(largest))
-    stride = split_stride
     final += rows
     scale = tl.exp2(exponent)
     tl.store(final, m)

@@ -25,8 +25,9 @@ from dskd_fast.kernels.prepare import (
 LOWEST = tl.constexpr(0.00499999)
 # A masked key's logit, which absorbs any other (distillation.py).
 NEVER = tl.constexpr(-1e30)
-# Keys of a block of bias_kernel.
+# Keys of a block of bias_kernel; splits and elements of one of sum_kernel.
 BIAS_BLOCK = 128
+SUM_BLOCK = 16, 128
 # fp16 operands: the largest of the sampled keys has a length of at most 2^8. Others may be 255 times as long before a
 # channel leaves fp16's range, as keys may be that replace some later; and channels 2^-22 of it have all their digits.
 KEY_EXPONENT = 8
@@ -224,19 +225,33 @@ def rows_kernel(
     tl.store(is_row + rows, takes_part.to(tl.int8))
 
 
+@triton.jit(do_not_specialize=["splits"])
+def sum_kernel(
+    raw,  # (splits, elements) float32, in and out: the first becomes the sum of all
+    splits,
+    elements,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    total = tl.zeros((BLOCK_E,), tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        places = raw + split.to(tl.int64)[:, None] * elements + offs[None, :]
+        total += tl.sum(tl.load(places, mask=(split < splits)[:, None], other=0), 0)
+    tl.store(raw + offs, total)
+
+
 @triton.jit
-def _row_gradient(raw, rows, channels, factor, splits, split_stride, C_PAD: tl.constexpr):
-    """The splits' sums in their order, times the row's factor; 0 where that is, whatever the sums are."""
-    place = rows[:, None] * C_PAD + channels[None, :]
-    g = tl.load(raw + place)
-    for split in range(1, splits):
-        g += tl.load(raw + split * split_stride + place)
+def _row_gradient(raw, rows, channels, factor, C_PAD: tl.constexpr):
+    """The sums times the row's factor; 0 where that is, whatever the sums are."""
+    g = tl.load(raw + rows[:, None] * C_PAD + channels[None, :])
     return tl.where((factor == 0)[:, None], 0.0, g * factor[:, None])
 
 
-@triton.jit(do_not_specialize=["n", "splits"])  # 1 would become a constant, which has no dtype
+@triton.jit(do_not_specialize=["n"])  # n = 1 would become a constant, which has no dtype
 def project_kernel(
-    raw,  # (splits, B, N_PAD, C_PAD) float32: of gradient_kernel
+    raw,  # (B, N_PAD, C_PAD) float32: of sum_kernel, or of gradient_kernel where the keys are not split
     factor,  # (B, N_PAD) float32: of merge_kernel
     inverse_norm,  # (B, N_PAD) float64
     student,  # (B, C, H, W)
@@ -245,8 +260,6 @@ def project_kernel(
     n_pad,
     n_channels,
     width,
-    splits,
-    images,  # B
     s_stride_b,
     s_stride_c,
     s_stride_h,
@@ -264,7 +277,6 @@ def project_kernel(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     positions = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     rows = b * n_pad + positions
-    split_stride = tl.full((), n_pad, tl.int64) * images * C_PAD
     offs_c = tl.arange(0, BLOCK_C)
     row_factor = tl.load(factor + rows)
     student += b * s_stride_b
@@ -274,13 +286,13 @@ def project_kernel(
     if NORMALIZE:
         for start_c in range(0, C_PAD, BLOCK_C):
             x = load(student, positions, start_c + offs_c, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
-            g = _row_gradient(raw, rows, start_c + offs_c, row_factor, splits, split_stride, C_PAD)
+            g = _row_gradient(raw, rows, start_c + offs_c, row_factor, C_PAD)
             along += tl.sum(g * (x * inverse[:, None]).to(tl.float32), 1)
     # 1/|student| beyond the largest float32 would turn a gradient of 0 into NaN.
     scale = tl.minimum(inverse, 3.4028234663852886e38).to(tl.float32)
     for start_c in range(0, C_PAD, BLOCK_C):
         channels = start_c + offs_c
-        g = _row_gradient(raw, rows, channels, row_factor, splits, split_stride, C_PAD)
+        g = _row_gradient(raw, rows, channels, row_factor, C_PAD)
         if NORMALIZE:
             x = load(student, positions, channels, n, n_channels, width, s_stride_c, s_stride_h, s_stride_w)
             g = (g - along[:, None] * (x * inverse[:, None]).to(tl.float32)) * scale[:, None]

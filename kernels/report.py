@@ -105,7 +105,7 @@ def cases(architectures: Iterable[str], precisions: Iterable[str]) -> Iterator[C
             # Likewise for the kernels over positions, of any width.
             for kernel in ("prepare memory", "prepare ", "project ", "keys keys", "rows keys", "merge keys"):
                 yield Case(architecture, precision, 256, *kernel.split(" "))
-        for kernel in ("centre ", "cosine ", "centre keys", "bias keys", "project keys"):
+        for kernel in ("centre ", "cosine ", "centre keys", "bias keys", "sum keys", "project keys"):
             yield Case(architecture, "fp32", 256, *kernel.split(" "))
 
 
@@ -153,9 +153,22 @@ _KERNELS_OF_KEYS = {
     "keys": prepare_distillation.keys_kernel,
     "bias": prepare_distillation.bias_kernel,
     "rows": prepare_distillation.rows_kernel,
+    "sum": prepare_distillation.sum_kernel,
     "project": prepare_distillation.project_kernel,
 }
-_WHOLE_NUMBERS = ("n", "n_out", "first", "n_pad", "k_pad", "n_channels", "width", "split_keys", "splits", "images")
+_WHOLE_NUMBERS = (
+    "n",
+    "n_out",
+    "first",
+    "n_pad",
+    "k_pad",
+    "n_channels",
+    "width",
+    "split_keys",
+    "splits",
+    "images",
+    "elements",
+)
 
 
 def _source(case: Case, config: configs.Config) -> tuple[ASTSource, dict[str, int], configs.Blocks | None]:
@@ -168,16 +181,18 @@ def _source(case: Case, config: configs.Config) -> tuple[ASTSource, dict[str, in
         constants |= {"NEAR": case.kind == "near", "WITH_FAR": case.kind == "far", "CHUNK": config.chunk}
         launch = blocks.launch()
     elif case.kernel == "merge":
-        launch = {"BLOCK_M": distillation.MERGE_ROWS}
+        launch = dict(zip(("BLOCK_M", "BLOCK_S"), distillation.MERGE_BLOCK, strict=True))
     elif case.kernel == "bias":
         launch = {"BLOCK_P": prepare_distillation.BIAS_BLOCK}
+    elif case.kernel == "sum":
+        launch = dict(zip(("BLOCK_S", "BLOCK_E"), prepare_distillation.SUM_BLOCK, strict=True))
     elif case.kernel == "cosine":
         launch = configs.cosine_blocks(4096).launch()
     else:
         block_c = prepare.CENTRE_BLOCK_C if case.kernel == "centre" else prepare.BLOCK_C
         launch = {"BLOCK_P": prepare.BLOCK_P, "BLOCK_C": block_c}
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
-    if blocks is None and case.kernel not in ("merge", "bias"):
+    if blocks is None and case.kernel not in ("merge", "bias", "sum"):
         options |= prepare.EXACT
     constants |= launch
     is_of_keys = case.kind == "keys"

@@ -253,9 +253,10 @@ def affinity_distillation(
             queries, delta, operands, bias, is_row, *scales, partial, *over_pairs,
             **variant, **config.forward.launch(),
         )  # fmt: skip
-        distillation.merge_kernel[(batch * (n_pad // distillation.MERGE_ROWS),)](
+        block_m, block_s = distillation.MERGE_BLOCK
+        distillation.merge_kernel[(batch * (n_pad // block_m),)](
             partial, is_row, key_scale, of_student, kl, final, factor, n, n_pad, splits, batch, scale_stride,
-            BLOCK_M=distillation.MERGE_ROWS, PRECISION=precision,
+            BLOCK_M=block_m, BLOCK_S=block_s, PRECISION=precision,
         )  # fmt: skip
         if gradient is not None:
             raw = scratch(splits, *rows, c_pad)
@@ -263,8 +264,13 @@ def affinity_distillation(
                 queries, delta, operands, bias, is_row, *scales, final, raw, *over_pairs,
                 CHUNK=config.chunk, **variant, **config.gradient.launch(),
             )  # fmt: skip
+            if splits > 1:
+                block_s, block_e = prepare_distillation.SUM_BLOCK
+                prepare_distillation.sum_kernel[(raw[0].numel() // block_e,)](
+                    raw, splits, raw[0].numel(), BLOCK_S=block_s, BLOCK_E=block_e
+                )  # fmt: skip
             prepare_distillation.project_kernel[row_grid](
-                raw, factor, inverse_norm, student, gradient, n, n_pad, channels, width, splits, batch,
+                raw, factor, inverse_norm, student, gradient, n, n_pad, channels, width,
                 *student.stride(), *gradient.stride(), **per_row, **prepare.EXACT,
             )  # fmt: skip
     return kl, gradient

@@ -337,6 +337,7 @@ def set_tiles(monkeypatch):
             return configs.Config(blocks, blocks, chunk=channels)
 
         monkeypatch.setattr(configs, "config", config)
+        monkeypatch.setattr(configs, "DISTILLATION", {})
         monkeypatch.setattr(prepare, "BLOCK_P", configs.ROW_MULTIPLE)
         monkeypatch.setattr(prepare, "BLOCK_C", configs.SMALLEST_WIDTH)
 

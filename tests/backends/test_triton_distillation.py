@@ -57,7 +57,8 @@ def test_the_host_only_allocates_and_launches(triton_backend, inputs, monkeypatc
     launches = []
     for module, name in (
         (prepare_distillation, "bias"), (prepare_distillation, "rows"), (distillation, "forward"),
-        (distillation, "merge"), (distillation, "gradient"), (prepare_distillation, "project"),
+        (distillation, "merge"), (distillation, "gradient"), (prepare_distillation, "sum"),
+        (prepare_distillation, "project"),
     ):  # fmt: skip
         kernel = SimpleNamespace(run=lambda *_, name=name, **__: launches.append(name))
         launcher = type("Kernel", (), {"__getitem__": lambda self, grid, kernel=kernel: kernel.run})()
@@ -66,8 +67,19 @@ def test_the_host_only_allocates_and_launches(triton_backend, inputs, monkeypatc
     with Operations() as operations:
         for options in ({}, masks):
             triton_backend.distillation(student, teacher, keys, **T, **options)
-    assert launches == ["bias", "rows", "forward", "merge", "gradient", "project"] * 2
-    host = {"empty", "empty_like", "full", "detach", "view", "transpose", "unsqueeze", "flatten", "_unsafe_view"}
+    assert launches == ["bias", "rows", "forward", "merge", "gradient", "sum", "project"] * 2
+    host = {
+        "empty",
+        "empty_like",
+        "full",
+        "detach",
+        "view",
+        "transpose",
+        "unsqueeze",
+        "flatten",
+        "_unsafe_view",
+        "select",
+    }
     assert operations.counts.keys() <= host | {"as_strided", "alias", "expand", "split", "_to_copy"}
     assert operations.counts["full"] == 4
 
@@ -87,8 +99,8 @@ def test_splits_fill_the_device_and_no_more(monkeypatch):
     ("splits", "precision", "forward", "gradient", "chunk"),
     [
         (1, "fp32", (64, 32, 64), (32, 128, 16), 64),
-        (3, "fp16", (32, 64, 16), (64, 64, 32), 16),
-        (7, "tf32", (128, 128, 32), (64, 32, 64), 32),
+        (3, "fp16", (32, 64, 32), (64, 64, 64), 32),
+        (7, "tf32", (128, 128, 64), (64, 32, 64), 64),
     ],
 )
 def test_results_do_not_depend_on_splits_and_tiles(

@@ -61,7 +61,7 @@ def test_every_entry_of_the_table_is_compiled(report, loops):
     assert found == expected
     others = {(row["architecture"], row["kernel"], row["kind"]) for row in rows if row not in loops}
     kinds = {("centre", ""), ("prepare", ""), ("prepare", "memory"), ("project", ""), ("cosine", "")}
-    kinds |= {(name, "keys") for name in ("centre", "keys", "bias", "rows", "merge", "project")}
+    kinds |= {(name, "keys") for name in ("centre", "keys", "bias", "rows", "merge", "sum", "project")}
     assert others == {(a, *kind) for a in ARCHITECTURES for kind in kinds}
     for kernel in ("prepare", "keys", "rows", "merge"):
         assert {row["precision"] for row in rows if row["kernel"] == kernel} == set(PRECISIONS)
