@@ -154,7 +154,7 @@ class Detector:
         calibration_of(self)
         with torch.inference_mode(), numerics("fp32", self.device):
             scored = self.calibrated(self.measured(images))
-            combined = self.calibrated.combined(scored.maps)
+            combined = self.calibrated.combined(scored)
         arrays = {name: found.cpu().numpy() for name, found in scored.maps.items()}
         values = scored.values.double().cpu().numpy()
         parts: dict[str, NDArray[np.float64]] = dict(zip(self.parts, values.T, strict=True))

@@ -88,7 +88,7 @@ class Inspection(nn.Module):
             global_map=self.scoring.global_map,
         )
         scored = self.calibrated(measured)
-        return scored.score, self.calibrated.combined(scored.maps), scored.values
+        return scored.score, self.calibrated.combined(scored), scored.values
 
     def _by_eq_8(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same by the paper's scoring, the students' scores as the parts."""

@@ -162,12 +162,11 @@ class CalibratedScore(nn.Module):
         """The same with distances (B, h, w) in place of the patches, which are many; see `PatchPart.distances`."""
         return measured._replace(patches=self._part("patches").distances(measured.patches, training_image))
 
-    def combined(self, maps: Mapping[str, Tensor]) -> Tensor:
-        """The largest of `Scored.maps` at each place, (B, S, S): of parts that decide, if any of these has a map."""
-        of_unused = self._unused()
-        lowered = torch.stack([of_unused[i] for i, name in enumerate(self.names) if name in maps])
-        lowered = lowered - lowered.amin(0)
-        return (torch.stack(list(maps.values())) - lowered[:, None, None, None]).amax(0)
+    def combined(self, scored: Scored) -> Tensor:
+        """The maps of parts that decide, if any of these has one, by their shares in the image's score: (B, S, S)."""
+        places = [self.names.index(name) for name in scored.maps]
+        shares = torch.softmax(_SHARPNESS * (scored.values - self._unused())[:, places], 1)
+        return (torch.stack(list(scored.maps.values()), 1) * shares[:, :, None, None]).sum(1)
 
     def fit(self, training: Iterable[Measurements]) -> None:
         """Learn what training images are like; of the batches each is taken once."""
