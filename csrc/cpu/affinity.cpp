@@ -77,31 +77,6 @@ inline Totals totals_of(const Sums& sums, bool is_near) {
   return {kl < 0 ? 0 : kl, mean_difference(sums), 1 / (sums.z * ratio)};
 }
 
-template <class Element>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-
-void product(const Affinity& call, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-             int64_t ldb, float* c, int64_t ldc, bool add) {
-  if (call.use_brgemm) return brgemm(m, n, k, a, lda, b, ldb, c, ldc, add);
-  DSKD_CAPABILITY::multiply(m, n, k, a, lda, b, ldb, c, ldc, add);
-}
-
-void product(const Affinity&, int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b,
-             int64_t ldb, double* c, int64_t ldc, bool add) {
-  DSKD_CAPABILITY::multiply(m, n, k, a, lda, b, ldb, c, ldc, add);
-}
-
-void product(const Affinity&, int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b,
-             int64_t ldb, float* c, int64_t ldc, bool add) {
-  brgemm(m, n, k, a, lda, b, ldb, c, ldc, add);
-}
-
 template <class Real, class Element>
 struct Slab {
   using Sum = typename Accumulator<Element>::type;
@@ -173,7 +148,7 @@ struct Slab {
   void multiply_tile(int64_t tile, Sum* to_a) {
     const int64_t width = width_of(tile);
     const Element* columns = static_cast<const Element*>(keys.columns) + tile * call.c_pad;
-    product(call, 2 * count, width, call.c_pad, row_keys, stride, columns, width, to_a, panel_stride, false);
+    product(call.use_brgemm, 2 * count, width, call.c_pad, row_keys, stride, columns, width, to_a, panel_stride, false);
     for (int64_t r = 0; r < count; r++) {
       const int64_t j = start + r - tile;
       if (j >= 0 && j < width) to_a[r * panel_stride + j] = static_cast<Sum>(-1e30);
@@ -191,20 +166,13 @@ struct Slab {
     if constexpr (kTurned) {
       const Element* columns = static_cast<const Element*>(keys.columns) + tile * call.c_pad;
       turn(weights, kWeightStride, count, width, turned, kRows);
-      product(call, call.c_pad, (count + kPad - 1) / kPad * kPad, width, columns, width, turned, kRows, to, kRows,
-              tile > 0);
+      product(call.use_brgemm, call.c_pad, (count + kPad - 1) / kPad * kPad, width, columns, width, turned, kRows, to,
+              kRows, tile > 0);
     } else {
       const Element* those = static_cast<const Element*>(keys.rows) + tile * call.c_pad;
-      product(call, count, call.c_pad, width, weights, kWeightStride, those, call.c_pad, to, stride, tile > 0);
+      product(call.use_brgemm, count, call.c_pad, width, weights, kWeightStride, those, call.c_pad, to, stride,
+              tile > 0);
     }
-  }
-
-  // (m, n) -> (n, m), by fours: `from` has rows, and `to` columns, up to the next multiple of four.
-  static void turn(const Sum* from, int64_t from_stride, int64_t m, int64_t n, Sum* to, int64_t to_stride) {
-    for (int64_t i = 0; i < m; i += 4)
-      for (int64_t j = 0; j < n; j += 4)
-        transpose<Sum>(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride,
-                       [](Sum x) { return x; });
   }
 
   template <bool kNear>

@@ -4,6 +4,8 @@
 // one of the two only.
 #include "prepare.h"
 
+#include "packing.h"
+
 namespace dskd {
 namespace {
 
@@ -24,33 +26,6 @@ void add_samples(const Affinity& call, int64_t image, double* mean, Real* buffer
       const double share = inverse / static_cast<double>(samples);
       for (int64_t c = 0; c < channels; c++) mean[c] += y[c] * share;
     }
-  }
-}
-
-// A block of keys (count, stride), 0 in the padding, as columns. kPad divides counts and channels, so that fours of
-// both do; and a pair of bfloat16 moves as one float, whatever number that may be.
-template <class Element>
-void pack(const Affinity& call, int64_t start, int64_t count, const Element* block, int64_t stride, const Keys& keys) {
-  using Unit = std::conditional_t<sizeof(Element) == 2, float, Element>;
-  constexpr int64_t kPair = sizeof(Unit) / sizeof(Element);
-  // kRows divides kKeys: a block lies in one tile.
-  const int64_t tile = start / kKeys * kKeys, width = least(kKeys, call.n_pad - tile);
-  const Unit* from = reinterpret_cast<const Unit*>(block);
-  Unit* to = reinterpret_cast<Unit*>(static_cast<Element*>(keys.columns) + tile * call.c_pad) + (start - tile);
-  for (int64_t c = 0; c < call.c_pad / kPair; c += 4)
-    for (int64_t p = 0; p < count; p += 4)
-      transpose<Unit>(from + p * stride / kPair + c, stride / kPair, to + c * width + p, width,
-                      [](Unit x) { return x; });
-}
-
-// The same of bfloat16 as rows, by pairs of positions.
-void pack_rows(const Affinity& call, int64_t start, int64_t count, const uint16_t* block, int64_t stride,
-               const Keys& keys) {
-  uint32_t* rows = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(keys.rows) + start * call.c_pad);
-  for (int64_t p = 0; p < count; p += 2) {
-    const uint16_t *even = block + p * stride, *odd = even + stride;
-    uint32_t* to = rows + p / 2 * call.c_pad;
-    for (int64_t c = 0; c < call.c_pad; c++) to[c] = even[c] | static_cast<uint32_t>(odd[c]) << 16;
   }
 }
 
@@ -80,9 +55,9 @@ void prepare_block(const Affinity& call, int64_t image, int64_t block, const Key
     keys.bias[start + p] = bias;
     keys.bias32[start + p] = static_cast<float>(bias);
   }
-  pack(call, start, padded, rounded, stride, keys);
+  pack(rounded, stride, start, padded, call.n_pad, call.c_pad, keys.columns);
   if constexpr (sizeof(Element) == 2) {
-    if (keys.rows != nullptr) pack_rows(call, start, padded, rounded, stride, keys);
+    if (keys.rows != nullptr) pack_rows(rounded, stride, start, padded, call.c_pad, keys.rows);
   }
 }
 
