@@ -36,6 +36,16 @@ struct Places {
     find(maps, shape, image, count);
   }
 
+  // Of positions counted over all images.
+  Places(const Maps& maps, const Shape& shape, const int64_t* positions, int64_t count) {
+    for (int64_t p = 0; p < count; p++) offset[p] = positions[p] % shape.positions;
+    find(maps, shape, 0, count);
+    for (int64_t p = 0; p < count; p++) {
+      offset[p] += positions[p] / shape.positions * maps.stride_b;
+      is_run = is_run && offset[p] == offset[0] + p;
+    }
+  }
+
  private:
   // Positions -> offsets.
   void find(const Maps& maps, const Shape& shape, int64_t image, int64_t count) {

@@ -40,4 +40,64 @@ def cosine_distance(student: Tensor, teacher: Tensor, weights: Tensor | None) ->
 
 def distillation_refusal(student: Tensor, teacher: Tensor, keys: Tensor | PreparedKeys, precision: str) -> str | None:
     """Why this backend cannot serve a distillation against any keys, None if it can."""
-    return "it has no kernels for keys other than the teacher's own"
+    if isinstance(keys, Tensor) and keys.dtype not in _DTYPES:
+        return f"it does not take {str(keys.dtype).removeprefix('torch.')}"
+    return refusal(student, teacher, precision)
+
+
+def prepare_keys(keys: Tensor, normalize: bool, precision: str, centre: Tensor | None = None) -> list[Tensor]:
+    """Keys (B', K, C) as the kernels read them, the centre (B', C) last; see `dskd_fast.backends`."""
+    return _prepare(keys, None, normalize, precision, centre, is_wide=False, with_rows=True)
+
+
+def update_keys(packed: list[Tensor], keys: Tensor, start: int, normalize: bool, precision: str) -> None:
+    """Write keys (B', P, C) over the prepared ones from `start` on, about the same centre."""
+    torch.ops.dskd_fast_cpu.update_distillation_keys(packed, keys, start, normalize, precision)
+
+
+def affinity_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    keys: Tensor | PreparedKeys,
+    student_temperature: float,
+    teacher_temperature: float,
+    key_mask: Tensor | None,
+    row_mask: Tensor | None,
+    normalize: bool,
+    precision: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """KL map and, if wanted, its gradient; see `dskd_fast.backends`."""
+    dtype = accumulation_dtype(student, teacher, precision)
+    kl, gradient = outputs(student, dtype, with_gradient)
+    counts = None
+    key_mask, row_mask = (None if mask is None else mask.contiguous() for mask in (key_mask, row_mask))
+    if isinstance(keys, Tensor):
+        count = keys.shape[1]
+        left_out = None
+        # Keys of an image's own that are left out are not even prepared.
+        if key_mask is not None and len(key_mask) <= len(keys):
+            left_out = key_mask.expand(len(keys), -1).contiguous()
+            key_mask, counts = None, left_out.sum(1)
+        packed = _prepare(keys, left_out, normalize, precision, None, dtype == torch.float64, with_gradient)
+    else:
+        packed, count = keys.packed, keys.shape[1]
+    torch.ops.dskd_fast_cpu.affinity_distillation(
+        student, teacher, packed, count, counts, student_temperature, teacher_temperature, key_mask, row_mask,
+        normalize, precision, kl, gradient,
+    )  # fmt: skip
+    return kl, gradient
+
+
+def _prepare(
+    keys: Tensor,
+    mask: Tensor | None,
+    normalize: bool,
+    precision: str,
+    centre: Tensor | None,
+    is_wide: bool,
+    with_rows: bool,
+) -> list[Tensor]:
+    return torch.ops.dskd_fast_cpu.prepare_distillation_keys(
+        keys, mask, centre, normalize, precision, is_wide and precision == "fp32", with_rows
+    )

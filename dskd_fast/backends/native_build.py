@@ -43,7 +43,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     _CAPABILITIES["AVX2"] = ("-mavx2", "-mfma", "-mf16c")
     _CAPABILITIES["AVX512"] = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mfma", "-mf16c")
 # Normalisation must round equal vectors alike, which a fused multiply-add does not; elsewhere it is wanted.
-_FUSED = {"affinity", "product"}
+_FUSED = {"affinity", "distillation", "product"}
 # Environment variables that change what compilers and linkers do.
 _READ_BY_COMPILERS = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
@@ -74,9 +74,9 @@ def units(name: str) -> list[Unit]:
             Unit("cuda/distillation.cu", "distillation.o", ()),
             Unit("cuda/distillation_prepare.cu", "distillation_prepare.o", exact),
         ]
-    found = [Unit(f"cpu/{stem}.cpp", f"{stem}.o", ()) for stem in ("operators", "brgemm")]
+    found = [Unit(f"cpu/{stem}.cpp", f"{stem}.o", ()) for stem in ("operators", "distillation_operators", "brgemm")]
     for capability, instructions in _CAPABILITIES.items():
-        for stem in ("affinity", "cosine", "prepare", "product"):
+        for stem in ("affinity", "cosine", "distillation", "distillation_rows", "prepare", "product"):
             contraction = "-ffp-contract=fast" if stem in _FUSED else "-ffp-contract=off"
             flags = (f"-DDSKD_CAPABILITY={capability}", *instructions, contraction)
             found.append(Unit(f"cpu/{stem}.cpp", f"{stem}.{capability}.o", flags))

@@ -136,7 +136,8 @@ def test_the_cosine_distance_does_not_depend_on_the_layout(cpu, make_features, o
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_capabilities_pass_the_same_tests(cpu, capability):
     """As on processors without AVX-512, and without any of what is compiled apart. ATen reads the variable once."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/backends/test_backends.py"]
+    files = ["tests/backends/test_backends.py", "tests/backends/test_distillation.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     cases = "cpu-cpu and (rounding_makes or far_off or any_strides or exactly_zero)"
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
