@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
@@ -141,7 +142,7 @@ def test_backward_twice_and_a_second_derivative(rows):
 
 @pytest.mark.parametrize("prepared", [True, False])
 def test_one_dynamic_graph_serves_every_number_of_keys(any_place, pristine_compiler, prepared):
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     loss = AffinityDistillationLoss(0.1, 0.05, backend=any_place.backend, precision="fp32")
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     for n, count in ((6, 30), (9, 50), (7, 41)):
