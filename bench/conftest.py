@@ -72,14 +72,14 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 
 def pytest_terminal_summary(terminalreporter, config):
     """The report's tables, where pytest-benchmark's have times alone."""
-    from bench.tables import markdown, results_of
+    from bench.tables import report, results_of
 
     session = getattr(config, "_benchmarksession", None)
     timed = [b.as_dict(include_data=False, stats=True) for b in session.benchmarks if b] if session else []
     lab = config.stash[_LAB]
     if timed or lab.not_timed:
         terminalreporter.write_line("")
-        terminalreporter.write(markdown(results_of({"benchmarks": timed, **_found(lab)}), {}))
+        terminalreporter.write(report(results_of({"benchmarks": timed, **_found(lab)}), {}))
 
 
 def _found(lab):

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 import dskd_fast
+from dskd_fast import markdown
 from dskd_fast.choices import EXPORT_FORMATS
 from dskd_fast.data.images import read_image
 from dskd_fast.detection.export import OPENVINO_PRECISION, SUFFIXES, export
@@ -97,12 +98,7 @@ def _table(contestants: dict[str, Run], images: list[NDArray[np.uint8]]) -> str:
                 run(image)
             seconds[name].append(time.perf_counter() - start)
     height, width = images[0].shape[2:]
-    lines = [
-        f"{len(images)} images, the first of {width} x {height}, one at a time, {torch.get_num_threads()} threads:",
-        "",
-        "| | images/s | score | map | parts |",
-        "|---|---|---|---|---|",
-    ]
+    heads, rows = ("", "images/s", "score", "map", "parts"), []
     for name in contestants:
         differences = (
             max(
@@ -113,8 +109,9 @@ def _table(contestants: dict[str, Run], images: list[NDArray[np.uint8]]) -> str:
         )
         cells = ["", "", ""] if name == reference else [f"{x:.1e}" for x in differences]
         rate = len(images) / statistics.median(seconds[name])
-        lines.append(f"| {name} | {rate:.1f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append((name, f"{rate:.1f}", *cells))
+    what = f"{len(images)} images, the first of {width} x {height}, one at a time, {torch.get_num_threads()} threads:"
+    return f"{what}\n\n{markdown.table(heads, rows)}"
 
 
 if __name__ == "__main__":

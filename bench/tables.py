@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dskd_fast import markdown
+from dskd_fast.markdown import escaped
+
 SECTIONS = {
     "affinity": "Contextual affinity",
     "distillation": "Distillation against any keys",
@@ -167,14 +170,14 @@ def speedup(group: list[Row], row: Row) -> float | None:
 # Markdown
 
 
-def markdown(results: Results, plots: dict[str, str | None]) -> str:
+def report(results: Results, plots: dict[str, str | None]) -> str:
     """The whole text; `plots` are file names, each with the reason if it was not drawn."""
     parts = ["# Benchmarks", _provenance(results.environment), NOTE]
     for name, reason in plots.items():
         parts.append(f"`{name}` was not drawn: {reason}." if reason else f"![{Path(name).stem}]({name})")
     if lines := [line for group in results.groups if (line := _at_a_glance(group))]:
         heads = ("", "fastest of ours", "fastest other", "speed-up", "extra memory, MiB, ours / other's")
-        parts += ["## At a glance", _table([heads, *lines], words=3)]
+        parts += ["## At a glance", markdown.table(heads, lines, words=3)]
     for kind, title in SECTIONS.items():
         groups = [group for group in results.groups if group[0].kind == kind]
         if groups:
@@ -189,9 +192,9 @@ def markdown(results: Results, plots: dict[str, str | None]) -> str:
 def _provenance(found: dict[str, Any]) -> str:
     cpu = f"CPU {found['cpu']}" if found.get("cpu") else None
     threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}" if found.get("threads") else None
-    machine = ", ".join(_escape(str(part)) for part in (found.get("device"), cpu, threads) if part)
+    machine = ", ".join(escaped(str(part)) for part in (found.get("device"), cpu, threads) if part)
     names = {"python": "Python", "torch": "PyTorch", "triton": "Triton", "pykeops": "KeOps", "anomalib": "anomalib"}
-    versions = ", ".join(f"{name} {_escape(str(found[key]))}" for key, name in names.items() if found.get(key))
+    versions = ", ".join(f"{name} {escaped(str(found[key]))}" for key, name in names.items() if found.get(key))
     return (
         f"Measured on {machine} with {versions}, at commit `{found.get('commit')}`, {found.get('date')}, "
         f"by ``{_line(str(found.get('command')))}``."
@@ -201,7 +204,7 @@ def _provenance(found: dict[str, Any]) -> str:
 def _title(row: Row) -> str:
     shape = " x ".join(map(str, row.shape)) if row.shape else None
     mode = None if row.mode.lower() == row.kind else row.mode
-    return ", ".join(_escape(part) for part in (row.work, shape, mode) if part)
+    return ", ".join(escaped(part) for part in (row.work, shape, mode) if part)
 
 
 def _at_a_glance(group: list[Row]) -> tuple[str, ...] | None:
@@ -213,7 +216,7 @@ def _at_a_glance(group: list[Row]) -> tuple[str, ...] | None:
 
     def named(row: Row) -> str:
         unit, scale = _unit([row])
-        return f"{_escape(row.label)}: {significant(row.median * scale)} {unit}"
+        return f"{escaped(row.label)}: {significant(row.median * scale)} {unit}"
 
     over_reference = speedup(group, ours), speedup(group, other)
     ratio = over_reference[0] / over_reference[1] if all(over_reference) else other.median / ours.median
@@ -235,15 +238,15 @@ def table(group: list[Row]) -> str:
         return lambda row: relative((row.errors or {}).get(noise, (None, None))[which])
 
     def median(row: Row) -> str:
-        return significant(row.median * scale) if row.median else f"not timed: {_escape(row.reason)}"
+        return significant(row.median * scale) if row.median else f"not timed: {escaped(row.reason)}"
 
     columns: dict[str, Callable[[Row], str]] = {
-        "contestant": lambda row: f"**{_escape(row.contestant)}**" if row.ours else _escape(row.contestant),
-        "precision": lambda row: _escape(row.precision or ""),
+        "contestant": lambda row: f"**{escaped(row.contestant)}**" if row.ours else escaped(row.contestant),
+        "precision": lambda row: escaped(row.precision or ""),
         f"median, {unit}": median,
         f"spread, {unit}": if_timed(lambda row: f"±{significant(row.iqr / 2 * scale, 2)}" if row.rounds > 1 else "-"),
         "images/s": if_timed(lambda row: significant(row.images / row.median) if row.images else ""),
-        f"speed-up over {_escape(base.label)}" if base else "speed-up": lambda row: (
+        f"speed-up over {escaped(base.label)}" if base else "speed-up": lambda row: (
             f"{significant(ratio)}x" if (ratio := speedup(group, row)) else ""
         ),
         "extra memory, MiB": if_timed(_mebibytes),
@@ -254,15 +257,9 @@ def table(group: list[Row]) -> str:
     }
     cells = {head: [cell(row) for row in group] for head, cell in columns.items()}
     cells = {head: column for head, column in cells.items() if any(column)}
-    text = _table([tuple(cells), *zip(*cells.values(), strict=True)], words=2 if "precision" in cells else 1)
+    text = markdown.table([*cells], zip(*cells.values(), strict=True), words=2 if "precision" in cells else 1)
     notes = dict.fromkeys(row.extra_bytes_note for row in timed if row.extra_bytes_note)
-    return "\n\n".join([text, *(f"Extra memory was not measured: {_escape(note)}." for note in notes)])
-
-
-def _table(lines: list[tuple[str, ...]], words: int) -> str:
-    """Markdown of a table with its heads first, and so many columns of words before those of numbers."""
-    ruler = ["---" if column < words else "---:" for column in range(len(lines[0]))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], ruler, *lines[1:]))
+    return "\n\n".join([text, *(f"Extra memory was not measured: {escaped(note)}." for note in notes)])
 
 
 def _mebibytes(row: Row) -> str:
@@ -299,10 +296,6 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _escape(text: str) -> str:
-    return re.sub(r"([\\|*`])", r"\\\1", _line(text)).replace("<", "&lt;")
-
-
 # Files
 
 
@@ -322,7 +315,7 @@ def write(path: Path, folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
             unfinished = Path(name)
-            text = markdown(results, plots.draw(results, unfinished))
+            text = report(results, plots.draw(results, unfinished))
             (unfinished / "benchmarks.md").write_text(text, encoding="utf-8")
             (unfinished / "results.json").write_text(_json(content), encoding="utf-8")
             if (folder / "results.json").resolve() == path.resolve():
@@ -352,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(write(arguments.results, arguments.out or arguments.results.parent), end="")
     except ReportError as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"bench.tables: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -37,6 +37,7 @@ ROOMS = {
     "device": "where and in which number format the networks run",
     "versions": "what is installed, and of which commit this is",
     "progress": "sentences to a logger, counts to a function",
+    "markdown": "tables in Markdown",
     "workers": "threads that read ahead and write behind, in order",
     "files": "files that appear only when they are complete, tensors among them",
     "errors": "errors that a user can mend",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from bench.tables import relative, significant
+from dskd_fast import markdown
 
 Result = dict[str, Any]
 
@@ -215,5 +216,4 @@ def _cell(value: Any) -> str:
 
 
 def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+    return markdown.table(heads, [[*map(_cell, row)] for row in rows], words=len(heads))

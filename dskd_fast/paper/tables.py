@@ -11,6 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from dskd_fast import markdown
+from dskd_fast.markdown import escaped
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -126,25 +129,14 @@ def to_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
     """Our own rows are bold."""
     parts = []
     for table in tables:
-        lines = [
-            f"**{_escaped(table.title)}**\n",
-            "| | " + " | ".join(map(_escaped, table.columns)) + " |",
-            "|---|" + "---:|" * len(table.columns),
-        ]
+        lines = []
         for row in table.rows:
-            label = f"**{_escaped(row.label)}**" if row.source == "here" else _escaped(row.label)
-            cells = (str(cell).replace("*", r"\*") for cell in row.cells)
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-        parts += [_escaped(remark) for remark in table.remarks]
-    parts.append("\n".join(f"- {_escaped(note)}" for note in notes))
+            label = f"**{escaped(row.label)}**" if row.source == "here" else escaped(row.label)
+            lines.append((label, *(escaped(str(cell)) for cell in row.cells)))
+        parts += [f"**{escaped(table.title)}**", markdown.table(("", *map(escaped, table.columns)), lines)]
+        parts += [escaped(remark) for remark in table.remarks]
+    parts.append("\n".join(f"- {escaped(note)}" for note in notes))
     return "\n\n".join(parts) + "\n"
-
-
-def _escaped(text: str) -> str:
-    for character in r"\|*_<>[]`":
-        text = text.replace(character, "\\" + character)
-    return text
 
 
 def to_csv(tables: Sequence[Table]) -> str:

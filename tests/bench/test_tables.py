@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import plots, tables
+from bench import tables
 
 NAMES = {"kind": "affinity", "work": "256 px, level 1", "shape": [2, 256, 64, 64], "mode": "forward+backward"}
 OURS = {"precision": "bf16", "ours": True}
@@ -75,28 +75,6 @@ def test_the_tables_have_what_the_file_has(make, content):
     assert text.index("### N = 1,024, 1 x 256 x 32 x 32") < text.index("### N = 4,096, 1 x 256 x 64 x 64")
 
 
-def test_what_is_written_makes_the_same_report_again(make, content, tmp_path):
-    _, text, _ = make(content)
-    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert set(first) == {"benchmarks.md", "results.json", *(f"{name}.svg" for name in plots.PLOTS)}
-    assert first["benchmarks.md"].decode() == text
-    assert len(first["results.json"]) < len(json.dumps(content))
-    drawn = first["speedup.svg"].decode()
-    # matplotlib writes each text as a comment next to its outlines.
-    assert all(f"<!-- {words} -->" in drawn for words in ("cpu, bf16", "tiles, fp32", "0.25", "12"))
-    code, again, _ = make(first["results.json"].decode(), tmp_path / "again")
-    assert (code, again) == (0, text)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == first
-    make(content, tmp_path)  # whose results.json is the run itself
-    assert json.loads((tmp_path / "results.json").read_text()) == content
-
-
-def test_plots_without_data_are_named_and_not_written(make, content, tmp_path):
-    _, text, _ = make(content | {"benchmarks": content["benchmarks"][3:4], "convergence": []})
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["benchmarks.md", "results.json"]
-    assert text.count(".svg` was not drawn: the file has no ") == 4
-
-
 @pytest.mark.parametrize(
     ("broken", "expected"),
     [
@@ -108,13 +86,6 @@ def test_plots_without_data_are_named_and_not_written(make, content, tmp_path):
 def test_another_file_is_refused(make, tmp_path, broken, expected):
     code, text, errors = make(broken)
     assert (code, text, errors.count("\n")) == (2, "", 1)
-    assert errors.startswith("report: ")
+    assert errors.startswith("bench.tables: ")
     assert expected in errors
     assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_cannot_be_written(make, content, tmp_path):
-    (tmp_path / "taken").write_text("mine", encoding="utf-8")
-    code, _, errors = make(content, out=tmp_path / "taken")
-    assert "taken cannot be written (File exists): give another folder with --out" in errors
-    assert (code, (tmp_path / "taken").read_text(encoding="utf-8")) == (2, "mine")
