@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import timm
+from filelock import FileLock
 from PIL import Image
 
 from dskd_fast.cli import main
@@ -56,22 +58,41 @@ def _own_environment(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def data_root(tmp_path_factory) -> Path:
-    """A data root with the category `screw_bag`: 12 + 4 good images, 4 + 3 + 3 test images of 120 x 96."""
-    root = tmp_path_factory.mktemp("data")
-    make_screw_bag(root, n_train=12, n_validation=4, n_test_good=4, n_structural=3, n_logical=3, size=(120, 96), seed=1)
-    return root
+def made_once(tmp_path_factory):
+    """Has the session's first process fill a folder that all others then read: made_once(name, fill) -> the folder."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name, fill):
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                folder.mkdir(exist_ok=True)
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory) -> Path:
+def data_root(made_once) -> Path:
+    """A data root with the category `screw_bag`: 12 + 4 good images, 4 + 3 + 3 test images of 120 x 96."""
+    counts = {"n_train": 12, "n_validation": 4, "n_test_good": 4, "n_structural": 3, "n_logical": 3}
+    return made_once("data", lambda root: make_screw_bag(root, **counts, size=(120, 96), seed=1))
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(made_once) -> Path:
     """Weights for the smallest teacher there is, random but always the same."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = timm.create_model(TINY_TEACHER, pretrained=False).state_dict()
-    path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
-    safetensors.torch.save_file(state, path)
-    return path
+
+    def fill(folder):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            state = timm.create_model(TINY_TEACHER, pretrained=False).state_dict()
+        safetensors.torch.save_file(state, folder / "teacher.safetensors")
+
+    return made_once("weights", fill) / "teacher.safetensors"
 
 
 @pytest.fixture(scope="session")
@@ -93,17 +114,31 @@ def tiny_options(tiny_weights):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(data_root, tiny_arguments, tmp_path_factory) -> Path:
+def tiny_run(data_root, tiny_arguments, made_once) -> Path:
     """A run with the tiny teacher. Read only: tests that change a run copy it."""
-    run = tmp_path_factory.mktemp("tiny") / "run"
-    command = ["train", "--data-root", str(data_root), "--category", "screw_bag", "--out", str(run), *tiny_arguments]
-    assert main(command) == 0
-    return run
+    command = ["train", "--data-root", str(data_root), "--category", "screw_bag", *tiny_arguments, "--out"]
+
+    def fill(folder):
+        assert main([*command, str(folder / "run")]) == 0
+
+    return made_once("tiny", fill) / "run"
 
 
 @pytest.fixture(scope="session")
 def tiny_detector(tiny_run):
     return load_run(tiny_run, "cpu")[0]
+
+
+@pytest.fixture
+def own_run(tiny_run, tmp_path) -> Path:
+    """A copy of the run that a test may change."""
+    return shutil.copytree(tiny_run, tmp_path / "own run")
+
+
+@pytest.fixture
+def own_data(data_root, tmp_path) -> Path:
+    """A copy of the data root that a test may change."""
+    return shutil.copytree(data_root, tmp_path / "own data")
 
 
 @pytest.fixture(scope="session")

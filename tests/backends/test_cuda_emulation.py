@@ -9,6 +9,7 @@ import math
 import re
 import struct
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,17 +22,14 @@ from dskd_fast import reference
 from dskd_fast.backends import cuda, native_build
 from dskd_fast.backends.common import DISTILLATION_TEMPERATURE_LIMITS, TEMPERATURE_LIMITS
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent / "emulation"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/common/maps.h
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # The prepare and cosine kernels count on products that are not fused, and nvcc is told so, too.
 FLAGS = ("-std=c++20", "-Og", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # in the order of driver.cpp
-
-
-def _slow(*values):
-    """Parameters that plain pytest leaves out: sm_75 apart, they take no other way through the kernels."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 class Call(NamedTuple):
@@ -121,35 +119,34 @@ def storage_of(x: torch.Tensor) -> bytes:
     return torch.as_strided(x, (extent if x.numel() else 0,), (1,)).contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def compile_with_emulation(target: Path, sources: list[Path], tensor_cores: int) -> Path:
+def compile_with_emulation(target: Path, sources: list[Path], tensor_cores: bool) -> None:
     try:
         compiler = native_build._compiler()
     except native_build.BuildError as error:
         pytest.skip(str(error))
     folders = [f"-I{native_build.csrc_folder() / 'cuda'}", f"-I{HERE}"]
     objects = [target.with_name(f"{source.stem}.{tensor_cores}.o") for source in sources]
-    for source, built in zip(sources, objects, strict=True):
-        command = [compiler, *FLAGS, *SANITIZERS, *folders, f"-DDSKD_TENSOR_CORES={tensor_cores}"]
+
+    def build(source, built):
+        command = [compiler, *FLAGS, *SANITIZERS, *folders, f"-DDSKD_TENSOR_CORES={int(tensor_cores)}"]
         subprocess.run([*command, "-x", "c++", "-c", source, "-o", built], check=True)
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(build, sources, objects))
     subprocess.run([compiler, *SANITIZERS, *objects, "-o", target], check=True)
-    return target
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("emulation")
-
-
-@pytest.fixture(scope="module", params=[80, *_slow(75)])
-def emulation(request, folder):
-    csrc = native_build.csrc_folder() / "cuda"
+@pytest.fixture(scope="module", params=[80, 75])
+def emulation(request, made_once):
+    csrc, capability = native_build.csrc_folder() / "cuda", request.param
     sources = [
         *(csrc / f"{name}.cu" for name in ("affinity", "prepare", "cosine", "distillation", "distillation_prepare")),
         HERE / "driver.cpp",
     ]
-    capability = request.param
-    program = compile_with_emulation(folder / f"driver{capability}", sources, int(capability >= 80))
-    return Emulation(program, capability)
+    folder = made_once(
+        f"emulation{capability}", lambda folder: compile_with_emulation(folder / "driver", sources, capability >= 80)
+    )
+    return Emulation(folder / "driver", capability)
 
 
 def maps(rows, image=None):
@@ -165,9 +162,10 @@ def as_rows(values, gradient):
 
 
 @pytest.fixture(scope="module")
-def faults(folder):
-    program = compile_with_emulation(folder / "faults", [HERE / "faults.cpp"], 1)
-    return lambda fault: subprocess.run([program, fault], capture_output=True, text=True)
+def faults(made_once):
+    sources = [HERE / "faults.cpp"]
+    folder = made_once("faults", lambda folder: compile_with_emulation(folder / "faults", sources, True))
+    return lambda fault: subprocess.run([folder / "faults", fault], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +204,7 @@ CASES = [
 
 
 # With 1, fp16 and tf32 meet the lowest temperatures, as the others do in the next test.
-@pytest.mark.parametrize("k", [1, *_slow(2)])
+@pytest.mark.parametrize("k", [1, 2])
 def test_error_is_no_more_than_rounding_makes_it(emulation, tmp_path, truth, make_features, k):
     cases = [(*case, PRECISIONS[(i + k) % 4]) for i, case in enumerate(CASES)]
     if emulation.capability < 80:
@@ -245,9 +243,6 @@ def test_student_equal_to_teacher_gives_exactly_zero(emulation, tmp_path, make_f
             assert torch.equal(x, torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("layouts", ["contiguous", "channels last", "inside NaN", *_slow(
-    "transposed", "images innermost", "one image for all", "one vector for a row", "overlapping windows"
-)], indirect=True)  # fmt: skip
 def test_any_strides_and_types(emulation, tmp_path, truth, make_features, layouts):
     student, teacher = (maps(x, (4, 6)) for x in make_features(24, 5, 0.1, batch=2))
     student, teacher = layouts[0](student.contiguous()), layouts[1](teacher.contiguous())
@@ -264,18 +259,6 @@ def test_any_strides_and_types(emulation, tmp_path, truth, make_features, layout
             torch.testing.assert_close(values.flatten(1).double(), exact, rtol=1e-6, atol=1e-12)
         else:
             truth.check(as_rows(values, gradient), truth(s, t, 0.1), truth.limits(s, t, 0.1, "fp32"))
-
-
-def test_cosine_distance_keeps_its_digits(emulation, tmp_path, make_features):
-    pairs = [make_features(n, c, noise, batch=2) for n, c, noise in ((65, 48, 0.001), (1, 500, 1), (127, 3, 0.1))]
-    calls = [Call(maps(student), maps(teacher), None) for student, teacher in pairs]
-    for result, (student, teacher) in zip(emulation.run(calls, tmp_path), pairs, strict=True):
-        leaf = student.double().requires_grad_()
-        exact = reference.cosine_distance(leaf, teacher.double())
-        exact.sum().backward()
-        distance, gradient = as_rows(*result)
-        torch.testing.assert_close(distance.double(), exact.detach(), rtol=1e-6 + 1e-9, atol=1e-15)
-        torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-6, atol=1e-6 * leaf.grad.abs().max().item())
 
 
 def test_a_temperature_in_memory_gives_the_same_bits_and_nan_out_of_range(emulation, tmp_path, make_features):
@@ -299,7 +282,7 @@ def test_a_temperature_in_memory_gives_the_same_bits_and_nan_out_of_range(emulat
             assert x.isnan().all()
 
 
-@pytest.mark.parametrize("bad", [math.nan, *_slow(math.inf)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_spoils_no_more_than_it_must(emulation, tmp_path, make_features, bad):
     student, teacher = make_features(70, 9, 0.1, batch=2)
     student[1, 4, 2] = bad
@@ -469,7 +452,7 @@ def test_what_is_not_finite_in_a_distillation_spoils_no_more_than_it_must(emulat
 # The compiler
 
 
-@pytest.mark.parametrize("architecture", [80, *_slow(75, 90, 120)])
+@pytest.mark.parametrize("architecture", [80, 75, 120])
 def test_nothing_spills_and_tensor_cores_are_used(tmp_path, architecture):
     """Of all instances: no stack, no spills; matrix and asynchronous copy instructions from sm_80 on; no atomics."""
     try:

@@ -4,8 +4,6 @@ import pytest
 
 import dskd_fast.cli.commands as commands
 import dskd_fast.cli.demo as demo
-from dskd_fast.data.synthetic.anomalies import LOGICAL, STRUCTURAL
-from dskd_fast.models.teacher import LITE
 
 
 @pytest.fixture
@@ -45,11 +43,3 @@ def test_the_demo_walks_the_whole_way_once_and_says_so_when_called_again(tiny, c
     assert "delete it or choose another folder" in message
     # The same images are not drawn again.
     assert {path: path.stat().st_mtime_ns for path in (out / "data").rglob("*.png")} == drawn
-
-
-def test_the_recipe_needs_no_download_and_has_images_for_every_kind_of_defect_and_a_threshold():
-    options = demo.options_for_demo("cpu", 7)
-    assert (options.teacher, options.teacher_weights, options.device, options.seed) == (LITE, None, "cpu", 7)
-    assert demo._COUNTS["n_structural"] >= len(STRUCTURAL)
-    assert demo._COUNTS["n_logical"] >= len(LOGICAL)
-    assert demo._COUNTS["n_validation"] >= 8

@@ -1,13 +1,11 @@
 import io
 import re
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 import dskd_fast.cli.display as display
 from dskd_fast.cli.display import counter, parts_table, results_table, training_progress
-from dskd_fast.detection.predict import Prediction
 from dskd_fast.progress import log
 from dskd_fast.runs.history import TrainingState
 
@@ -65,17 +63,6 @@ def test_each_figure_stands_in_its_row_and_column_and_no_terminal_is_too_narrow(
         assert {" ".join(row[:-3]): row[-3:] for row in words} == expected
 
 
-def test_an_absent_figure_is_a_dash_and_hides_no_other(screen):
-    absent = dict.fromkeys(("structural", "logical", "mean"))
-    spro_at = dict.fromkeys(LIMITS, absent) | {"0.3": absent | {"structural": 0.25}}
-    values = {"auroc": absent | {"structural": 0.5}, "spro": absent, "spro_at": spro_at}
-    lines = printed(results_table("t", {"maps": values}), screen(80)).splitlines()
-    rows = {" ".join(words[:2]): words[-1] for words in (line.split() for line in lines) if len(words) == 3}
-    missing = [f"{measure} {kind}" for measure in ("AUROC", "sPRO@0.05") for kind in absent]
-    assert rows == dict.fromkeys(missing, "-") | {"AUROC structural": "0.500", "sPRO@0.3 structural": "0.250"}
-    assert "None" not in "".join(lines)
-
-
 @pytest.mark.parametrize("width", [40, 100])
 def test_each_part_has_a_row_with_its_areas_and_its_decisions_and_no_terminal_is_too_narrow(screen, width):
     areas = {"local": (0.5, 0.25), "global-means": (None, 0.125)}
@@ -88,29 +75,6 @@ def test_each_part_has_a_row_with_its_areas_and_its_decisions_and_no_terminal_is
         rows = [line.split() for line in text.splitlines()[-3:-1]]
         assert [row[:3] for row in rows] == [["local", "0.500", "0.250"], ["global-means", "-", "0.125"]]
         assert [row[3:] for row in rows] == ([[], []] if counts is None else [["21"], ["3"]])
-
-
-def test_a_student_alone_has_one_column_unless_other_parts_are_scored_with_it(screen):
-    parts = {"parts": {"teacher-means": dict.fromkeys(("structural", "logical", "mean"), 0.5)}, "decided_by": None}
-    said = {"category": "c", "n_images": {"good": 1}, "decisions": None, "suspects": {}, **parts}
-    said |= {"absent": [], "warnings": [], "unused": [], "bad_masks": []}
-    for scoring, names in (("paper", ["local alone"]), ("calibrated", ["all parts", "local alone"])):
-        file = screen(100)
-        display.print_metrics(figures(100) | said | {"scoring": scoring, "local": figures(200), "global": None})
-        lines = file.getvalue().splitlines()
-        assert re.split(" {2,}", lines[2].strip()) == names
-        assert any(line.split() == ["teacher-means", "0.500", "0.500"] for line in lines) == (scoring == "calibrated")
-
-
-def test_decisions_of_parts_without_a_place_are_counted(capsys):
-    deciders = "local", "condensed", "teacher-means"
-    predictions = [Prediction("a.png", 5.0, 3.0, "anomalous", decided_by=name) for name in deciders]
-    predictions.append(Prediction("b.png", 2.0, 3.0, "normal", decided_by="condensed"))
-    for chosen, whole in ((predictions, ", 2 of these as a whole, without a place"), (predictions[:1], "")):
-        display.print_predictions(chosen, 3.0, Path("out"))
-        n = sum(p.decision == "anomalous" for p in chosen)
-        expected = f"{len(chosen)} images scored, {n} anomalous (score above 3){whole}; results in out\n"
-        assert capsys.readouterr().out == expected
 
 
 def states(steps):
@@ -144,15 +108,6 @@ def test_on_a_terminal_there_is_a_bar_with_both_losses_speed_and_time(screen):
         assert part in last
 
 
-@pytest.mark.parametrize("is_terminal", [False, True])
-def test_the_counter_shows_the_stage_on_a_terminal_alone(screen, is_terminal):
-    file = screen(100, force_terminal=is_terminal)
-    with counter("starting") as progress:
-        progress("reading images", 2, 7)
-    assert ("reading images" in file.getvalue()) is ("2/7" in file.getvalue()) is is_terminal
-    assert is_terminal or file.getvalue() == ""
-
-
 def test_names_neither_steer_the_terminal_nor_forge_a_line(capsys, screen):
     name = "Straße 北京 👩\u200d🔧 \x1b]0;x\x07\r\n0 anomalous\x9b2J\u202egnp.\u2066"
     shown = r"Straße 北京 👩‍🔧 \u001b]0;x\u0007\r\n0 anomalous\u009b2J\u202egnp.\u2066"
@@ -166,9 +121,3 @@ def test_names_neither_steer_the_terminal_nor_forge_a_line(capsys, screen):
         progress(name, 1, 2)
     assert shown in file.getvalue()
     assert not {"\x9b", "\x07", "\u202e"} & set(file.getvalue())
-
-
-def test_the_console_prints_long_lines_unbroken_and_nothing_as_markup(capsys):
-    text = "[red]" + "x" * 300 + " :smile: [/] 12"
-    display.console.print(text)
-    assert capsys.readouterr().out == text + "\n"

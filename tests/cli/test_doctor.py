@@ -31,20 +31,6 @@ def test_every_backend_answers_for_every_device():
     assert all(service.reason is None or service.reason for service in services)
 
 
-def test_the_table_says_what_a_call_then_does():
-    x = torch.randn(1, 4, 3, 3)
-    for service in doctor.services():
-        if service.device != "cpu" or service.dtype == "float64":
-            continue
-        if service.reason is None:
-            assert dispatch.choose(service.backend, x, x, "fp32").name == service.backend
-        else:
-            with pytest.raises(dispatch.BackendError) as error:
-                dispatch.choose(service.backend, x, x, "fp32")
-            assert service.reason in str(error.value)
-        assert service.is_choice == (dispatch.choose("auto", x, x, "fp32").name == service.backend)
-
-
 def test_the_variable(monkeypatch):
     assert "not set" in doctor.default_backend()
     monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "torch")
@@ -55,21 +41,6 @@ def test_the_variable(monkeypatch):
     monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "quantum")
     with pytest.raises(UserError, match=r"DSKD_FAST_BACKEND=quantum is not known: use one of .*torch"):
         doctor.default_backend()
-
-
-def test_a_broken_triton_is_reported_and_does_no_harm(monkeypatch):
-    """As on Windows, or with an old driver."""
-    load = dispatch.load
-
-    def broken(name):
-        if name == "triton":
-            raise ImportError("No module named 'triton'")
-        return load(name)
-
-    monkeypatch.setattr(dispatch, "load", broken)
-    services = [service for service in doctor.services() if service.device == "cpu"]
-    assert {service.reason for service in services if service.backend == "triton"} == {"No module named 'triton'"}
-    assert {service.backend for service in services if service.is_choice} <= {"cpu", "torch"}
 
 
 def test_what_became_of_the_kernels(monkeypatch):

@@ -93,15 +93,6 @@ def test_constant_maps_are_not_divided_by_zero_or_by_rounding_noise(images, valu
     np.testing.assert_allclose(detector.maps(images).local, 0, atol=abs(value) * 1e-6)
 
 
-def test_a_small_but_real_deviation_counts_and_training_images_set_no_threshold(images):
-    detector = make_detector(Networks(global_=lambda x: 1e-9 + 1e-12 * x[:, 1]))
-    with pytest.raises(ValueError, match="calibrate"):
-        detector.maps(images)
-    detector.calibrate([images], "train")
-    assert detector.maps(images).global_.std() == pytest.approx(1, rel=1e-3)
-    assert detector.calibration.threshold is None
-
-
 def test_normal_images_have_mean_0_and_deviation_1_per_branch_and_branches_add(images):
     detector = make_detector(Networks(local=lambda x: 1000.3 + x[:, 0]))  # float32 would round the mean
     detector.calibrate([images], "train")
@@ -169,9 +160,6 @@ def test_numbers_that_no_image_set_are_an_error(kind, values):
         kind(*values)
 
 
-# ------------------------------------------------------------------------------------------- parts of a score
-
-
 def random_images(n, seed, size=64):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 3, size, size), dtype=np.uint8))
 
@@ -225,29 +213,6 @@ def test_the_map_is_of_the_parts_that_decide_if_they_have_one(calibrated, used, 
     np.testing.assert_array_equal(maps.global_, expected.global_)
 
 
-def test_each_detection_has_the_parts_of_its_score_and_calibrated_maps_are_not_filtered_again(calibrated):
-    images = random_images(5, 2)
-    found = calibrated.find(images)
-    filtering = dataclasses.replace(calibrated, scoring=dataclasses.replace(calibrated.scoring, filter_maps=True))
-    for i, one in enumerate(filtering.predict(images, batch_size=2)):
-        assert one.score == pytest.approx(found.scores["combined"][i], rel=1e-4, abs=1e-4)
-        assert tuple(one.parts) == calibrated.parts
-        assert one.parts == pytest.approx({name: values[i] for name, values in found.parts.items()}, rel=1e-4, abs=1e-4)
-        assert one.decided_by == max(one.parts, key=one.parts.get)
-        assert one.has_place == PARTS[one.decided_by].has_map
-        for name in ("map", "local_map", "global_map"):
-            expected = found.maps.of({"map": "combined"}.get(name, name.removesuffix("_map")))[i]
-            np.testing.assert_allclose(getattr(one, name), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_map_is_the_largest_of_those_of_all_parts_at_each_place(calibrated):
-    images = random_images(5, 2)
-    maps = calibrated.calibrated(calibrated.measured(images)).maps
-    assert list(maps) == [name for name in calibrated.parts if PARTS[name].has_map]
-    expected = np.max([found.numpy() for found in maps.values()], axis=0)
-    np.testing.assert_array_equal(calibrated.find(images).maps.combined, expected)
-
-
 @pytest.mark.parametrize("student", ["local", "global"])
 def test_with_one_student_alone_there_is_no_map_of_the_other_nor_of_both(student):
     detector = make_calibrated(student)
@@ -259,16 +224,6 @@ def test_with_one_student_alone_there_is_no_map_of_the_other_nor_of_both(student
     np.testing.assert_array_equal(found.map, getattr(found, f"{student}_map"))
 
 
-def test_the_parts_of_the_papers_score_are_those_of_its_students_and_none_decides(images):
-    detector = make_detector()
-    detector.calibrate([images], "validation")
-    found = detector.find(images)
-    assert tuple(found.parts) == detector.parts == ("local", "global")
-    for name, scores in found.parts.items():
-        np.testing.assert_array_equal(scores, detector.image_scores(found.maps.of(name)))
-    assert found.decided_by == [None] * 7
-
-
 def test_calibrated_scores_set_a_threshold_and_few_images_are_warned_of(calibrated):
     threshold = calibrated.calibration.threshold
     assert "left out" in threshold.rule
@@ -278,23 +233,6 @@ def test_calibrated_scores_set_a_threshold_and_few_images_are_warned_of(calibrat
     assert make_calibrated(n=FEW_IMAGES).calibration.warnings == []
     by_training = make_calibrated(source="train").calibration
     assert (by_training.threshold, by_training.warnings) == (None, [])
-
-
-def test_before_it_is_calibrated_a_detector_finds_nothing(calibrated):
-    with pytest.raises(ValueError, match="calibrate"):
-        dataclasses.replace(calibrated, calibration=None).find(random_images(1, 0))
-
-
-def test_calibrated_scores_are_float32_whatever_the_program_around_them_has_chosen(calibrated):
-    images = random_images(3, 2)
-    expected = calibrated.find(images)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = calibrated.find(images)
-    np.testing.assert_array_equal(found.scores["combined"], expected.scores["combined"])
-    np.testing.assert_array_equal(found.maps.combined, expected.maps.combined)
-
-
-# ------------------------------------------------------------------------------------------- decision threshold
 
 
 def test_the_threshold_is_the_kth_largest_score():
@@ -314,17 +252,6 @@ def test_of_images_that_were_left_out_the_threshold_lies_higher_by_what_more_lik
     assert threshold_from([1.0] * 5, are_left_out=True).value == threshold_from([1.0] * 5).value
 
 
-@pytest.mark.parametrize("n_above", [0, 2])
-@pytest.mark.parametrize("score", [-4.0, 0.0, 1e4])
-def test_equal_scores_raise_no_alarm_whatever_their_rank(score, n_above):
-    """Of 300 scores the third largest sets the threshold: one of the ties."""
-    ties = score + np.random.default_rng(0).uniform(-1e-5, 1e-5, 300 - n_above) * (1 + abs(score))
-    threshold = threshold_from(iter([*ties, *[score + 100] * n_above]))
-    exported = ties + TOLERANCE * (1 + np.abs(ties))
-    assert not is_above(exported, threshold.value).any()
-    assert is_above(score + 200, threshold.value)
-
-
 def test_a_tie_is_normal_and_the_threshold_is_not_rounded():
     threshold = 1.0 + 2**-30  # 1 in float32
     pair = np.array([threshold, np.nextafter(threshold, 2)])
@@ -336,9 +263,6 @@ def test_a_tie_is_normal_and_the_threshold_is_not_rounded():
         assert decide(score, threshold) == decision
         assert decide(score, None) is None
         assert decide(score, threshold, "too dark") == decide(score, None, "too dark") == "suspect"
-
-
-# ------------------------------------------------------------------------------------------ brightness and contrast
 
 
 def test_brightness_and_contrast_are_mean_and_deviation_of_the_luminance(images):
@@ -392,9 +316,6 @@ def test_all_normal_images_count_for_brightness_and_contrast_and_one_dead_frame_
     assert [reason is None for reason in reasons] == [True] * 7 + [False]
 
 
-# ------------------------------------------------------------------------------------------------ image scores
-
-
 def filtered_by_hand(image, sigma):
     """Gaussian filter written out: a kernel cut off at 4 sigma, normalised, and the image mirrored at its edges."""
     radius = int(4 * sigma + 0.5)
@@ -417,16 +338,6 @@ def test_the_score_is_the_maximum_of_the_gaussian_filtered_map(sigma):
     np.testing.assert_array_equal(maps, before)
 
 
-# -------------------------------------------------------------------------------------------- localisation map
-
-
-def test_a_localisation_map_has_the_size_of_the_image():
-    for size in ((16, 16), (40, 300), (300, 8), (1, 1), (17, 15)):
-        resized = make_detector().localisation_map(np.full((16, 16), 2.5, np.float32), size)
-        assert (resized.shape, resized.dtype) == (size, np.float32)
-        np.testing.assert_allclose(resized, 2.5, rtol=1e-6)
-
-
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_enlarging_is_bilinear_between_pixel_centres_or_corners(align_corners):
     anomaly_map = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
@@ -440,14 +351,6 @@ def test_enlarging_is_bilinear_between_pixel_centres_or_corners(align_corners):
     expected = along(20) @ anomaly_map.astype(np.float64) @ along(24).T
     resized = make_detector(align_corners=align_corners).localisation_map(anomaly_map, (20, 24))
     np.testing.assert_allclose(resized, expected, atol=1e-5 if align_corners else 1e-6)
-
-
-def test_reducing_averages_and_so_loses_no_spot():
-    anomaly_map = np.zeros((64, 64), np.float32)
-    anomaly_map[13, 22] = 1
-    reduced = make_detector().localisation_map(anomaly_map, (16, 16))
-    assert reduced.sum() * 16 == pytest.approx(1, rel=0.05)
-    assert np.unravel_index(reduced.argmax(), reduced.shape) == (3, 5)
 
 
 def test_the_map_is_filtered_only_if_the_run_says_so():

@@ -17,7 +17,6 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from filelock import FileLock
 from torch import nn
 from torch.nn import functional as nnf
 
@@ -33,7 +32,6 @@ from dskd_fast.detection.program import Inspection, enlarge, resize_square
 from dskd_fast.detection.scoring.calibrated import PARTS, CalibratedScore
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
-from dskd_fast.runs.folder import load_run
 
 FORMATS = ("torch", "onnx", "openvino")
 
@@ -85,22 +83,14 @@ def random_images(batch, height, width):
     return np.random.default_rng(batch).integers(0, 256, (batch, 3, height, width), dtype=np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------ a trained run
-
-
 @pytest.fixture(scope="module")
-def exports(tiny_run, tmp_path_factory):
-    """The run and, by format, what was exported of it: by the test session's first process, since it takes long."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "exported"
-    run, done = folder / "run", folder / "done"
-    with FileLock(f"{folder}.lock"):
-        if not done.exists():
-            shutil.copytree(tiny_run, run, dirs_exist_ok=True)
-            detector = load_run(run, "cpu")[0]
-            threshold = detector.calibration.threshold.value
-            done.write_bytes(pickle.dumps(export_all(detector, folder, "screw_bag", threshold)))
-    return run, pickle.loads(done.read_bytes())
+def exports(tiny_detector, threshold, made_once):
+    """By format, what was exported of the run."""
+
+    def fill(folder):
+        (folder / "done").write_bytes(pickle.dumps(export_all(tiny_detector, folder, "screw_bag", threshold)))
+
+    return pickle.loads((made_once("exported", fill) / "done").read_bytes())
 
 
 def export_all(detector, folder, category, threshold):
@@ -119,19 +109,13 @@ def export_all(detector, folder, category, threshold):
 
 
 @pytest.fixture(scope="module")
-def tiny_detector(exports):
-    """Of the run that was exported, which another process may have trained."""
-    return load_run(exports[0], "cpu")[0]
-
-
-@pytest.fixture(scope="module")
 def threshold(tiny_detector):
     return tiny_detector.calibration.threshold.value
 
 
 @pytest.fixture(scope="module", params=FORMATS)
 def exported(request, exports):
-    return exports[1][request.param]
+    return exports[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +130,6 @@ def test_every_test_image_gets_what_predict_gives(run_file, tiny_detector, thres
         parts = [run_file(images[start : start + batch_size]) for start in range(0, len(paths), batch_size)]
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         assert_agrees(found, tiny_detector.predict(paths), threshold)
-
-
-def test_no_image_that_set_the_threshold_is_above_it(run_file, tiny_detector, data_root):
-    """Too few to tell 1 %: their largest score sets it."""
-    paths = sorted((data_root / "screw_bag" / "validation" / "good").iterdir())
-    images = np.stack([read_image(path).transpose(2, 0, 1) for path in paths])
-    for size in (1, 2, 4):
-        assert not any(one.anomalous for one in tiny_detector.predict(paths, batch_size=size))
-        assert not any(run_file(images[i : i + size])["anomalous"].any() for i in range(0, len(paths), size))
 
 
 def test_dead_frames_are_suspect_and_never_pass_in_a_file_either(run_file, dead_frames, data_root):
@@ -175,12 +150,6 @@ def test_smaller_images_are_refused(exported, run_file, size):
     }
     with pytest.raises(Exception, match=message[exported.path.suffix]):
         run_file(random_images(2, *size))
-
-
-def test_images_may_have_any_size(run_file, tiny_detector, threshold):
-    for size in ((32, 32), (64, 64), (33, 150), (150, 40)):
-        images = random_images(2, *size)
-        assert_agrees(run_file(images), tiny_detector.predict(images.transpose(0, 2, 3, 1)), threshold)
 
 
 def test_a_file_says_what_it_is(exported, tiny_detector, threshold):
@@ -241,7 +210,7 @@ def test_no_file_holds_anything_of_this_package(exported):
 )
 def test_openvino_in_less_than_float32_gives_no_numbers_and_passes_no_image(exports, file_format, precision):
     """Both are bf16 on processors that multiply it: the first without a word."""
-    path, images = exports[1][file_format].path, random_images(2, 40, 64)
+    path, images = exports[file_format].path, random_images(2, 40, 64)
     compiled = openvino.Core().compile_model(path, "CPU", precision)
     found = openvino_run(compiled)(images)
     if compiled.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32:
@@ -269,9 +238,6 @@ def test_a_file_of_pytorch_runs_without_this_package(exported, tmp_path):
     assert sorted(alone) == sorted(here)
     for name, value in here.items():
         np.testing.assert_allclose(alone[name], value, rtol=1e-5, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------- settings, on small networks
 
 
 EXPOSURE = Exposure((50.0, 200.0), (10.0, 100.0), "", 1)
@@ -329,31 +295,6 @@ def test_settings_of_a_run_are_in_the_module(scoring):
         assert_agrees(found, detector.predict(images.transpose(0, 2, 3, 1)), 20.0)
 
 
-@pytest.mark.slow
-def test_settings_of_a_run_are_in_the_files_and_without_a_threshold_there_are_no_decisions(tmp_path):
-    detector = small_detector(align_corners=True, filter_maps=True, sigma=9.0, temperature=0.1)
-    # Students within 0.1 % of their teacher: what cancels, or is taken for nothing, would show.
-    teacher, *students = detector.model.convolutions
-    generator = torch.Generator().manual_seed(1)
-    for student in students:
-        noise = torch.randn(teacher.weight.shape, generator=generator)
-        student.load_state_dict({"weight": 1.3 * teacher.weight * (1 + 1e-3 * noise), "bias": 1.3 * teacher.bias})
-    detector.calibrate([torch.from_numpy(random_images(8, 32, 32))], "validation")
-    assert detector.calibration.statistics["global"].mean < 1e-7
-    detector.calibration = replace(detector.calibration, exposure=None)
-    sizes = ((1, 32, 45), (4, 61, 32), (2, 90, 70))
-    expected = [detector.predict(random_images(*size).transpose(0, 2, 3, 1)) for size in sizes]
-    for exported in export_all(detector, tmp_path, "c", None).values():
-        # The detector is one from before there were limits of brightness and contrast.
-        assert list(exported.metadata["outputs"]) == ["score", "map", "parts"]
-        assert (exported.metadata["scoring"], exported.metadata["parts"]) == ("paper", ["local", "global"])
-        assert "exposure" not in exported.metadata
-        assert exported.metadata["threshold"] is None
-        run = load(exported.path)
-        for size, detections in zip(sizes, expected, strict=True):
-            assert_agrees(run(random_images(*size)), detections, None)
-
-
 @pytest.mark.parametrize(
     ("networks", "scoring", "used"),
     [
@@ -389,16 +330,6 @@ def test_the_decision_is_strict():
         assert Inspection(small_detector(), threshold)(images)["anomalous"].tolist() == [expected]
 
 
-@pytest.mark.parametrize("branch", ["local", "global"])
-def test_a_branch_that_is_absent_is_left_out(branch):
-    both, alone = small_detector(), small_detector()
-    alone.model = SmallNetworks(branches=(branch,))
-    images = random_images(2, 32, 32)
-    found = Inspection(alone, None)(torch.from_numpy(images))["map"].numpy()
-    expected = [getattr(one, f"{branch}_map") for one in both.predict(images.transpose(0, 2, 3, 1))]
-    np.testing.assert_allclose(found, np.stack(expected), rtol=1e-4, atol=1e-4)
-
-
 def test_resizing_is_that_of_predict_to_the_bit():
     generator = np.random.default_rng(0)
     for _ in range(40):
@@ -418,9 +349,6 @@ def test_maps_are_enlarged_as_those_of_predict(align_corners):
         expected = detector.localisation_map(anomaly_map[0].numpy(), size)
         # PyTorch's own coordinates are in float32.
         np.testing.assert_allclose(enlarge(anomaly_map, size, align_corners)[0].numpy(), expected, atol=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------ what goes wrong
 
 
 @pytest.mark.parametrize(
@@ -473,76 +401,34 @@ def test_the_two_files_of_openvino_are_replaced_together(tmp_path, below, monkey
             raise OSError("no more")
         shutil.move(source, target)
 
-    def export_to_path():
-        export(small_detector(), path, "openvino", category="c", threshold=1.0)
-
     monkeypatch.setattr(export_module, "_program", lambda *_: None)
     monkeypatch.setattr(export_module, "_write_openvino", write)
     run = lambda images: {name: x.numpy() for name, x in module(torch.from_numpy(images)).items()}  # noqa: E731
     monkeypatch.setattr(export_module, "_load_openvino", lambda _: run)
+    for file in (weights, path):
+        file.write_text("older")
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace_all_but_the_last)
-        for older in ([], [weights, path]):
-            for file in older:
-                file.write_text("older")
-            with pytest.raises(UserError, match="no more"):
-                export_to_path()
-            assert [(file.name, file.read_text()) for file in older] == [(name, "older") for name in below(tmp_path)]
-    export_to_path()
-    assert [(name, (tmp_path / name).read_text()) for name in below(tmp_path)] == [
-        ("model.bin", "new"),
-        ("model.xml", "new"),
-    ]
-    path.unlink()
-    with pytest.raises(UserError, match=r"model\.bin exists without model\.xml"):
-        export_to_path()
-    assert weights.read_text() == "new"
+        with pytest.raises(UserError, match="no more"):
+            export(small_detector(), path, "openvino", category="c", threshold=1.0)
+    assert [(tmp_path / name).read_text() for name in below(tmp_path)] == ["older", "older"]
+    export(small_detector(), path, "openvino", category="c", threshold=1.0)
+    assert [(tmp_path / name).read_text() for name in below(tmp_path)] == ["new", "new"]
 
 
-def test_what_onnx_needs_is_known_before_the_work(tmp_path, monkeypatch, below):
-    find_spec = export_module.importlib.util.find_spec
+@pytest.mark.parametrize(("file_format", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_what_a_format_needs_is_known_before_the_work(tmp_path, monkeypatch, below, file_format, package):
+    path, find_spec = tmp_path / f"model{SUFFIXES[file_format]}", export_module.importlib.util.find_spec
     with monkeypatch.context() as patch:
         patch.setattr(
-            export_module.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name)
+            export_module.importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
         )
-        with pytest.raises(UserError, match=r'onnxruntime, .*pip install "dskd-fast\[onnx\]"'):
-            export(small_detector(), tmp_path / "model.onnx", "onnx", category="c", threshold=None)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            export_module.importlib.util, "find_spec", lambda name: None if name == "openvino" else find_spec(name)
-        )
-        with pytest.raises(UserError, match=r'openvino, .*pip install "dskd-fast\[openvino\]"'):
-            export(small_detector(), tmp_path / "model.xml", "openvino", category="c", threshold=None)
+        with pytest.raises(UserError, match=rf'{package}, .*pip install "dskd-fast\[{file_format}\]"'):
+            export(small_detector(), path, file_format, category="c", threshold=None)
     monkeypatch.setattr(export_module, "_MAX_ONNX_BYTES", 1000)
     with pytest.raises(UserError, match="--format torch"):
-        export(small_detector(), tmp_path / "model.onnx", "onnx", category="c", threshold=None)
+        export(small_detector(), path, file_format, category="c", threshold=None)
     assert below(tmp_path) == []
-
-
-@pytest.mark.slow
-def test_what_onnx_cannot_express_is_a_user_error(tmp_path, below, monkeypatch):
-    class Unusual(nn.Module):
-        def forward(self, images):
-            return torch.special.bessel_j0(images)
-
-    program = torch.export.export(Unusual(), (torch.zeros(1),))
-    monkeypatch.setattr(export_module, "_program", lambda *_: program)
-    with pytest.raises(UserError, match=r"the teacher small .*bessel_j0.*--format torch"):
-        export(small_detector(), tmp_path / "model.onnx", "onnx", category="c", threshold=None)
-    assert below(tmp_path) == []
-
-
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.delattr(export_module, "_program")
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder.pt2").mkdir()
-    for name, message in (
-        ("file/model.pt2", "cannot write .*folder: choose"),
-        ("folder.pt2", "cannot write .*folder: choose"),
-        ("model.pt", r"does not end in \.pt2"),
-    ):
-        with pytest.raises(UserError, match=message):
-            export(small_detector(), tmp_path / name, "torch", category="c", threshold=None)
 
 
 def test_where_the_disk_is_full_an_older_file_is_kept(tmp_path, below, monkeypatch):

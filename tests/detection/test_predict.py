@@ -4,9 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import threading
-import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +11,6 @@ import tifffile
 import torch
 from PIL import Image
 
-import dskd_fast.detection.predict as predict_module
-from dskd_fast import workers
 from dskd_fast.data.layout import open_category
 from dskd_fast.detection import pictures
 from dskd_fast.detection.overlay import overlay
@@ -111,43 +106,6 @@ def test_without_a_threshold_there_are_no_decisions_and_the_batch_size_does_not_
     assert states == [(2, 5), (4, 5), (5, 5)]
 
 
-@pytest.mark.parametrize("max_held", [1, 2 * 64 * 80 * 3])
-def test_large_images_are_held_and_drawn_one_at_a_time_and_smaller_ones_within_bounds(
-    tiny_detector, predicted, write_images, tmp_path, monkeypatch, max_held
-):
-    paths = write_images(tmp_path / "images", 9)
-    expected = {p.path: p.score for p in predicted(*paths)}
-    alive, most = {"image": [], "map": []}, {"image": 0, "map": 0}
-    lock = threading.Lock()
-
-    def watch(owner, name, kind):
-        make = getattr(owner, name)
-
-        def made(*arguments, **options):
-            result = make(*arguments, **options)
-            with lock:
-                alive[kind] = [other for other in alive[kind] if other() is not None] + [weakref.ref(result)]
-                most[kind] = max(most[kind], len(alive[kind]))
-            return result
-
-        monkeypatch.setattr(owner, name, made)
-
-    monkeypatch.setattr(predict_module, "_MAX_HELD", max_held)
-    monkeypatch.setattr(workers, "MAX_WAITING", max_held)
-    watch(predict_module, "read_image", "image")
-    watch(type(tiny_detector), "localisation_map", "map")
-    found = {p.path: p.score for p in predicted(*paths, save_maps=True)}
-    if max_held == 1:
-        assert most == {"image": 1, "map": 1}
-    else:  # two that are read, two in a batch, and one, too heavy to wait, that is drawn
-        assert most["image"] <= 5
-        assert most["map"] == 1
-    assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------ names of results
-
-
 def test_names_keep_folders_unicode_spaces_and_dots(tiny_detector, out, write_images, tmp_path):
     (source,) = write_images(tmp_path, 1)
     names = [
@@ -216,80 +174,18 @@ def test_results_of_earlier_calls_are_not_taken_for_images(tiny_detector, out, w
     assert {p.path for p in found if p.skipped is None} == {str(own / "later" / "000.png"), *map(str, first)}
 
 
-def test_masks_beside_test_images_are_skipped_and_elsewhere_inspected(predicted, write_images, tmp_path):
-    write_images(tmp_path / "part" / "test" / "bad", 1)
-    write_images(tmp_path / "part" / "ground_truth" / "bad" / "000", 3)
-    write_images(tmp_path / "other" / "ground_truth", 1)
-    found = predicted(tmp_path)
-    assert [p.path for p in found if p.score is not None] == [
-        str(tmp_path / "other" / "ground_truth" / "000.png"),
-        str(tmp_path / "part" / "test" / "bad" / "000.png"),
-    ]
-    assert {p.path: p.skipped for p in found if p.score is None} == {
-        str(tmp_path / "part" / "ground_truth"): "3 image files (masks of the test images beside them)"
-    }
-
-
-@pytest.mark.parametrize("name", ["results/overlays", "part/ground_truth"])
-def test_the_current_folder_is_known_by_its_name(tiny_detector, write_images, tmp_path, monkeypatch, name):
-    predict(tiny_detector, write_images(tmp_path / "part" / "test" / "bad", 1), tmp_path / "results", threshold=None)
-    write_images(tmp_path / "part" / "ground_truth", 1)
-    monkeypatch.chdir(tmp_path / name)
-    with pytest.raises(UserError, match=r"nothing to score: \. has 1 image file"):
-        predict(tiny_detector, [Path(".")], tmp_path / "others", threshold=None)
-
-
-def test_formats_that_are_not_read_are_errors_unless_the_file_itself_is_named(predicted, write_images, tmp_path):
-    (image,) = write_images(tmp_path / "images", 1)
-    for name in ("a.gif", "deep/b.HEIC", ".hidden.gif", "notes.txt"):
-        (tmp_path / "images" / name).parent.mkdir(exist_ok=True)
-        shutil.copy(image, tmp_path / "images" / name)
-    scored, gif, heic = predicted(tmp_path / "images")
-    assert scored.path == str(image)
-    assert [p.path for p in (gif, heic)] == [str(tmp_path / "images" / name) for name in ("a.gif", "deep/b.HEIC")]
-    assert gif.error == ".gif files are not read: convert it to png, jpg, bmp, tif or webp"
-    assert heic.error.startswith(".heic files are not read")
-    named = predicted(tmp_path / "images", tmp_path / "images" / "a.gif")
-    assert {p.path: p.error is None for p in named} == {str(image): True, gif.path: True, heic.path: False}
-    assert [p.error is None for p in predicted(tmp_path / "images" / "deep") if p.skipped is None] == [False]
-
-
 def test_a_second_call_replaces_the_results_of_the_first(predicted, out, write_images, tmp_path):
     first = write_images(tmp_path / "first", 3)
-    predicted(*first)
+    predicted(*first, overlay_format="png")
     (second,) = write_images(tmp_path / "second", 1, seed=3)
     only, left = predicted(second)
-    assert only.path == str(second)
-    # Nothing is deleted, but nobody shall take the other two overlays for results of this call.
+    assert (only.path, only.overlay) == (str(second), "overlays/000.jpg")
+    # Other images' results are not deleted, but nobody shall take them for this call's.
     assert (left.path, left.skipped[:13]) == (str(out / "overlays"), "2 image files")
-    # An overlay with the name of an image that cannot be read now is an earlier one.
-    second.write_bytes(b"")
-    assert [p.skipped and p.skipped[:13] for p in predicted(second)] == [None, "3 image files"]
-
-
-def test_an_overlay_replaces_the_one_of_an_earlier_call_in_another_format(predicted, out, write_images, tmp_path):
-    paths = write_images(tmp_path / "images", 2)
-    predicted(*paths, overlay_format="png")
-    (only, left) = predicted(paths[0])
-    assert sorted(path.name for path in (out / "overlays").iterdir()) == ["000.jpg", "001.png"]
-    assert (only.overlay, left.skipped[:13]) == ("overlays/000.jpg", "1 image file ")
-
-
-@pytest.mark.parametrize("threshold", [-1e6, 1e6])
-def test_an_earlier_overlay_of_an_image_that_is_scored_and_not_drawn_is_removed(
-    predicted, out, write_images, tmp_path, threshold
-):
-    first, other = write_images(tmp_path / "images", 2)
-    predicted(first, other, overlay_format="png", save_maps=True)
-    (out / "overlays" / "000.jpg").touch()
-    found = predicted(first, threshold=threshold, overlays="anomalous" if threshold > 0 else "none")
-    assert (found[0].overlay, found[0].error) == (None, None)
-    assert [path.name for path in (out / "overlays").iterdir()] == ["001.png"]
-    # Maps are values, and nobody's decision.
-    assert {Path(p.path).name: p.skipped[:13] for p in found[1:]} == {
-        "overlays": "1 image file ",
-        "maps": "2 image files",
-    }
+    assert sorted(path.name for path in (out / "overlays").iterdir()) == ["000.jpg", "001.png", "002.png"]
+    # Nor an earlier overlay of an image that is scored and not drawn.
+    predicted(second, overlays="none")
+    assert sorted(path.name for path in (out / "overlays").iterdir()) == ["001.png", "002.png"]
 
 
 def test_overlays_are_drawn_of_the_images_that_are_asked_for(predicted, out, write_images, dead_frames, tmp_path):
@@ -307,21 +203,6 @@ def test_overlays_are_drawn_of_the_images_that_are_asked_for(predicted, out, wri
         predicted(images, overlay_format="gif")
 
 
-# ------------------------------------------------------------------------------------------------ images of all kinds
-
-
-def test_overlay_and_map_have_the_size_of_the_image(predicted, out, write_images, tmp_path):
-    sizes = [(32, 32), (33, 200), (300, 40)]
-    paths = [write_images(tmp_path / str(size), 1, size=size)[0] for size in sizes]
-    for size, path, prediction in zip(
-        sizes, paths, predicted(*paths, save_maps=True, overlay_format="png"), strict=True
-    ):
-        located = tifffile.imread(out / prediction.map)
-        assert (located.shape, located.dtype) == (size[::-1], np.float32)
-        drawn = np.asarray(Image.open(out / prediction.overlay))
-        np.testing.assert_array_equal(drawn[: size[1], : size[0]], np.asarray(Image.open(path)))
-
-
 def test_an_overlay_is_of_the_map_from_the_normal_mean_to_twice_the_threshold(predicted, out, data_root):
     path = data_root / "screw_bag" / "validation" / "good" / "000.png"
     (prediction,) = predicted(path, save_maps=True, threshold=3.0, overlay_format="png")
@@ -330,19 +211,6 @@ def test_an_overlay_is_of_the_map_from_the_normal_mean_to_twice_the_threshold(pr
     expected = overlay(np.asarray(Image.open(path)), anomaly_map, "", 0.0, 6.0)
     drawn = np.asarray(Image.open(out / prediction.overlay))
     assert np.abs(drawn[:96] - np.asarray(expected)[:96].astype(int)).max() <= 1
-
-
-def test_dead_frames_are_decided_suspect_with_the_reason_and_drawn(predicted, write_images, dead_frames, tmp_path):
-    (normal,) = write_images(tmp_path / "images", 1)
-    for name, (frame, _) in dead_frames.items():
-        Image.fromarray(frame).save(tmp_path / "images" / f"{name}.png")
-    found = {Path(p.path).stem: p for p in predicted(tmp_path / "images", threshold=1e6)}
-    alone = found.pop(normal.stem)
-    assert (alone.decision, alone.reason) == ("normal", None)
-    assert found.keys() == dead_frames.keys()
-    for name, p in found.items():
-        assert (p.decision, p.overlay) == ("suspect", f"overlays/{name}.jpg")
-        assert p.reason.startswith(f"{dead_frames[name][1]} (")
 
 
 def test_a_decision_without_a_place_says_so_and_is_drawn_over_the_map_of_the_global_student(
@@ -364,19 +232,6 @@ def test_a_decision_without_a_place_says_so_and_is_drawn_over_the_map_of_the_glo
         difference = np.asarray(Image.open(out / prediction.overlay)) - np.asarray(expected).astype(int)
         assert np.abs(difference).max() <= 1
         np.testing.assert_allclose(tifffile.imread(out / prediction.map), found.map, rtol=1e-4, atol=1e-4)
-
-
-def test_by_the_papers_scoring_no_part_decides(tiny_detector, out, write_images, tmp_path):
-    detector = dataclasses.replace(tiny_detector, calibrated=None)
-    (path,) = write_images(tmp_path, 1)
-    (prediction,) = predict(detector, [path], out, threshold=-1e9)
-    (found,) = detector.predict(path)
-    assert (prediction.decision, prediction.decided_by, prediction.is_whole) == ("anomalous", None, False)
-    assert prediction.score == pytest.approx(found.score, rel=1e-4, abs=1e-4)
-    assert list(prediction.parts) == ["local", "global"]
-
-
-# ------------------------------------------------------------------------------------------------ what goes wrong
 
 
 def test_unreadable_images_are_reported_and_the_others_are_done(predicted, out, write_images, tmp_path):
@@ -429,16 +284,6 @@ def test_what_was_scored_before_an_interrupt_is_written(tiny_detector, out, writ
     assert [json.loads(line)["error"] for line in lines] == [None] * 4
 
 
-def test_a_picture_that_cannot_be_written_does_not_stop_the_rest(tiny_detector, out, write_images, tmp_path):
-    first, second = write_images(tmp_path / "images", 2)
-    (out / "overlays" / f"{first.stem}.jpg").mkdir(parents=True)
-    (out / "predictions.csv").touch()
-    blocked, fine = predict(tiny_detector, [first, second], out, threshold=1.0)
-    assert "cannot write" in blocked.error
-    assert (blocked.score is not None, blocked.overlay) == (True, None)
-    assert (fine.error, (out / fine.overlay).is_file()) == (None, True)
-
-
 def test_an_error_in_a_thread_is_raised_and_the_others_are_written(
     tiny_detector, out, write_images, tmp_path, monkeypatch
 ):
@@ -460,38 +305,6 @@ def test_an_error_in_a_thread_is_raised_and_the_others_are_written(
     assert [row["error"] for row in found] == [None, failure, None]
 
 
-@pytest.mark.parametrize("where", ["at the end", "for room"])
-def test_an_interrupt_while_overlays_are_waited_for_loses_no_score(
-    tiny_detector, out, write_images, tmp_path, monkeypatch, where
-):
-    paths = write_images(tmp_path / "images", 3)
-    is_written = threading.Event()
-
-    def draw(image, *rest, **options):
-        if (image != np.asarray(Image.open(paths[0]))).any():
-            assert is_written.wait(60)
-        return overlay(image, *rest, **options)
-
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    def write(*arguments):
-        write_results(*arguments)
-        is_written.set()
-
-    write_results = predict_module._write_results
-    monkeypatch.setattr(pictures, "overlay", draw)
-    monkeypatch.setattr(predict_module, "_write_results", write)
-    owner, name = (predict_module, "wait") if where == "at the end" else (workers.Workers, "behind")
-    monkeypatch.setattr(owner, name, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        predict(tiny_detector, paths, out, threshold=1.0)
-    found = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["path"] for row in found] == [*map(str, paths)]
-    assert all(row["score"] is not None for row in found)
-    assert [row["error"] for row in found[1:]] == [predict_module._NOT_DRAWN] * 2
-
-
 @pytest.mark.parametrize("name", ["overlays", "maps"])
 def test_a_folder_of_somebody_else_is_not_filled(tiny_detector, out, write_images, tmp_path, below, name):
     (out / name).mkdir(parents=True)
@@ -501,11 +314,3 @@ def test_a_folder_of_somebody_else_is_not_filled(tiny_detector, out, write_image
         predict(tiny_detector, write_images(tmp_path / "images", 1), out, threshold=None)
     assert mine.read_bytes() == before
     assert below(out) == [name, f"{name}/{mine.name}"]
-
-
-def test_what_cannot_be_written_is_known_before_the_work(tiny_detector, out, write_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict_module, "_predict_batch", lambda *_: pytest.fail("too late"))
-    out.write_text("mine")
-    with pytest.raises(UserError, match=r"cannot write .*results is not a folder"):
-        predict(tiny_detector, write_images(tmp_path / "images", 1), out, threshold=None)
-    assert out.read_text() == "mine"

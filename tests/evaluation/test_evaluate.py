@@ -3,7 +3,6 @@ import csv
 import dataclasses
 import json
 import shutil
-import threading
 
 import numpy as np
 import pytest
@@ -16,8 +15,6 @@ from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
-from dskd_fast.evaluation import evaluate as evaluate_module
-from dskd_fast.evaluation import page
 from dskd_fast.evaluation.evaluate import decide, evaluate
 from dskd_fast.metrics.maps import ScoredMap, score_maps
 
@@ -188,15 +185,6 @@ def test_the_batch_size_does_not_matter_and_without_a_threshold_there_are_no_dec
         assert stages[stage] == [(i, 10) for i in range(1, 11)]
 
 
-# -------------------------------------------------------------------------------------- what cannot be computed
-
-
-def test_without_test_images_there_is_nothing_to_evaluate(tiny_detector, own_data):
-    shutil.rmtree(own_data / "test")
-    with pytest.raises(UserError, match="has no test images"):
-        evaluate(tiny_detector, open_category(own_data, None), threshold=None)
-
-
 def test_bad_masks_leave_their_kind_without_spro_and_hide_nothing_else(tiny_detector, own_data, evaluated):
     bad = [own_data / "ground_truth" / "logical_anomalies" / name / "000.png" for name in ("000", "002")]
     bad[0].write_bytes(bad[0].read_bytes()[:40])
@@ -259,21 +247,6 @@ def test_dead_frames_are_counted_and_scored_like_all_others(tiny_detector, own_d
     assert after["auroc"]["structural"] == pytest.approx(area(good, bad), rel=1e-12)
 
 
-def test_a_plain_folder_of_broken_ones_counts_as_structural(tiny_detector, tmp_path, write_images):
-    write_images(tmp_path / "part" / "train", 2)
-    write_images(tmp_path / "part" / "test" / "good", 3)
-    write_images(tmp_path / "part" / "test" / "broken", 2, seed=5)
-    figures = evaluate(tiny_detector, open_category(tmp_path / "part", None), threshold=None)
-    assert figures["n_images"] == {"good": 3, "structural": 2, "logical": 0}
-    assert figures["auroc"]["structural"] is not None
-    assert figures["auroc"]["mean"] is None
-    assert set(figures["spro"].values()) == {None}
-    assert any("broken" in reason for reason in figures["absent"])
-
-
-# ---------------------------------------------------------------------------------------------- what goes wrong
-
-
 def test_all_unreadable_test_images_are_named_and_nothing_is_written(tiny_detector, own_data, tmp_path):
     bad = [own_data / "test" / "good" / "001.png", own_data / "test" / "logical_anomalies" / "000.png"]
     for path in bad:
@@ -283,24 +256,6 @@ def test_all_unreadable_test_images_are_named_and_nothing_is_written(tiny_detect
         evaluate(tiny_detector, open_category(own_data, None), threshold=None, **places)
     assert sorted(path for path, _ in caught.value.failures) == bad
     assert not any(place.exists() for place in places.values())
-
-
-@pytest.mark.parametrize("module", [evaluate_module, page])
-def test_an_error_leaves_no_thread_that_reads_masks(tiny_run, tiny_detector, category, tmp_path, monkeypatch, module):
-    def fail(images, *_):
-        next(iter(images))
-        raise MemoryError("no room for scores")
-
-    monkeypatch.setattr(module, "score_maps", fail)
-    call = {
-        page: lambda: page.write_report([tiny_run], tmp_path / "page", data_root=category.root, device="cpu"),
-        evaluate_module: lambda: evaluate(tiny_detector, category, threshold=None),
-    }[module]
-    before = {*threading.enumerate()}
-    with pytest.raises(MemoryError, match="no room for scores") as caught:
-        call()
-    assert {*threading.enumerate()} <= before
-    assert caught.tb is not None  # which keeps the generators
 
 
 def test_maps_never_replace_the_data_sets_own_images(tiny_detector, own_data, below):

@@ -4,7 +4,6 @@ import hashlib
 import html.parser
 import io
 import json
-import os
 import re
 import shutil
 
@@ -15,10 +14,9 @@ from scipy.integrate import trapezoid
 
 import dskd_fast.evaluation.page as page_module
 from dskd_fast.cli import main
-from dskd_fast.data.images import ImageError, read_image
+from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
-from dskd_fast.detection.overlay import colours
 from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import evaluate
@@ -58,11 +56,6 @@ def category(data_root, tmp_path_factory):
 def page(tiny_run, category, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "new" / "folder"
     return Page(write_report([tiny_run], out, data_root=category.root, device="cpu").read_text(encoding="utf-8"))
-
-
-@pytest.fixture
-def own_run(tiny_run, tmp_path):
-    return shutil.copytree(tiny_run, tmp_path / "runs" / "own")
 
 
 @pytest.fixture
@@ -137,55 +130,6 @@ def test_the_drawn_curves_have_the_areas_of_the_figures(page):
             assert trapezoid(y, x) / 0.05 == pytest.approx(part["spro"][kind], abs=0.003)
 
 
-@pytest.mark.parametrize("width", [1.0, 0.05])
-def test_what_is_left_out_of_a_curve_would_not_be_seen(width):
-    for n in (2, 100, 20_000):
-        rng = np.random.default_rng(n)
-        x, y = (np.sort(np.append(rng.random(n) ** 3, [0, 1])) for _ in range(2))
-        x *= width
-        drawn = np.array(page_module._points((x, y), width))
-        assert drawn.shape[1] <= min(n + 2, 2 * 2 * 401)
-        assert drawn[:, [0, -1]].T.tolist() == [[0, 0], [width, 1]]
-        assert (np.diff(drawn, axis=1) >= 0).all()
-        # A rising curve leaves a cell at the top or at the right: the drawn line is off by the cell in y, or in x.
-        distances = [np.abs(np.interp(x + shift, *drawn) - y) for shift in (0, width / 400, -width / 400)]
-        assert np.min(distances, axis=0).max() < 1.1 / 400
-
-
-@pytest.mark.parametrize(
-    ("scores", "threshold", "ends", "logarithmic"),
-    [
-        ([1.0, 19.9], None, (1.0, 19.9), False),
-        ([1.0, 20.1], None, (1.0, 20.1), True),
-        ([0.0, 500.0], None, (0.0, 500.0), False),
-        ([1.0, 2.0], 30.0, (1.0, 30.0), True),
-        ([3.0, 3.0], 3.0, (2.5, 3.5), False),
-    ],
-)
-def test_bins_hold_all_scores_on_a_logarithmic_axis_if_these_spread_widely(scores, threshold, ends, logarithmic):
-    histogram = page_module._histogram({"good": np.array(scores), "logical": np.array([])}, threshold)
-    edges = np.array(histogram["edges"])
-    assert histogram["logarithmic"] is logarithmic
-    assert np.ptp(np.diff(np.log(edges) if logarithmic else edges)) < 1e-9
-    assert (edges[0], edges[-1]) == ends
-    assert [sum(histogram["counts"][kind]) for kind in ("good", "logical")] == [2, 0]
-
-
-def test_photographs_are_jpegs_of_limited_size_with_their_own_aspect(page, category, tmp_path):
-    for image, item in zip(page.data["images"], category.test, strict=True):
-        photo = image_in(image["photo"])
-        assert photo.format == "JPEG"
-        assert photo.size == (image["width"], image["height"]) == (120, 96)
-        assert np.abs(np.asarray(photo).astype(int) - read_image(item.path)).mean() < 5
-    noise = np.random.default_rng(0).integers(0, 256, (500, 1000, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "noise.png")
-    found = page_module._photograph(read_image(tmp_path / "noise.png"))
-    assert image_in(found["photo"]).size == (found["width"], found["height"]) == (360, 180)
-    Image.fromarray(noise[:, :500]).save(tmp_path / "noise.png")
-    found = page_module._photograph(read_image(tmp_path / "noise.png"))
-    assert 20_000 < len(found["photo"]) <= 32_000
-
-
 def test_maps_are_grey_from_the_normal_mean_to_full_colour_and_of_limited_size(page, tiny_detector, category):
     images = ImageStore([item.path for item in category.test], 64)
     maps = tiny_detector.find(images.batch(range(len(images)))).maps
@@ -200,14 +144,6 @@ def test_maps_are_grey_from_the_normal_mean_to_full_colour_and_of_limited_size(p
     assert (grey.size, grey.getextrema()) == ((128, 128), (round(0.3 * 255),) * 2)
     noise = np.random.default_rng(0).random((128, 128), np.float32)
     assert 20_000 < len(page_module._map_png(tiny_detector, noise, (0.0, 1.0))) <= 23_000
-
-
-def test_the_colours_are_those_of_the_overlays(page):
-    strength = np.linspace(0, 1, 1001)
-    tables = {name: np.interp(strength, np.linspace(0, 1, len(v)), v) for name, v in page.data["colours"].items()}
-    rgb, opacity = colours(strength)
-    np.testing.assert_allclose(np.stack([tables[name] for name in ("red", "green", "blue")], 1), rgb / 255, atol=2e-4)
-    np.testing.assert_allclose(tables["opacity"], opacity, atol=1e-4)
 
 
 def test_the_policy_lets_the_page_run_its_own_script_and_nothing_else(page):
@@ -242,7 +178,7 @@ def test_runs_of_the_same_images_share_photographs_and_others_have_their_own_wit
     edit(own_run / "config.json", lambda c: c["options"].update(scoring="paper"))
     stages = {}
     found = data_of(third, tiny_run, own_run, progress=lambda stage, *done: stages.update({stage: done}))
-    runs = [(str(third), "third"), (str(tiny_run), "run"), (str(own_run), "own")]
+    runs = [(str(third), "third"), (str(tiny_run), "run"), (str(own_run), "own run")]
     assert [(run["path"], run["name"]) for run in found["runs"]] == runs
     assert [run["parts"] for run in found["runs"]] == [[*PARTS], [*PARTS], []]
     images = found["images"]
@@ -257,32 +193,7 @@ def test_runs_of_the_same_images_share_photographs_and_others_have_their_own_wit
         assert first["scores"]["combined"] != second["scores"]["combined"]
         assert first["maps"] != second["maps"]
     for stage in ("reading images", "computing maps", "scoring combined maps", "scoring global maps", "drawing"):
-        assert [stages[f"{name}: {stage}"] for name in ("third", "run", "own")] == [(3, 3), (10, 10), (10, 10)]
-
-
-def test_names_of_runs_are_as_long_as_tells_them_apart_and_one_that_is_named_twice_counts_once(
-    tiny_run, tmp_path, monkeypatch
-):
-    for folders, names in {
-        "/a/run": "run",
-        "/a/run /b/run /b/other": "a/run b/run other",
-        "/a/x/run /b/x/run": "a/x/run b/x/run",
-        "/run /b/run": "/run b/run",
-    }.items():
-        assert page_module._names([Path(folder) for folder in folders.split()]) == names.split()
-    monkeypatch.chdir(tiny_run.parent)
-    (tmp_path / "link").symlink_to(tiny_run)
-    (source,) = page_module._open([tiny_run, Path("run"), Path("run/../run"), tmp_path / "link"], None)
-    assert (source.name, source.folder) == ("run", tiny_run)
-
-
-def test_without_a_threshold_there_are_no_decisions_unless_one_is_given(own_run, edit, data_of):
-    edit(own_run / "calibration.json", lambda content: content.update(threshold=None))
-    counts = {"good": 4, "structural": 3, "logical": 3}
-    for given, decisions, decision in ((None, None, None), (-1e9, counts, "anomalous")):
-        found = data_of(own_run, threshold=given)
-        assert (found["runs"][0]["threshold"], found["runs"][0]["decisions"]) == (given, decisions)
-        assert {image["runs"][0]["decision"] for image in found["images"]} == {decision}
+        assert [stages[f"{name}: {stage}"] for name in ("third", "run", "own run")] == [(3, 3), (10, 10), (10, 10)]
 
 
 def test_what_cannot_be_computed_is_absent_with_a_reason_and_dead_frames_are_suspect(
@@ -320,26 +231,6 @@ def test_a_run_with_one_student_has_what_there_is(data_root, tiny_arguments, tmp
     for result in (image["runs"][0] for image in found["images"]):
         assert list(result["scores"]) == ["combined", "local", "patches", "teacher-means"]
         assert list(result["maps"]) == ["combined", "local"]
-
-
-def test_what_cannot_be_read_or_written_is_known_before_any_scoring(
-    tiny_run, own_data, own_run, edit, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(page_module, "load_run", lambda *_: pytest.fail("began to score"))
-    shutil.rmtree(own_data / "test")
-    edit(own_run / "config.json", lambda config: config.update(data_root=str(own_data)))
-    (tmp_path / "file").write_text("")
-    for run, out, message in (
-        (own_run, "out", "runs/own, has no test images: a report needs a folder test"),
-        (tiny_run, "file", "is not a folder"),
-        (tiny_run, "file/below", "is not a folder"),
-    ):
-        with pytest.raises(UserError, match=message):
-            write_report([tiny_run, run], tmp_path / out)
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match="choose a writable place"):
-        write_report([tiny_run], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_older_page_stays_if_an_image_is_damaged_or_the_disk_full(tiny_run, own_data, tmp_path, monkeypatch, below):

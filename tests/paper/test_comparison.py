@@ -3,7 +3,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from dskd_fast.choices import EXPERIMENTS
 from dskd_fast.paper.comparison import Results, notes_on, tables_of
 from dskd_fast.paper.plan import Part, Plan, contestants_of
 from dskd_fast.paper.published import read_paper
@@ -64,19 +63,6 @@ def test_the_papers_rows_stand_above_ours():
     assert texts(details, "mean") == ["0.750", "0.350", "0.550", "0.700", "0.300", "0.500"]
 
 
-@pytest.mark.parametrize("experiment", ["loco", "mvtec-ad"])
-def test_calibrated_scores_of_the_same_networks_have_a_row_and_a_table_of_their_own_that_says_whose_they_are(
-    experiment,
-):
-    found = results(experiment, [part("x", is_papers=False)], {(0, "x"): metrics(0.6, 0.4)})
-    tables = tables_of(found)
-    label = "DSKD, calibrated scores (ours, not the paper's)"
-    assert [row.label for row in tables[0].rows][-2:] == ["DSKD, here", f"{label}, here"]
-    assert [table.title for table in tables[-2:]] == ["DSKD here, by category", f"{label} here, by category"]
-    assert texts(tables[-2], "x") == ["0.650", "0.450", "0.550", "0.600", "0.400", "0.500"]
-    assert texts(tables[-1], "x") == ["0.700", "0.500", "0.600", "0.600", "0.400", "0.500"]
-
-
 def test_the_spread_of_a_mean_is_that_of_the_seeds_means_and_a_seed_that_failed_is_left_out_and_counted():
     found = on_loco(seeds=2)
     spro = tables_of(found)[0]
@@ -134,38 +120,6 @@ def test_ablations_have_both_beside_each_other_and_the_misprint_marked():
     assert texts(areas, "local Pi + global CA") == ["0.650", "0.450", "0.550"]
 
 
-@pytest.mark.parametrize(
-    ("experiment", "label", "printed"),
-    [
-        ("ablation-gccb", "g = 768", ["-", "-", "0.721"]),
-        ("ablation-temperature", "T = 1", ["0.754", "0.707", "0.730"]),
-        ("ablation-temperature", "T = 2", ["-", "-", "-"]),
-        ("ablation-losses", "local flat Pi + global CA", ["-", "-", "-"]),
-        ("ablation-losses", "local Pi + global CA", ["0.754", "0.707", "0.730"]),
-    ],
-)
-def test_nothing_stands_where_the_paper_prints_nothing(experiment, label, printed):
-    found = results(experiment, [part("x", is_papers=False)], {(0, "x"): metrics(0.6, 0.4)})
-    assert texts(tables_of(found)[0], label) == [*printed, "0.600", "0.400", "0.500"]
-    if experiment == "ablation-temperature":
-        assert any("figure 6 only, without numbers" in note for note in notes_on(found, []))
-
-
-def test_other_data_has_no_printed_figures_and_the_notes_say_so():
-    unused = [{"files": "formats that are not read", "n_files": 1, "first": ["test/bad/a.gif"]}]
-    parts = [part("screw_bag", is_synthetic=True, is_papers=False), part("board", is_papers=False, unused=unused)]
-    found = results("loco", parts, {(0, p.name): metrics(0.6, 0.4) for p in parts})
-    spro = tables_of(found)[0]
-    assert list(spro.columns) == ["screw_bag (synthetic)", "board", "mean"]
-    assert texts(spro, "DSKD") == ["-", "-", "0.730"]
-    notes = " ".join(notes_on(found, []))
-    assert "MVTec LOCO AD was NOT run" in notes
-    assert "screw_bag (drawn by dskd-fast; 12 training and 4 validation images" in notes
-    assert "test images: 4 good, 3 structural, 3 logical" in notes
-    assert "over the 5 categories of MVTec LOCO AD, ours over the 2 here" in notes
-    assert "board: not used: 1 image file (formats that are not read): test/bad/a.gif." in notes
-
-
 def test_the_notes_tell_the_papers_categories_and_every_difference_of_the_recipe():
     notes = " ".join(notes_on(on_loco(), []))
     assert "Taken for categories of MVTec LOCO AD by their names" in notes
@@ -183,16 +137,3 @@ def test_the_notes_tell_the_papers_categories_and_every_difference_of_the_recipe
     papers = "which has teacher wide_resnet50_2, image size 256, epochs 200, lr 0.005, averaging 0.0, precision fp32."
     assert papers in notes
     assert "batch size" not in notes
-
-
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_has_tables_even_if_everything_failed(experiment):
-    found = results(experiment, [part("x", failed=True)], {})
-    for table in tables_of(found):
-        assert all(len(row.cells) == len(table.columns) for row in table.rows)
-        for row in table.rows:
-            ours = [
-                c for c, name in zip(row.cells, table.columns, strict=True) if "here" in (row.source, name.split()[0])
-            ]
-            assert {str(cell) for cell in ours} <= {"-"}
-    assert "Failed: x: why" in notes_on(found, ["x: why"])

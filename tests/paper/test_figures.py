@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dskd_fast.paper.figures import draw_examples, plot_temperatures, stack
+from dskd_fast.paper.figures import draw_examples, plot_temperatures
 from dskd_fast.paper.tables import Cell
 
 
@@ -21,20 +21,6 @@ def test_photograph_local_global_and_combined_stand_side_by_side(size):
     assert shown[2] == 0
     assert shown[0] == shown[1] == shown[3] == hot.sum() > 1000
     assert hot[:, 2 * columns : 3 * columns].sum() == hot.sum()
-
-
-def test_rows_and_sheets_stand_below_each_other():
-    one = draw_examples("t", [("good: x", example((64, 64), 0.0))], low=0.0, high=10.0)
-    three = draw_examples("t", [(kind, example((64, 64), 0.0)) for kind in "abc"], low=0.0, high=10.0)
-    assert three.height >= one.height + 2 * 64
-    assert three.width == one.width
-    stacked = stack([one, three])
-    assert stacked.size == (one.width, one.height + three.height)
-    np.testing.assert_array_equal(np.asarray(stacked)[one.height :], np.asarray(three))
-    # A long title loses nothing.
-    long = draw_examples("word " * 100, [("good: x", example((64, 64), 0.0))], low=0.0, high=10.0)
-    assert long.width == one.width
-    assert long.height > one.height + 50
 
 
 def test_the_plot_has_a_panel_for_each_measure_that_there_is(tmp_path):

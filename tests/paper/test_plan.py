@@ -3,7 +3,7 @@ import pytest
 from dskd_fast.choices import EXPERIMENTS
 from dskd_fast.data.layout import MVTEC_AD_CATEGORIES
 from dskd_fast.errors import UserError
-from dskd_fast.paper.plan import TEMPERATURES, Pair, Student, contestants_of, make_plan, papers_categories
+from dskd_fast.paper.plan import contestants_of, make_plan, papers_categories
 from dskd_fast.paper.published import read_paper
 from dskd_fast.runs.options import TrainingOptions
 
@@ -23,16 +23,6 @@ def losses_of(contestant):
         None if contestant.of == "global" else local.local_loss,
         None if contestant.of == "local" else global_.global_loss,
     )
-
-
-def test_a_data_set_needs_the_papers_method_alone_scored_in_two_ways():
-    for experiment in ("loco", "mvtec-ad"):
-        contestants = contestants_of(experiment, RECIPE, PAPER)
-        assert [(contestant.pair, contestant.of) for contestant in contestants] == [
-            (Pair(), "combined"),
-            (Pair(), "calibrated"),
-        ]
-        assert [student.options(RECIPE) for student in Pair()] == [RECIPE, RECIPE]
 
 
 def test_the_students_are_those_that_the_paper_prints():
@@ -55,37 +45,6 @@ def test_the_losses_are_each_alone_and_in_pairs():
     assert len({student.run for row in rows.values() for student in row.pair}) == 5
     # A student alone is evaluated with a pair that is there anyway.
     assert {row.pair for row in rows.values()} == {row.pair for row in rows.values() if row.of == "combined"}
-
-
-def test_condensing_blocks_are_the_papers_or_in_proportion_for_another_teacher():
-    rows = by_label("ablation-gccb")
-    assert list(rows) == ["w/o GCCB", "g = 512", "g = 768", "g = 1024", "g = 1280", "g = 2048"]
-    assert [row.pair.global_.options(RECIPE).gccb for row in rows.values()] == [0, 512, 768, None, 1280, 2048]
-    assert {row.pair.local for row in rows.values()} == {Student("local")}
-    assert [row.printed["g"] for row in rows.values()] == [0, 512, 768, 1024, 1280, 2048]
-    recipe = TrainingOptions("lite")
-    rows = by_label("ablation-gccb", recipe)
-    # Its embedding has 2 x 672 channels.
-    assert list(rows) == ["w/o GCCB", *(f"g = {g} (here {g * 1344 // 2048})" for g in (512, 768, 1024, 1280, 2048))]
-    assert [row.pair.global_.options(recipe).gccb for row in rows.values()] == [0, 336, 504, None, 840, 1344]
-
-
-def test_temperatures_change_the_global_student_alone():
-    rows = by_label("ablation-temperature")
-    assert [row.pair.global_.options(RECIPE).temperature for row in rows.values()] == list(TEMPERATURES)
-    assert rows["T = 1"].pair == Pair()
-    assert {row.pair.local for row in rows.values()} == {Student("local")}
-    assert [label for label, row in rows.items() if row.printed] == ["T = 1"]
-    assert min(TEMPERATURES) < 1 < max(TEMPERATURES)
-
-
-def test_no_two_trainings_have_the_same_folder():
-    students = {student for name in EXPERIMENTS for row in contestants_of(name, RECIPE, PAPER) for student in row.pair}
-    trainings = {student.options(RECIPE): student.run for student in students}
-    assert len(set(trainings.values())) == len(trainings) == 1 + 4 + 5 + len(TEMPERATURES) - 1
-    for options, name in trainings.items():
-        assert options.students == ("both" if name == "dskd" else name.split("-")[0])
-        assert "/" not in name
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -21,10 +21,6 @@ def test_the_fast_recipe_is_as_many_epochs_as_its_steps_need(n_images, given):
     assert (options.epochs - 1) * steps_per_epoch < FAST_STEPS <= options.epochs * steps_per_epoch
 
 
-def test_without_images_there_is_a_recipe_so_that_their_absence_can_be_told():
-    assert TrainingOptions(**recipe_options("fast", 0, {})).epochs >= 1
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_is_given_besides_wins(recipe):
     given = {"epochs": 3, "batch_size": 5, "lr": 0.1, "schedule": "constant", "warmup": 0.5, "averaging": 0.0}

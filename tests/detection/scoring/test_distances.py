@@ -99,18 +99,6 @@ def test_added_images_are_measured_from_the_training_images_and_the_others_among
     assert part(new).max() < 1e-5
 
 
-def test_where_images_are_added_again_and_again_some_of_those_before_stand_for_all(monkeypatch):
-    monkeypatch.setattr(distances_module, "MAX_REFERENCES", 10)
-    part = fitted(NearestNeighbour, vectors(25))
-    for seed in range(1, 5):
-        added = vectors(7, seed=seed)
-        part.add(added)
-        assert len(part.references) == 10 + 7
-        assert part(added).max() < 1e-5
-    # First and last of those before are kept, and so are some of each time.
-    assert part(torch.cat([vectors(25)[:1], vectors(7, seed=3)[-1:]])).max() < 1e-5
-
-
 @pytest.mark.parametrize("n", [2, 9])
 def test_added_images_are_measured_from_the_mean_of_the_others_in_the_covariance_of_the_training_images(n):
     training, new = vectors(20), vectors(n, seed=1) + 3

@@ -54,18 +54,6 @@ def test_distances_are_those_from_the_nearest_patch_that_is_kept(monkeypatch):
     assert_are_distances(part.distances(new), new, part.bank)
 
 
-def test_kept_patches_are_different_ones_of_the_sample(monkeypatch):
-    monkeypatch.setattr(patches_module, "N_KEPT", 20)
-    training = patches(5)
-    kept = {tuple(patch) for patch in fitted(training).bank.tolist()}
-    assert len(kept) == 20
-    assert kept <= {tuple(patch) for patch in training.flatten(0, 2).tolist()}
-
-
-def test_copies_are_kept_once():
-    assert len(fitted(*[patches(1)] * 3).bank) == SIDE**2
-
-
 def test_kept_patches_cover_the_sample_better_than_random_ones(monkeypatch):
     monkeypatch.setattr(patches_module, "N_KEPT", 30)
     generator = np.random.default_rng(0)
@@ -89,14 +77,6 @@ def test_each_training_image_is_compared_with_the_others_alone(batch_size):
         assert_are_distances(one, training[i], others)
 
 
-def test_a_training_image_alone_is_compared_with_itself():
-    alone = patches(1)
-    assert_are_distances(fitted(alone).distances(alone, 0), alone, alone)
-
-
-# ------------------------------------------------------------------------------------------------ the sample
-
-
 def numbered(n, first=0, side=SIDE):
     """Patches (n, side, side, 3) that say which image, row and column they are of."""
     places = torch.meshgrid(torch.arange(first, first + n), torch.arange(side), torch.arange(side), indexing="ij")
@@ -113,14 +93,6 @@ def test_of_any_number_of_images_no_more_patches_are_held(monkeypatch, batch_siz
     # Not only those of some images are kept, and not much fewer than there may be.
     assert len(sample.patches()) > 25
     assert len(sample.images().unique()) > 20
-
-
-def test_patches_of_every_place_are_held(monkeypatch):
-    """As many columns as a power of two would be told from each other by a step through all patches."""
-    monkeypatch.setattr(patches_module, "MAX_PATCHES", 1000)
-    sample = sample_of(*(numbered(5, first, side=16) for first in range(0, 100, 5)))
-    for axis in (1, 2):
-        assert len(sample.patches()[:, axis].unique()) == 16
 
 
 def test_batches_do_not_matter_to_the_sample(monkeypatch):
