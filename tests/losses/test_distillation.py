@@ -49,17 +49,6 @@ def test_a_single_tensor_is_a_single_level(name, reduction):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_are_accepted_like_maps(name):
-    student, teacher = levels(1), levels(2)
-    if name == "flattened":  # the one form that sees the order of the elements alone
-        student, teacher = [[x.flatten(2) for x in y] for y in (student, teacher)]
-        torch.testing.assert_close(make(name)(student, teacher), make(name)(levels(1), levels(2)))
-        return
-    as_rows = [[x.flatten(2).mT for x in y] for y in (student, teacher)]
-    torch.testing.assert_close(make(name)(*as_rows), make(name)(student, teacher))
-
-
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_images_and_positions_are_reduced_and_levels_added(name, reduction):
     teacher = levels(2)
@@ -81,16 +70,6 @@ def test_images_and_positions_are_reduced_and_levels_added(name, reduction):
     expected.backward()
     for a, b in zip(leaves, double_leaves, strict=True):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_loss_where_student_is_teacher(name):
-    teacher = levels(2)
-    student = [x.clone().requires_grad_() for x in teacher]
-    loss = make(name)(student, teacher)
-    loss.backward()
-    assert loss.item() == 0
-    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in student)
 
 
 def test_flattening_weighs_positions_by_their_magnitude():
@@ -117,15 +96,6 @@ def test_a_tensor_as_temperature_is_kept_as_it_is():
         ContextualAffinityLoss(torch.nn.Parameter(temperature))
 
 
-def test_temperature_and_precision_are_passed_on():
-    student, teacher = levels(1)[0], levels(2)[0]
-    assert ContextualAffinityLoss(0.1)(student, teacher) != ContextualAffinityLoss(1.0)(student, teacher)
-    rounded = ContextualAffinityLoss(precision="bf16")(student, teacher)
-    exact = ContextualAffinityLoss(precision="fp32")(student, teacher)
-    assert rounded != exact
-    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_backend_is_passed_on(monkeypatch, name):
     asked = []
@@ -140,21 +110,6 @@ def test_the_backend_is_passed_on(monkeypatch, name):
         make(name, backend=backend)(levels(1), levels(2))
         assert set(asked) == {backend}
         asked.clear()
-
-
-def test_defaults_are_the_papers():
-    assert repr(ContextualAffinityLoss()) == (
-        "ContextualAffinityLoss(temperature=1.0, reduction='mean', precision=None, backend='auto')"
-    )
-    assert repr(CosineDistanceLoss()) == "CosineDistanceLoss(reduction='mean', flatten=False, backend='auto')"
-
-
-@pytest.mark.parametrize("reduction", ["batchmean", "Mean", "", None])
-@pytest.mark.parametrize("kind", [ContextualAffinityLoss, CosineDistanceLoss])
-def test_unknown_reductions(kind, reduction):
-    with pytest.raises(ValueError, match="use one of 'none', 'mean', 'sum'") as raised:
-        kind(reduction=reduction)
-    assert f"reduction={reduction!r}" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -174,12 +129,16 @@ def test_levels_that_do_not_match(name):
         loss(student, [teacher[0], teacher[1].requires_grad_()])
 
 
-def test_arguments_are_checked_when_called():
-    student, teacher = levels(1), levels(2)
-    with pytest.raises(ValueError, match="temperature=0 "):
-        ContextualAffinityLoss(0)(student, teacher)
-    with pytest.raises(ValueError, match="precision='half' "):
-        ContextualAffinityLoss(precision="half")(student, teacher)
-    for kind in (ContextualAffinityLoss, CosineDistanceLoss):
-        with pytest.raises(ValueError, match="backend='gpu' "):
-            kind(backend="gpu")(student, teacher)
+def test_defaults_are_the_papers():
+    assert repr(ContextualAffinityLoss()) == (
+        "ContextualAffinityLoss(temperature=1.0, reduction='mean', precision=None, backend='auto')"
+    )
+    assert repr(CosineDistanceLoss()) == "CosineDistanceLoss(reduction='mean', flatten=False, backend='auto')"
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "Mean", "", None])
+@pytest.mark.parametrize("kind", [ContextualAffinityLoss, CosineDistanceLoss])
+def test_unknown_reductions(kind, reduction):
+    with pytest.raises(ValueError, match="use one of 'none', 'mean', 'sum'") as raised:
+        kind(reduction=reduction)
+    assert f"reduction={reduction!r}" in str(raised.value)

@@ -12,7 +12,7 @@ from torch.nn import functional as nnf
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 from dskd_fast.models.initialisation import WithoutRandomWeights
-from dskd_fast.models.teacher import LITE, Level, Teacher, WeightsUnavailable, _three_levels, read_state
+from dskd_fast.models.teacher import LITE, Teacher, WeightsUnavailable, read_state
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
@@ -40,23 +40,6 @@ def on_meta(name):
         return Teacher(name)
 
 
-@pytest.fixture
-def without_random_weights():
-    with WithoutRandomWeights():
-        yield
-
-
-# Backbones
-
-
-def test_the_papers_teacher():
-    teacher = on_meta("wide_resnet50_2")
-    assert teacher.levels == [Level(256, 128, 4), Level(512, 256, 8), Level(1024, 512, 16)]
-    assert teacher.rectified
-    assert teacher.is_bottleneck_resnet
-    assert Teacher.__init__.__defaults__ == ("wide_resnet50_2",)
-
-
 @pytest.mark.parametrize(
     ("name", "channels", "rectified"),
     [
@@ -76,11 +59,6 @@ def test_features_of_many_kinds_of_backbone(name, channels, rectified):
         assert [tuple(f.shape) for f in features] == expected
 
 
-def test_levels_are_the_last_maps_of_the_preferred_strides_or_the_finest():
-    for strides, positions in (([2, 4, 4, 8, 16, 16, 32], [2, 3, 5]), ([2, 8, 16, 32, 64], [1, 2, 3]), ([4, 16], None)):
-        assert _three_levels(strides) == positions
-
-
 def test_channels_last_features_are_permuted_not_reshaped():
     teacher = Teacher("swin_tiny_patch4_window7_224")
     images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -97,14 +75,6 @@ def test_backbones_without_a_hierarchy(name):
         on_meta(name)
 
 
-@pytest.mark.parametrize("name", ["", "hf-hub:timm/resnet18.a1_in1k", "wide_resnet50_2.bogus", "wide_resnet"])
-def test_models_that_do_not_exist(name):
-    suggestions = "similar: .*resnet.*pass the name of a timm model, or 'lite'" if name == "wide_resnet" else ""
-    with pytest.raises(UserError, match=f"timm.*{suggestions}") as raised:
-        on_meta(name)
-    assert repr(name) in str(raised.value)
-
-
 def test_a_teacher_is_frozen(images):
     teacher = randomised(Teacher("test_resnet"))
     state = {k: v.clone() for k, v in teacher.state_dict().items()}
@@ -115,9 +85,6 @@ def test_a_teacher_is_frozen(images):
     assert not any(f.requires_grad for f in features)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(v, state[k]) for k, v in teacher.state_dict().items())
-
-
-# Weights from a file
 
 
 STATE = {"conv1.weight": torch.arange(6.0).view(2, 3), "bn1.num_batches_tracked": torch.tensor(3)}
@@ -159,22 +126,6 @@ def test_torchvisions_weights_are_the_teachers_and_stage_4_starts_the_global_bra
     assert embed.state_dict().keys() == stage4.keys()
     assert all(torch.equal(v, stage4[k]) for k, v in embed.state_dict().items())
     assert all(p.requires_grad for p in embed.parameters())
-
-
-def test_a_stage_4_of_another_kind_starts_at_random_and_none_must_be_asked_for(tmp_path, without_random_weights):
-    network = timm.create_model("resnet26", pretrained=False)  # two blocks where the global branch has three
-    state = {name: torch.full_like(value, 3) for name, value in network.state_dict().items()}
-    file = tmp_path / "resnet26.safetensors"
-    safetensors.torch.save_file(state, file)
-    model = DSKD("resnet26", image_size=64, gccb=8, teacher_weights=file)
-    assert len(model.global_bottleneck.embed) == 3
-    assert not (model.global_bottleneck.embed[0].conv1.weight == 3).all()
-    assert (model.teacher.net.layer3[0].conv1.weight == 3).all()
-    safetensors.torch.save_file({k: v for k, v in state.items() if not k.startswith("layer4")}, file)
-    with pytest.raises(UserError, match=r"no stage 4 of the teacher resnet26.*--stage4-init random"):
-        DSKD("resnet26", image_size=64, gccb=8, teacher_weights=file)
-    DSKD("resnet26", image_size=64, gccb=8, teacher_weights=file, stage4_init="random")
-    file.unlink()
 
 
 @pytest.mark.parametrize(
@@ -227,16 +178,6 @@ def test_files_that_are_not_weights(tmp_path, suffix):
         read_state(tmp_path / f"none.{suffix}")
 
 
-def test_files_that_hold_something_else(tmp_path):
-    for content in ([1, 2], torch.zeros(3), {"a": 1}, {"state_dict": {"a": "b"}}, None):
-        torch.save(content, tmp_path / "weights.pt")
-        with pytest.raises(WeightsUnavailable, match=r"weights.pt does not hold a state dict"):
-            read_state(tmp_path / "weights.pt")
-
-
-# Weights from elsewhere
-
-
 @pytest.fixture
 def downloads(monkeypatch):
     """Stands in for timm's download: answers with the network or error put into it, and lists what was asked for."""
@@ -267,20 +208,12 @@ def test_downloaded_weights(downloads, images):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("error", [OSError("no route to host\nsecond line"), RuntimeError("")])
-def test_a_failed_download_names_both_ways_out_and_the_papers_weights_are_torchvisions_first(downloads, error):
+def test_a_failed_download_names_both_ways_out_and_the_papers_weights_are_torchvisions_first(downloads):
     answers, asked = downloads
-    answers.append(error)
-    with pytest.raises(WeightsUnavailable) as raised:
+    answers.append(OSError("no route to host\nsecond line"))
+    with pytest.raises(WeightsUnavailable, match=r"no route to host[^\n]*--teacher-weights[^\n]*--teacher lite"):
         on_meta("wide_resnet50_2").load_weights()
-    reason = str(error).split("\n")[0] or "RuntimeError"
-    for part in ("wide_resnet50_2", reason, "--teacher-weights", "--teacher lite"):
-        assert part in str(raised.value)
-    assert "\n" not in str(raised.value)
     assert asked == ["wide_resnet50_2.tv_in1k"]  # timm's default under the bare name is another training
-
-
-# The teacher that needs no download
 
 
 @torch.no_grad()
@@ -338,24 +271,6 @@ def test_lite_is_efficientnet_lite0(lite, lite_state, images):
         assert want.std() > 0.1  # features of trained weights, neither constant nor saturated
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         assert 0 <= got.min() <= got.max() <= 6
-
-
-def test_lite_takes_a_file_in_timms_names(tmp_path, lite, images):
-    state = lite.load_weights()
-    timm.create_model("tf_efficientnet_lite0").load_state_dict(state)  # that of the whole network
-    torch.save(state, tmp_path / "lite.pt")
-    teacher = Teacher(LITE)
-    teacher.load_weights(tmp_path / "lite.pt")
-    for a, b in zip(teacher(images), lite(images), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_lite_refuses_another_efficientnet(tmp_path, lite_state):
-    for other in (dict(list(lite_state.items())[:-40]), {"_conv_stem.weight": torch.zeros(40, 3, 3, 3)} | lite_state):
-        state = {k: v for k, v in other.items() if k != "_blocks.5._expand_conv.weight"}
-        torch.save(state, tmp_path / "other.pt")
-        with pytest.raises(WeightsUnavailable, match=r"other.pt does not fit the teacher lite"):
-            Teacher(LITE).load_weights(tmp_path / "other.pt")
 
 
 def test_lite_without_its_package(monkeypatch):
