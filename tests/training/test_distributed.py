@@ -20,7 +20,7 @@ from dskd_fast.files import load_tensors
 from dskd_fast.models import DSKD
 from dskd_fast.runs.folder import load_run
 from dskd_fast.training import distributed
-from dskd_fast.training.distributed import ALONE, Group, launched_as
+from dskd_fast.training.distributed import ALONE, Group
 from dskd_fast.training.trainer import Trainer
 
 
@@ -86,6 +86,7 @@ def test_gradients_and_batch_norm_are_those_of_one_process(in_two, tmp_path, tin
         assert (one[name] - two[name]).norm() <= 1e-9 * one[name].norm(), name
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(in_two, train, tmp_path, cli, below):
     recipe = ["--epochs", "2", "--lr", "0.0001", "--batch-size", "5"]
     codes, (first, second) = in_two(lambda: main(train(tmp_path / "two", *recipe)))
@@ -104,7 +105,7 @@ def test_two_processes_train_what_one_trains(in_two, train, tmp_path, cli, below
     assert load_run(tmp_path / "two", "cpu")[0].calibration.threshold.n_images == 4
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_signal_to_one_stops_both_and_a_dead_one_leaves_no_other_behind(
     in_two, train, tmp_path, cli, monkeypatch, killed
 ):
@@ -129,14 +130,6 @@ def test_a_signal_to_one_stops_both_and_a_dead_one_leaves_no_other_behind(
     # One process goes on where two stopped.
     assert cli("train", "--resume", tmp_path / "run", "--epochs", 2).code == 0
     assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == 2
-
-
-def test_an_error_of_all_is_one_message(in_two, train, tmp_path):
-    codes, (first, second) = in_two(lambda: main(train(tmp_path / "run", "--batch-size", "11")))
-    assert codes == [2, 1]
-    assert "12 training images in batches of 11 leave a last batch of 1 for 2 processes" in first.splitlines()[-1]
-    assert second == ""
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -167,25 +160,13 @@ def all_categories(data_root, tiny_arguments, tmp_path):
     return ["train", "--data-root", str(tmp_path / "data"), "--all-categories", *tiny_arguments, "--out"]
 
 
-def test_all_categories_are_trained_but_the_bad_one_alone_and_shared_out(
-    in_two, all_categories, data_root, tmp_path, cli, cli_error, below
-):
-    """What is wrong with one ends neither its own process nor, through torchrun, the other's."""
-    codes, (first, second) = in_two(lambda: main([*all_categories, str(tmp_path / "shared")]))
-    assert codes == [2, 2]
-    assert "a: trained on 12 images" in first
-    assert "c: trained on 12 images" in first
-    assert (first + second).count("dskd-fast: ") == second.count("dskd-fast: bad: ") == 1
+def test_all_categories_are_trained_but_the_bad_one_alone(all_categories, data_root, tmp_path, cli, cli_error):
     command = [*all_categories, tmp_path / "alone"]
     code, out, err = cli(*command)
     assert code == 2
     assert err.startswith("dskd-fast: bad: ")
     assert err.count("\n") == 1
     assert "c: trained on 12 images" in out
-    assert below(tmp_path / "shared") == below(tmp_path / "alone")
-    for name in ("a", "c"):
-        shared, alone = ((tmp_path / run / name / "weights.safetensors").read_bytes() for run in ("shared", "alone"))
-        assert shared == alone
     # Called again, it goes on where it was.
     shutil.copy(data_root / "screw_bag" / "train" / "good" / "000.png", tmp_path / "data" / "bad" / "train" / "good")
     code, out, err = cli(*command)
@@ -196,19 +177,22 @@ def test_all_categories_are_trained_but_the_bad_one_alone_and_shared_out(
     assert "name the folder above it" in cli_error("train", "--data-root", tmp_path / "data" / "a", *command[3:])
 
 
+@pytest.mark.slow
+def test_categories_are_shared_out(in_two, all_categories, tmp_path):
+    """What is wrong with one ends neither its own process nor, through torchrun, the other's."""
+    codes, (first, second) = in_two(lambda: main([*all_categories, str(tmp_path / "shared")]))
+    assert codes == [2, 2]
+    assert "a: trained on 12 images" in first
+    assert "c: trained on 12 images" in first
+    assert (first + second).count("dskd-fast: ") == second.count("dskd-fast: bad: ") == 1
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("n", [5, 7, 16])
 def test_a_batch_is_shared_whole_and_nearly_equally(n, size):
     parts = [list(range(n))[Group(rank, size).share(n)] for rank in range(size)]
     assert [i for part in parts for i in part] == list(range(n))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_without_torchrun_a_process_is_alone(monkeypatch):
-    monkeypatch.setenv("RANK", "3")  # of some other launcher
-    assert launched_as() == (0, 1)
-    assert ALONE.of_first("mine") == "mine"
-    assert ALONE.agree(lambda: 5) == 5
 
 
 def test_each_process_trains_on_its_share_of_a_batch_with_the_weight_of_it(data_root, tiny_options, monkeypatch):
