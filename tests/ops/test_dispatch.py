@@ -62,16 +62,6 @@ def backends(monkeypatch):
     return refusals
 
 
-# The table
-
-
-@pytest.mark.parametrize("names", [*AUTOMATIC.values(), AUTOMATIC_ELSEWHERE])
-def test_every_device_ends_with_the_backend_that_serves_everything(names):
-    assert names[-1] == "torch"
-    assert set(names) <= set(BACKENDS)
-    assert len(set(names)) == len(names)
-
-
 @pytest.mark.parametrize("device", ["cuda", "cpu", "mps", "meta"])
 def test_the_first_of_the_devices_backends_is_chosen(backends, device):
     x = of(torch.float32, device)
@@ -102,21 +92,6 @@ def test_a_backend_that_cannot_be_imported_is_passed_over_with_the_reason(backen
     assert choose("auto", x, x, "bf16") == (AUTOMATIC["cuda"][1], {"triton": reason})
 
 
-def test_a_refusal_sees_the_call(monkeypatch):
-    calls = []
-    module = SimpleNamespace(refusal=lambda *call: calls.append(call))
-    monkeypatch.setattr(dispatch, "load", lambda name: module)
-    student, teacher = of(torch.float32), of(torch.bfloat16)
-    for backend in ("auto", "torch"):
-        for precision in ("fp16", None):
-            choose(backend, student, teacher, precision)
-            seen_student, seen_teacher, seen_precision = calls.pop()
-            assert seen_student is student
-            assert seen_teacher is teacher
-            assert seen_precision == precision
-    assert calls == []
-
-
 @needs_triton
 @without_gpu
 @pytest.mark.usefixtures("interpreter")
@@ -128,31 +103,11 @@ def test_a_cpu_never_takes_the_interpreter_by_itself():
     assert "triton" not in choice.passed_over
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_backend_is_loaded_or_says_why_not(backend):
-    x = of(torch.float32, "meta")
-    try:
-        module, missing = dispatch.load(backend), None
-    except ImportError as error:
-        module, missing = None, str(error)
-    assert refusal(backend, x, x, None) == (missing or module.refusal(x, x, None))
-    assert missing != ""
-    assert backend != "torch" or missing is None
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "meta"])
 def test_the_torch_backend_refuses_nothing(device):
     for dtype, precision in itertools.product(FLOATS, (*PRECISIONS, None)):
         x = of(dtype, device, (1 << 10, 1 << 10, 1 << 10, 1 << 10))
         assert refusal("torch", x, x, precision) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_takes_triton():
-    x = torch.ones(1, 2, 3, 4, device="cuda")
-    for precision in (*PRECISIONS, None):
-        assert choose("auto", x, x, precision) == ("triton", {})
 
 
 def test_what_the_cuda_backend_refuses(monkeypatch):
@@ -190,9 +145,6 @@ def test_what_the_cuda_backend_refuses(monkeypatch):
     assert refusal("cuda", x, x, None) == "it runs on NVIDIA's GPUs"
 
 
-# A backend by its name
-
-
 @pytest.mark.parametrize("error", [ImportError, str])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_that_is_named_is_used_or_is_an_error_never_another_backend(backends, monkeypatch, backend, error):
@@ -222,32 +174,12 @@ def test_an_unknown_backend_is_an_error(backend):
         assert all(repr(name) in str(raised.value) for name in BACKENDS)
 
 
-# The environment variable
-
-
 def test_the_argument_overrides_the_variable(backends, monkeypatch):
     x = of(torch.float32)
     monkeypatch.setenv(BACKEND_VARIABLE, BACKENDS[0])
     backends[BACKENDS[0]] = "it has no time"
     for named in BACKENDS[1:]:
         assert choose(named, x, x, "fp32") == (named, {})
-
-
-def test_an_empty_variable_is_none(backends, monkeypatch):
-    x = of(torch.float32, "cuda")
-    monkeypatch.setenv(BACKEND_VARIABLE, "")
-    assert choose("auto", x, x, "fp32") == (AUTOMATIC["cuda"][0], {})
-
-
-@pytest.mark.parametrize("value", ["Torch", "torch ", "nonsense"])
-def test_an_unknown_value_of_the_variable_is_an_error_that_names_it(monkeypatch, value):
-    x = of(torch.float32)
-    monkeypatch.setenv(BACKEND_VARIABLE, value)
-    accepted = ", ".join(BACKENDS)
-    with pytest.raises(
-        BackendError, match=f"^{BACKEND_VARIABLE}={value} is not known: use one of {accepted}, or unset"
-    ):
-        choose("auto", x, x, "fp32")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -259,9 +191,6 @@ def test_the_variable_and_the_argument_reach_the_operators(monkeypatch, function
     with pytest.raises(BackendError, match=f"{BACKEND_VARIABLE}=triton cannot serve this call"):
         function(x, x)
     assert torch.equal(function(x, x, backend="torch"), torch.zeros(1, 3, 4, dtype=torch.float64))
-
-
-# What is imported, and when
 
 
 def run_python(code, **environment):
@@ -336,9 +265,6 @@ def test_importing_the_kernels_launches_nothing_and_a_cpu_has_the_interpreter_al
     assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
 
 
-# Precisions
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_forced_precision_holds_whatever_the_inputs(precision):
     for dtype in FLOATS:
@@ -383,12 +309,6 @@ def test_autocast_counts_before_the_inputs_but_not_before_float64(dtype, expecte
             assert resolve_precision(None, of(torch.float32), of(torch.float32)) == AMBIENT
 
 
-def test_autocast_of_another_device_does_not_count():
-    x = of(torch.float32, "meta")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert resolve_precision(None, x, x) == AMBIENT
-
-
 @pytest.mark.parametrize(
     ("setting", "on_cpu", "on_cuda"),
     [("highest", "fp32", "fp32"), ("high", "fp32", "tf32"), ("medium", "bf16", "bf16")],
@@ -396,19 +316,3 @@ def test_autocast_of_another_device_does_not_count():
 def test_ambient_precision(restore_precision, setting, on_cpu, on_cuda):
     torch.set_float32_matmul_precision(setting)
     assert (ambient_precision("cpu"), ambient_precision("cuda")) == (on_cpu, on_cuda)
-
-
-@pytest.mark.parametrize(
-    ("setting", "on_cpu", "on_cuda"), [("ieee", "fp32", "fp32"), ("tf32", "fp32", "tf32"), ("none", "fp32", "fp32")]
-)
-def test_ambient_precision_by_the_newer_settings(setting, on_cpu, on_cuda):
-    backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = setting
-        assert (ambient_precision("cpu"), ambient_precision("cuda")) == (on_cpu, on_cuda)
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
-    torch.get_float32_matmul_precision()  # would raise if a setting had been left behind
