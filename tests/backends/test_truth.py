@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from dskd_fast import reference
-
 
 @pytest.mark.parametrize(("noise", "temperature"), [("1e-6", "0.05"), ("1e-6", "1"), ("0.3", "0.05"), ("1e-3", "0.01")])
 def test_it_agrees_with_the_textbook_in_120_digits(truth, noise, temperature):
@@ -34,18 +32,6 @@ def test_it_agrees_with_the_textbook_in_120_digits(truth, noise, temperature):
     kl, _ = truth(torch.from_numpy(student)[None], torch.from_numpy(teacher)[None], float(temperature))
     # s - t is exact to float64's roundoff, which is this much of the difference.
     np.testing.assert_allclose(kl[0], exact, rtol=1e-12 + 1e-14 / float(noise))
-
-
-@pytest.mark.parametrize("temperature", [100, 1, 0.1])
-def test_it_agrees_with_the_textbook_in_float64(truth, make_features, temperature):
-    student, teacher = make_features(n=40, c=24, noise=1.0, batch=2)
-    leaf = student.double().requires_grad_()
-    kl = reference.contextual_affinity(leaf, teacher.double(), temperature)
-    kl.sum().backward()
-    expected = truth(student, teacher, temperature)
-    lost = temperature**2 * 2.0**-52 * (math.log(40) + 2 / temperature)
-    np.testing.assert_allclose(kl.detach(), expected[0], rtol=1e-12, atol=10 * lost)
-    np.testing.assert_allclose(leaf.grad, expected[1], rtol=1e-9, atol=10 * lost)
 
 
 @pytest.mark.parametrize("quantity", [0, 1])

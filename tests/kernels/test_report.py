@@ -125,47 +125,6 @@ def test_exponentials_are_as_few_as_the_kind_of_row_needs(loops):
     assert {row["exponentials_per_pair"] for row in typical if row["kind"] == "other"} == {2}
 
 
-def test_the_estimate_hangs_together(loops):
-    for row in loops:
-        clocks = row["clocks"]
-        assert clocks[row["bound"]] == max(clocks.values()) > 0, name_of(row)
-        assert 0 < row["peak"] <= 1, name_of(row)
-        assert row["matrix_instructions"] < row["instructions"], name_of(row)
-        assert row["bytes_per_kiloflop"] > 0, name_of(row)
-
-
-def test_the_output_says_what_it_is(report):
-    result, rows = report
-    assert "static estimate, not a measurement" in result.stdout
-    lines = [line for line in result.stdout.splitlines() if line.startswith(ARCHITECTURES)]
-    assert len(lines) == len(rows)
-    assert f"{len(rows)} kernels compiled" in result.stdout
-
-
-def test_under_the_interpreter_it_says_so(compiling):
-    command = [sys.executable, "-m", "dskd_fast.kernels.report", "--architecture", "sm_80"]
-    result = subprocess.run(command, env=compiling | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert "unset it" in result.stderr
-
-
-def test_a_bad_entry_is_disqualified(compiling):
-    """Blocks that do not fit: the gate can close."""
-    code = (
-        "from dskd_fast.kernels import configs, report\n"
-        "big = configs.Blocks(128, 128, 256, 4, 2)\n"
-        "case = report.Case('sm_80', 'bf16', 256, 'forward', 'other')\n"
-        "row = report.inspect(case, configs.Config(big, big, 256))\n"
-        "print(report.defects(row)); print(report.table([row]))\n"
-        "print(report.defects(row | {'spilled': 0, 'fits': False, 'shared': 300_000}))\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], env=compiling, capture_output=True, text=True, check=True)
-    assert "spilled" in result.stdout
-    assert "<<" in result.stdout
-    assert "['300000 bytes of shared memory, more than a block may have']" in result.stdout
-
-
 CODE_FOR_SPECIAL_ARGUMENTS = """
 from dskd_fast.kernels import configs, prepare, report
 from triton.compiler import ASTSource
