@@ -4,17 +4,14 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from bench.gpu import plan
 from bench.gpu.driver import LOST_DEVICE, Driver
-from bench.gpu.losses import Case, cases
 from bench.gpu.measure import LostDevice, Session, exit_code
 from bench.gpu.plan import Step
 
-PROJECT = Path(__file__).resolve().parents[2]
 # What a step's process may do: `out` is the file of results, `note` adds a line to it.
 HEAD = """if True:
     import os, signal, subprocess, sys, time
@@ -88,10 +85,6 @@ def test_steps_without_time_are_named_and_time_that_is_left_goes_to_the_next(dri
     assert has_all is False
 
 
-def test_all_is_well_if_every_step_has_results(drive):
-    assert drive(20, Step("last", "Last", 1))[0] is True
-
-
 def test_a_case_that_fails_does_not_keep_others_and_a_lost_device_ends_the_process(tmp_path, monkeypatch):
     session = Session("correct", plan.REHEARSAL, tmp_path, process=2, begin=1)
 
@@ -109,33 +102,3 @@ def test_a_case_that_fails_does_not_keep_others_and_a_lost_device_ends_the_proce
     monkeypatch.setattr(session, "check", lost)
     assert exit_code(lambda: session.each(work)) == LOST_DEVICE
     assert len(session.results("correct")) == 3
-
-
-def test_on_a_gpu_each_backend_meets_all_precisions_levels_and_layouts(tmp_path):
-    session = Session("correct", plan.REAL._replace(device="cpu"), tmp_path)
-    for backend in ("triton", "cuda"):
-        found = cases(session, backend)
-        affinity = [case for case in found if case.kind == "affinity" and case.what == "errors"]
-        assert 30 <= len(found) <= 45
-        assert {(c.contestant.precision, c.shape) for c in affinity} >= {
-            (p, shape) for p in ("fp32", "tf32", "bf16", "fp16") for shape in plan.REAL.shapes
-        }
-        assert len({(c.contestant.precision, c.layout) for c in affinity}) == 8
-        assert {c.shape for c in affinity} == {*plan.REAL.shapes, *plan.REAL.odd_shapes}
-        assert all(isinstance(case, Case) for case in found)
-
-
-def test_minutes_that_would_be_cut_are_refused(tmp_path):
-    command = [sys.executable, "-m", "bench.gpu", "--out", tmp_path, "--minutes", "20"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--minutes is 20: use a number above 0, up to 9" in done.stderr
-
-
-def test_the_cheapest_steps_of_a_rehearsal(tmp_path):
-    """All of it: `bash bench/gpu.sh OUT --rehearse`, two minutes."""
-    command = [sys.executable, "-m", "bench.gpu", "--out", tmp_path, "--rehearse", "--minutes", "2", "--only", "device"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "- product of 128 x 128, bf16: " in done.stdout
-    assert "| Versions and device | done |" in (tmp_path / "table.md").read_text()

@@ -12,6 +12,7 @@ from dskd_fast.backends import triton as triton_fused
 from dskd_fast.kernels import configs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the kernels are not interpreted")
 @pytest.mark.usefixtures("interpreter")
 def test_the_fastest_blocks_that_run_take_the_tables_place(monkeypatch, capsys):
