@@ -48,9 +48,6 @@ def assert_same(found, expected):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
-# ------------------------------------------------------------------------------------------------ the same as predict
-
-
 def test_the_results_are_those_of_the_command_line(detector, paths, expected, tmp_path):
     threshold = detector.calibration.threshold.value
     written = predict_files(detector, paths, tmp_path, threshold=threshold, save_maps=True)
@@ -58,16 +55,6 @@ def test_the_results_are_those_of_the_command_line(detector, paths, expected, tm
     assert ["anomalous" if one.anomalous else "normal" for one in expected] == [one.decision for one in written]
     for one, other in zip(expected, written, strict=True):
         np.testing.assert_array_equal(one.map, tifffile.imread(tmp_path / other.map))
-
-
-def test_a_detection_has_score_decision_and_maps_at_the_size_of_the_image(detector, expected):
-    for one in expected:
-        assert isinstance(one.score, float)
-        assert one.anomalous is (one.score > detector.calibration.threshold.value)
-        for anomaly_map in (one.map, one.local_map, one.global_map):
-            assert (anomaly_map.shape, anomaly_map.dtype) == ((96, 120), np.float32)
-        # Enlarged after the larger of both has been taken.
-        assert (one.map >= np.maximum(one.local_map, one.global_map) - 1e-5).all()
 
 
 @pytest.mark.parametrize("threshold", [1e6, None])
@@ -92,21 +79,6 @@ def test_dead_frames_are_suspect_and_never_pass_and_no_other_image_is(tiny_run, 
 def test_the_networks_can_still_be_built_by_that_name_and_load_is_the_packages(tiny_run, paths, expected):
     assert isinstance(DSKD("test_resnet", pretrained=False, image_size=64), torch.nn.Module)
     assert_same(dskd_fast.load(str(tiny_run), "cpu").predict(paths), expected)
-
-
-def test_compiled_code_may_be_the_first_to_ask_for_what_the_package_offers(monkeypatch):
-    for name in ("functional", "ContextualAffinityLoss"):
-        monkeypatch.delattr(dskd_fast, name, raising=False)
-
-    def loss(x, y):
-        return dskd_fast.functional.contextual_affinity(x, y).mean() + dskd_fast.ContextualAffinityLoss()(x, y)
-
-    x, y = torch.randn(2, 1, 4, 3, 3)
-    compiled = torch.compile(loss, backend="eager", fullgraph=True)(x, y)
-    torch.testing.assert_close(compiled, loss(x, y))
-
-
-# ------------------------------------------------------------------------------------------------ kinds of images
 
 
 CONVERSIONS = {
@@ -152,11 +124,6 @@ def test_images_of_different_sizes_go_together(detector, pixels):
         assert one.score == pytest.approx(detector.predict(image)[0].score, rel=1e-4, abs=1e-4)
 
 
-def test_the_batch_size_changes_no_more_than_rounding(detector, pixels, expected):
-    found = [one.score for one in detector.predict(pixels, batch_size=np.int64(3))]
-    np.testing.assert_allclose(found, [one.score for one in expected], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1"])
 def test_pillow_images_are_turned_and_converted_as_when_they_are_read(detector, pixels, tmp_path, mode):
     exif = Image.Exif()
@@ -174,21 +141,15 @@ IMAGE = np.zeros((64, 64, 3), np.uint8)
     ("images", "error", "message"),
     [
         (None, TypeError, "images is a NoneType: pass paths"),
-        (3, TypeError, "images is a int"),
         (b"image.png", TypeError, "images is a bytes"),
-        ([IMAGE, None], TypeError, r"images\[1\] is a NoneType"),
         ([[IMAGE]], TypeError, r"images\[0\] is a list"),
         (IMAGE[..., 0], ValueError, r"images is an array of shape \(64, 64\): pass \(H, W, 3\)"),
         (IMAGE.transpose(2, 0, 1), ValueError, r"images is an array of shape \(3, 64, 64\)"),
         ([IMAGE[None]], ValueError, r"images\[0\] is an array of shape \(1, 64, 64, 3\)"),
         (torch.from_numpy(IMAGE), ValueError, r"images is a tensor of shape \(64, 64, 3\): pass \(3, H, W\)"),
         (IMAGE.astype(np.int64), ValueError, "images has dtype int64: pass uint8, or floating values from 0 to 1"),
-        (IMAGE.astype(np.uint16), ValueError, "images has dtype uint16"),
-        (IMAGE.astype(bool), ValueError, "images has dtype bool"),
         (IMAGE + 1.5, ValueError, "images has floating values from 1.5 to 1.5: pass values from 0 to 1, or uint8"),
         (IMAGE + np.float32(1.0000001), ValueError, "images has floating values from 1.000000119"),
-        (torch.ones(3, 64, 64) * 1.0000001, ValueError, "images has floating values from 1.000000119"),
-        (IMAGE - 0.1, ValueError, "images has floating values from -0.1"),
         (IMAGE * np.nan, ValueError, "images has floating values from nan"),
         ([IMAGE, IMAGE[:31]], ValueError, r"images\[1\] has 64 x 31 pixels: pass at least 32"),
         (Image.new("F", (64, 64)), ValueError, "images is a Pillow image of mode F: pass one of 1, L"),

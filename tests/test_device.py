@@ -1,7 +1,5 @@
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import torch
@@ -60,12 +58,6 @@ def test_fast_bf16_is_what_the_processor_says_and_a_torch_that_cannot_tell_gets_
     assert has_fast_bf16(CPU) is False
 
 
-@pytest.mark.parametrize("supported", [False, True])
-def test_a_gpu_that_emulates_bf16_does_not_have_it(monkeypatch, supported):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
-    assert has_fast_bf16(torch.device("cuda")) is supported
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux")
 def test_freed_memory_is_kept():
     """What a step allocates again costs no page faults; in a process of its own, with no memory that others freed."""
@@ -86,37 +78,3 @@ def test_freed_memory_is_kept():
         assert faults() < given_back / 10
     """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_threads_do_not_leave_each_other_s_settings_behind():
-    """The first in leaves while the second is still inside: without a lock the second restores the first one's."""
-    original = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    first_is_in, seen = threading.Event(), []
-
-    def first():
-        with numerics("tf32", CPU):
-            first_is_in.set()
-            time.sleep(0.2)
-            seen.append(("first", torch.get_float32_matmul_precision()))
-
-    def second():
-        first_is_in.wait()
-        with numerics("fp32", CPU):
-            seen.append(("second", torch.get_float32_matmul_precision()))
-            time.sleep(0.2)
-            seen.append(("second", torch.get_float32_matmul_precision()))
-
-    try:
-        threads = [threading.Thread(target=run) for run in (first, second)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert seen == [("first", "high"), ("second", "highest"), ("second", "highest")]
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(original)
-    # A thread may enter again.
-    with numerics("bf16", CPU), numerics("fp32", CPU):
-        assert not torch.is_autocast_enabled("cpu")

@@ -106,9 +106,6 @@ def test_what_would_steer_a_terminal_is_escaped():
     assert printable("a\nb\x1b[31m\x7f\x9b\u2028\u202e\u2066") == r"a\nb\u001b[31m\u007f\u009b\u2028\u202e\u2066"
 
 
-# ------------------------------------------------------------------------------------------------------ tensors
-
-
 def test_tensors_are_loaded_as_saved_and_are_the_same_bytes_each_time(path, tmp_path):
     tensors, state = load_tensors(path)
     assert state == STATE
@@ -133,14 +130,6 @@ def test_damage_is_noticed_wherever_it_is(path):
             path.write_bytes(content[:position] + rest)
             with pytest.raises(UserError, match=r"state\.safetensors is damaged"):
                 load_tensors(path)
-
-
-def test_a_file_without_checksum_is_refused_and_a_missing_one_is_not_called_damaged(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        load_tensors(tmp_path / "a.safetensors")
-    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="has no checksum"):
-        load_tensors(tmp_path / "a.safetensors")
 
 
 def test_the_librarys_error_for_a_full_disk_is_a_user_error(path, below, monkeypatch):

@@ -30,43 +30,11 @@ def test_affinity_sums_over_all_positions_one_by_one(temperature):
             assert kl[b, i].item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
-def test_a_single_position_has_no_context():
-    assert torch.equal(reference.contextual_affinity(random(3, 1, 4), random(3, 1, 4, seed=1)), torch.zeros(3, 1))
-
-
 @pytest.mark.parametrize("temperature", [0.01, 1, 100])
 def test_a_student_equal_to_the_teacher_has_no_loss(temperature):
     teacher = random(2, 9, 4)
     assert torch.equal(reference.contextual_affinity(teacher, teacher, temperature), torch.zeros(2, 9))
     assert reference.cosine_distance(teacher, teacher).abs().max() < 1e-15
-
-
-def test_temperature_scales_the_loss_to_a_finite_limit():
-    """T^2 KL tends to half the variance of the affinities' differences as T grows."""
-    student, teacher = random(1, 20, 6, seed=1), random(1, 20, 6, seed=2)
-    s, t = (x / x.norm(dim=-1, keepdim=True) for x in (student, teacher))
-    limit = ((s - t) @ t.mT).var(dim=-1, correction=0) / 2
-    torch.testing.assert_close(reference.contextual_affinity(student, teacher, 1e4), limit, rtol=1e-3, atol=1e-7)
-
-
-def test_zero_vectors_stay_zero_and_pass_no_gradient():
-    x = random(1, 3, 4)
-    x[0, 1] = 0
-    x.requires_grad_()
-    unit = reference.normalise(x)
-    torch.testing.assert_close(unit.norm(dim=-1), torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64))
-    unit.sum().backward()
-    assert torch.isfinite(x.grad).all()
-    assert (x.grad[0, 1] == 0).all()
-
-
-def test_a_zero_student_is_uniform():
-    """Cosine 0 with every key, so KL is log N less the entropy of the teacher's row."""
-    teacher = random(1, 6, 4)
-    t = teacher / teacher.norm(dim=-1, keepdim=True)
-    p = torch.softmax(t @ t.mT / 0.5, dim=-1)
-    expected = 0.25 * (math.log(6) + (p * p.log()).sum(-1))
-    torch.testing.assert_close(reference.contextual_affinity(torch.zeros(1, 6, 4).double(), teacher, 0.5), expected)
 
 
 def test_cosine_distance_by_hand():
