@@ -166,7 +166,7 @@ class CalibratedScore(nn.Module):
         """The maps of parts that decide, if any of these has one, by their shares in the image's score: (B, S, S)."""
         places = [self.names.index(name) for name in scored.maps]
         lowered = self._unused()[places]
-        shares = torch.softmax(_SHARPNESS * (scored.values[:, places] - (lowered - lowered.amin())), 1)
+        shares = torch.softmax(_SHARPNESS * (scored.values[:, places] - (lowered - lowered.amin(0))), 1)
         return (torch.stack(list(scored.maps.values()), 1) * shares[:, :, None, None]).sum(1)
 
     def fit(self, training: Iterable[Measurements]) -> None:
