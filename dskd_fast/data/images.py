@@ -14,6 +14,7 @@ __all__ = [
     "MAX_PIXELS",
     "MIN_SIDE",
     "ImageError",
+    "decode_image",
     "image_size",
     "n_bytes_in_header",
     "pixel_limit",
@@ -87,6 +88,18 @@ def read_image_and_peak(path: Path, *, bits: int | None = None) -> tuple[np.ndar
             # Of a picture whose white is 0 the stored values are the differences from white.
             peak = maximum - int(colours.min()) if picture.is_white_zero else int(colours.max())
         return _to_rgb(colours, maximum), peak
+    except Unusable as error:
+        raise ImageError((Path(path), str(error))) from error
+
+
+def decode_image(data: bytes, path: Path, *, bits: int | None = None) -> np.ndarray:
+    """What `read_image` returns of a file that holds `data`; `path` is what errors call it.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+    try:
+        return _to_rgb(*_colours(_decode(data), bits))
     except Unusable as error:
         raise ImageError((Path(path), str(error))) from error
 
@@ -166,8 +179,6 @@ def _read_bytes(path: Path) -> bytes:
         raise Unusable("there is no such file") from error
     except OSError as error:
         raise Unusable(f"it cannot be opened ({error.strerror})") from error
-    if not data:
-        raise Unusable("the file is empty")
     return data
 
 
@@ -198,6 +209,8 @@ def _to_rgb(colours: np.ndarray, maximum: int) -> np.ndarray:
 
 
 def _decode(data: bytes) -> Picture:
+    if not data:
+        raise Unusable("the file is empty")
     try:
         picture = decode_tiff(data) if is_tiff(data) else decode_pillow(data)
     except Unusable:

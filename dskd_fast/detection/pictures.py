@@ -19,9 +19,10 @@ from dskd_fast.workers import Workers
 
 # Bytes beside each of a photograph's while its overlay is drawn: two pictures of 4 bytes a pixel, and itself.
 _OVERLAY_BYTES = 4
-_JPEG_QUALITY, _JPEG_MAX_SIDE = 90, 65500
-# A quarter of the time of the usual level, for a fifth more bytes.
-_PNG_LEVEL = 1
+_JPEG_MAX_SIDE = 65500
+# PNG's level takes a quarter of the time of the usual one, for a fifth more bytes.
+ENCODING: dict[str, dict[str, Any]] = {"jpg": {"quality": 90}, "png": {"compress_level": 1}}
+"""How overlays are saved, by format."""
 
 
 class Pictures(NamedTuple):
@@ -69,7 +70,7 @@ class Pictures(NamedTuple):
         jobs: list[Callable[[], dict[str, Any]]] = []
         weight = 0
         if caption is not None:
-            jobs.append(partial(self._draw, name, image, self._drawable(drawn, image.shape[:2]), caption))
+            jobs.append(partial(self._draw, name, image, drawable(self.detector, drawn, image.shape[:2]), caption))
             weight += _OVERLAY_BYTES * image.nbytes
         if self.save_maps:
             anomaly_map = self.detector.localisation_map(saved, image.shape[:2])
@@ -79,24 +80,9 @@ class Pictures(NamedTuple):
             jobs.append(partial(self._remove, name, OVERLAY_FORMATS))
         return workers.behind(_all_of, jobs, weight=weight) if jobs else None
 
-    def _drawable(self, anomaly_map: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-        """The map as it localises, or a small one that `overlay` enlarges to that."""
-        scoring = self.detector.scoring
-        if scoring.align_corners or scoring.filter_maps:
-            return self.detector.localisation_map(anomaly_map, size)
-        return anomaly_map
-
     def _draw(self, name: str, image: NDArray[np.uint8], anomaly_map: NDArray, caption: str) -> dict[str, Any]:
-        drawn = overlay(image, anomaly_map, caption, *self.limits)
-        is_jpeg = self.overlay_format == "jpg"
-        if is_jpeg and max(drawn.size) > _JPEG_MAX_SIDE:
-            raise UserError(
-                f"its overlay has {drawn.width} x {drawn.height} pixels, and a JPEG at most {_JPEG_MAX_SIDE} on a "
-                "side: draw overlays as png (--overlay-format)"
-            )
-        options: dict[str, Any] = {"quality": _JPEG_QUALITY} if is_jpeg else {"compress_level": _PNG_LEVEL}
         file = f"overlays/{name}.{self.overlay_format}"
-        write_file(self.out / file, lambda temporary: drawn.save(temporary, **options))
+        write_overlay(self.out / file, image, anomaly_map, caption, self.limits)
         # An earlier call's overlay of this name is replaced, whatever its format.
         self._remove(name, [other for other in OVERLAY_FORMATS if other != self.overlay_format])
         return {"overlay": file}
@@ -117,6 +103,31 @@ class Pictures(NamedTuple):
         file = f"maps/{name}.tiff"
         save_map(self.out / file, anomaly_map)
         return {"map": file}
+
+
+def drawable(detector: Detector, anomaly_map: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """A map (S, S) as it localises in an image of that size, or a small one that `overlay` enlarges to that."""
+    if detector.scoring.align_corners or detector.scoring.filter_maps:
+        return detector.localisation_map(anomaly_map, size)
+    return anomaly_map
+
+
+def write_overlay(
+    path: Path, image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], caption: str, limits: tuple[float, float]
+) -> None:
+    """Draw and write an overlay as its suffix says; see `overlay`, and `drawable` for the map.
+
+    Raises:
+        UserError: a JPEG cannot be so large, or the file cannot be written; the latter is caused by an OSError.
+    """
+    drawn = overlay(image, anomaly_map, caption, *limits)
+    overlay_format = path.suffix[1:]
+    if overlay_format == "jpg" and max(drawn.size) > _JPEG_MAX_SIDE:
+        raise UserError(
+            f"its overlay has {drawn.width} x {drawn.height} pixels, and a JPEG at most {_JPEG_MAX_SIDE} on a "
+            "side: draw overlays as png (--overlay-format)"
+        )
+    write_file(path, lambda temporary: drawn.save(temporary, **ENCODING[overlay_format]))
 
 
 def _all_of(jobs: list[Callable[[], dict[str, Any]]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from dskd_fast.choices import OVERLAY_FORMATS, OVERLAYS
-from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import ImageError, n_bytes_in_header, read_image
 from dskd_fast.data.listing import IMAGE_SUFFIXES, PICTURE_FOLDERS, PREDICTIONS, is_prediction_output, walk
-from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import Detector
-from dskd_fast.detection.findings import has_place
 from dskd_fast.detection.inputs import check_batch_size
 from dskd_fast.detection.overlay import colour_range
 from dskd_fast.detection.pictures import Pictures
+from dskd_fast.detection.prediction import Prediction, caption, is_drawn, judge, map_to_draw
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.progress import Progress, silent
@@ -35,32 +33,6 @@ _NOT_DRAWN = "its pictures were not written, since the prediction ended before"
 
 # A photograph, and as the networks see it.
 _Read = tuple[NDArray[np.uint8], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One image's result; `error` says why there is none, `reason` why the decision is "suspect".
-
-    With `skipped` it stands for a folder whose image files were left out: how many, and what they are. `decided_by` is
-    the part of the score with the largest value (None for the paper's scoring), `parts` has the value of each.
-    """
-
-    path: str
-    score: float | None = None
-    threshold: float | None = None
-    decision: str | None = None
-    overlay: str | None = None
-    map: str | None = None
-    reason: str | None = None
-    error: str | None = None
-    skipped: str | None = None
-    decided_by: str | None = None
-    parts: dict[str, float] | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is anomalous by a part of the score that has no map: the image as a whole, nothing at a place."""
-        return self.decision == "anomalous" and not has_place(self.decided_by)
 
 
 def predict(
@@ -196,31 +168,17 @@ def _predict_batch(
 
     def predict_held() -> None:
         images = torch.stack([resized for _, resized in held.values()])
-        found = detector.find(images)
-        suspicions = detector.suspicions(*measure_exposure(images))
-        for i, (path, suspect) in enumerate(zip(list(held), suspicions, strict=True)):
-            score = float(found.scores["combined"][i])
-            prediction = Prediction(
-                str(path),
-                score,
-                threshold,
-                decide(score, threshold, suspect),
-                reason=suspect,
-                decided_by=found.decided_by[i],
-                parts={name: float(values[i]) for name, values in found.parts.items()},
-            )
+        judged, found = judge(detector, images, [str(path) for path in held], threshold)
+        for path, prediction in zip(list(held), judged, strict=True):
             # Until its pictures are begun, for which it may have to wait.
             predictions[path] = _Scored(replace(prediction, error=_NOT_DRAWN))
         for i, path in enumerate(list(held)):
-            prediction = replace(predictions[path].prediction, error=None)
-            drawn = found.maps.combined[i]
-            if prediction.is_whole and found.maps.global_ is not None:
-                drawn = found.maps.global_[i]
-            is_drawn = overlays == "all" or (overlays == "anomalous" and prediction.decision != "normal")
-            caption = _caption(prediction) if is_drawn else None
+            prediction = judged[i]
+            text = caption(prediction) if is_drawn(prediction, overlays) else None
             # The image is freed when it is drawn.
             image, _ = held.pop(path)
-            written = pictures.begin(workers, names[path], image, caption, drawn, found.maps.combined[i])
+            drawn = map_to_draw(prediction, found.maps, i)
+            written = pictures.begin(workers, names[path], image, text, drawn, found.maps.combined[i])
             del image
             predictions[path] = _Scored(prediction, written)
 
@@ -239,20 +197,6 @@ def _predict_batch(
             predict_held()
     finally:
         scored += [predictions[path] for path in names if path in predictions]
-
-
-def _caption(prediction: Prediction) -> str:
-    """The line under an overlay."""
-    caption = f"score {prediction.score:.2f}"
-    if prediction.reason is not None:
-        return f"{caption}   suspect: {prediction.reason}"
-    if prediction.threshold is None:
-        return caption
-    caption += f"   threshold {prediction.threshold:.2f}   {prediction.decision}"
-    if prediction.decision == "anomalous" and prediction.decided_by is not None:
-        where = ": the image as a whole" if prediction.is_whole else ""
-        caption += f" ({prediction.decided_by}{where})"
-    return caption
 
 
 def _pictures(out: Path) -> dict[Path, set[Path]]:
