@@ -23,6 +23,7 @@ ROOMS = {
     "__main__": "python -m dskd_fast",
     "cli": "arguments, progress, printing; demo and doctor",
     "paper": "the paper's tables and figures, beside its published numbers",
+    "station": "images as they come: a folder that is watched, a service",
     "evaluation": "test images -> figures and the HTML page",
     "training": "good images -> a run: the loop, one step, checkpoints, several processes",
     "runs": "the run folder: options, files, history",

@@ -164,11 +164,11 @@ def add_threshold(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_overlays(parser: argparse.ArgumentParser) -> None:
+def add_overlays(parser: argparse.ArgumentParser, default: str = OVERLAYS[0]) -> None:
     parser.add_argument(
         "--overlays",
         choices=OVERLAYS,
-        default=OVERLAYS[0],
+        default=default,
         help="draw the heat maps of these images, suspect ones counting as anomalous (default: %(default)s)",
     )
     parser.add_argument(

@@ -199,6 +199,13 @@ def predict(arguments: argparse.Namespace) -> int:
     return 1 if any(p.error is not None for p in predictions) else 0
 
 
+def watch(arguments: argparse.Namespace) -> int:
+    # Imported late: no other command needs the room.
+    from dskd_fast.cli import station
+
+    return station.watch(arguments)
+
+
 def export(arguments: argparse.Namespace) -> int:
     detector, _, config = runs.load_run(arguments.run, "cpu")
     exported = export_detector(

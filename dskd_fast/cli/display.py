@@ -1,6 +1,7 @@
 """What people see: progress bars, tables and sentences."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,19 +35,25 @@ def print_line(text: str = "", style: str | None = None) -> None:
 
 
 class _Printer(logging.Handler):
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, is_aside: bool) -> None:
         super().__init__(logging.INFO)
-        self.prefix = prefix
+        self.prefix, self.is_aside = prefix, is_aside
 
     def emit(self, record: logging.LogRecord) -> None:
-        print_line(self.prefix + record.getMessage())
+        if self.is_aside:
+            print(f"dskd-fast: {printable(self.prefix + record.getMessage())}", file=sys.stderr, flush=True)
+        else:
+            print_line(self.prefix + record.getMessage())
 
 
 @contextmanager
-def messages(title: str = "") -> Iterator[None]:
-    """Print what the library logs, each line beginning with `title`; of nested calls the innermost prints."""
+def messages(title: str = "", is_aside: bool = False) -> Iterator[None]:
+    """Print what the library logs, each line beginning with `title`; of nested calls the innermost prints.
+
+    With `is_aside` on the standard error, since the output is for a program.
+    """
     handlers, level = log.handlers, log.level
-    log.handlers = [_Printer(f"{title}: " if title else "")]
+    log.handlers = [_Printer(f"{title}: " if title else "", is_aside)]
     log.setLevel(logging.INFO)
     try:
         yield

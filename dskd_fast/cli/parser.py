@@ -14,7 +14,7 @@ from dskd_fast.choices import (
     RECIPES,
     TEMPERATURE_RANGE,
 )
-from dskd_fast.cli import arguments, values
+from dskd_fast.cli import arguments, station_arguments, values
 from dskd_fast.files import printable
 from dskd_fast.runs.options import FAST_STEPS, RECIPE_OPTIONS
 
@@ -127,6 +127,8 @@ def make_parser() -> argparse.ArgumentParser:
     arguments.add_threshold(predict)
     arguments.add_max_pixels(predict)
     arguments.add_device(predict)
+
+    station_arguments.add_watch(command)
 
     recalibrate = command(
         "recalibrate",

@@ -148,8 +148,10 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def stopping_signal(is_wanted: bool) -> Iterator[Callable[[], int]]:
-    """Yields a function that gives the first SIGINT or SIGTERM that has come, or 0."""
+def stopping_signal(
+    is_wanted: bool, notice: str = "stopping after this step (Ctrl-C again: at once, without saving)"
+) -> Iterator[Callable[[], int]]:
+    """Yields a function that gives the first SIGINT or SIGTERM that has come, or 0; of that one, `notice` is said."""
     received: list[int] = []
     if not is_wanted or threading.current_thread() is not threading.main_thread():
         yield lambda: 0
@@ -161,7 +163,7 @@ def stopping_signal(is_wanted: bool) -> Iterator[Callable[[], int]]:
             raise KeyboardInterrupt
         received.append(number)
         if len(received) == 1 and not is_launched():
-            os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without saving)\n")
+            os.write(2, f"\n{notice}\n".encode())
 
     # A signal that was ignored at the start, as a script's background job ignores Ctrl-C, stays ignored.
     heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]

@@ -19,7 +19,19 @@ from dskd_fast.runs.options import TrainingOptions
 SCRIPT = Path(sysconfig.get_path("scripts"), "dskd-fast")
 MODULE = (sys.executable, "-m", "dskd_fast")
 
-COMMANDS = ["train", "evaluate", "evaluate-maps", "predict", "report", "export", "info", "reproduce", "doctor", "demo"]
+COMMANDS = [
+    "train",
+    "evaluate",
+    "evaluate-maps",
+    "predict",
+    "watch",
+    "serve",
+    "recalibrate",
+    "export",
+    "report",
+    "info",
+]
+COMMANDS += ["reproduce", "doctor", "demo"]
 
 
 def process(*arguments, program=(SCRIPT,), **options):

@@ -1,0 +1,38 @@
+"""The commands of a station on a line, and their arguments."""
+
+import argparse
+from collections.abc import Callable
+
+from dskd_fast.cli import arguments, values
+
+# Called with name, summary and details; gives the command's parser.
+Command = Callable[[str, str, str], argparse.ArgumentParser]
+
+
+def add_watch(command: Command) -> None:
+    parser = command(
+        "watch",
+        "Judge the images of a folder as they appear: whole ones only, each once, until it is stopped.",
+        "\n\nOne JSON line each on the standard output and in DIR/decisions.jsonl, by which a later call knows what "
+        "was judged;\nmessages go to the standard error. Network folders will do. SIGTERM and Ctrl-C end it after the "
+        "image in hand, with 0.\nWhat counts as one image, and what happens when something fails: dskd_fast/README.md.",
+    )
+    arguments.add_run(parser)
+    parser.add_argument(
+        "folder", type=values.path, metavar="FOLDER", help="into which images are written, with its subfolders"
+    )
+    parser.add_argument(
+        "--out", type=values.path, metavar="DIR", required=True, help="folder of decisions.jsonl and overlays"
+    )
+    parser.add_argument(
+        "--poll",
+        type=values.positive_number,
+        metavar="SECONDS",
+        default=0.5,
+        help="between two looks at the folder; a file has to be the same for so long before it is read (default: "
+        "%(default)s)",
+    )
+    arguments.add_overlays(parser, "anomalous")
+    arguments.add_threshold(parser)
+    arguments.add_max_pixels(parser)
+    arguments.add_device(parser)

@@ -1,0 +1,1 @@
+"""Images as they come: a folder that is watched, and a service."""
