@@ -57,6 +57,7 @@ setup(
         "dskd_fast.kernels": ["README.md"],
         "dskd_fast.paper": ["paper.json"],
         "dskd_fast.evaluation": ["report_page/*"],
+        "dskd_fast.station": ["service_page/*"],
     }
     | {name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in SOURCES},
     # A wheel with libraries inside is for one platform only.

@@ -35,6 +35,10 @@ HOLDOUT = 0.1
 MAX_PIXELS = 250_000_000
 """Images with more pixels are refused."""
 
+HOST, PORT = "127.0.0.1", 8000
+SERVED_BYTES, SERVED_PIXELS = 32 * 2**20, 50_000_000
+"""Of a photograph that is sent to the service, at most."""
+
 DATA_ROOT_VARIABLE = "DSKD_FAST_DATA"
 DATA_ROOT = "mvtec_loco_anomaly_detection"
 """Folder of the data set where neither an option nor the variable names one."""

@@ -146,12 +146,14 @@ def add_moved_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_max_pixels(parser: argparse._ActionsContainer) -> None:
+def add_max_pixels(parser: argparse._ActionsContainer, default: int | None = None) -> None:
+    settings: dict[str, Any] = {} if default is None else {"default": default}
     parser.add_argument(
         "--max-pixels",
         type=values.positive,
         metavar="N",
-        help=f"refuse images with more pixels (default: {MAX_PIXELS / 1e6:g} million)",
+        help=f"refuse images with more pixels (default: {(default or MAX_PIXELS) / 1e6:g} million)",
+        **settings,
     )
 
 

@@ -206,6 +206,12 @@ def watch(arguments: argparse.Namespace) -> int:
     return station.watch(arguments)
 
 
+def serve(arguments: argparse.Namespace) -> int:
+    from dskd_fast.cli import station
+
+    return station.serve(arguments)
+
+
 def export(arguments: argparse.Namespace) -> int:
     detector, _, config = runs.load_run(arguments.run, "cpu")
     exported = export_detector(

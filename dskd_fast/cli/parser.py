@@ -129,6 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
     arguments.add_device(predict)
 
     station_arguments.add_watch(command)
+    station_arguments.add_serve(command)
 
     recalibrate = command(
         "recalibrate",

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 
+from dskd_fast.choices import HOST, PORT, SERVED_BYTES, SERVED_PIXELS
 from dskd_fast.cli import arguments, values
 
 # Called with name, summary and details; gives the command's parser.
@@ -35,4 +36,34 @@ def add_watch(command: Command) -> None:
     arguments.add_overlays(parser, "anomalous")
     arguments.add_threshold(parser)
     arguments.add_max_pixels(parser)
+    arguments.add_device(parser)
+
+
+def add_serve(command: Command) -> None:
+    parser = command(
+        "serve",
+        "Judge photographs that are sent over HTTP, or dropped on a page.",
+        "\n\nPOST /predict with the image file as the body gives JSON; ?overlay=true and ?map=true add pictures; GET / "
+        "is the\npage, /openapi.json describes it all. There is no password: whoever reaches the address can use "
+        'it. Needs\npip install "dskd-fast[serve]".',
+    )
+    arguments.add_run(parser)
+    parser.add_argument(
+        "--port", type=values.port, metavar="N", default=PORT, help="0: one that is free (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        default=HOST,
+        help="to be reached at; 0.0.0.0: from everywhere (default: %(default)s, from this machine alone)",
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=values.positive,
+        metavar="N",
+        default=SERVED_BYTES,
+        help=f"refuse larger files (default: {SERVED_BYTES // 2**20} MiB)",
+    )
+    arguments.add_threshold(parser)
+    arguments.add_max_pixels(parser, SERVED_PIXELS)
     arguments.add_device(parser)

@@ -28,6 +28,10 @@ def positive(text: str) -> int:
     return _number(text, int, "a whole number from 1 up to 2^31 - 1", low=1, high=2**31 - 1)
 
 
+def port(text: str) -> int:
+    return _number(text, int, "a whole number from 0 to 65535", low=0, high=65535)
+
+
 def bits(text: str) -> int:
     low, high = BITS_RANGE
     return _number(text, int, f"a whole number from {low} to {high}", low=low, high=high)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from dskd_fast.choices import OVERLAY_FORMATS
 from dskd_fast.detection.detector import Detector
@@ -122,12 +123,18 @@ def write_overlay(
     """
     drawn = overlay(image, anomaly_map, caption, *limits)
     overlay_format = path.suffix[1:]
-    if overlay_format == "jpg" and max(drawn.size) > _JPEG_MAX_SIDE:
+    if overlay_format == "jpg":
+        check_jpeg_size(drawn, "draw overlays as png (--overlay-format)")
+    write_file(path, lambda temporary: drawn.save(temporary, **ENCODING[overlay_format]))
+
+
+def check_jpeg_size(drawn: Image.Image, what_to_do: str) -> None:
+    """Raise UserError for an overlay that is too large for a JPEG."""
+    if max(drawn.size) > _JPEG_MAX_SIDE:
         raise UserError(
             f"its overlay has {drawn.width} x {drawn.height} pixels, and a JPEG at most {_JPEG_MAX_SIDE} on a "
-            "side: draw overlays as png (--overlay-format)"
+            f"side: {what_to_do}"
         )
-    write_file(path, lambda temporary: drawn.save(temporary, **ENCODING[overlay_format]))
 
 
 def _all_of(jobs: list[Callable[[], dict[str, Any]]]) -> dict[str, Any]:

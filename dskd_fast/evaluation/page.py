@@ -8,10 +8,7 @@ more than 26; each further run of the same images adds its maps.
 """
 
 import base64
-import hashlib
-import importlib.resources
 import io
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -42,6 +39,7 @@ from dskd_fast.evaluation.evaluate import (
     scored_maps,
     threshold_of,
 )
+from dskd_fast.evaluation.html import filled, resource
 from dskd_fast.files import require_writable, write_file
 from dskd_fast.metrics.auroc import roc_curve
 from dskd_fast.metrics.maps import score_maps
@@ -164,19 +162,10 @@ def render(data: dict[str, Any]) -> str:
     Raises:
         ValueError: a number is NaN or infinite.
     """
-    page, style, script = (_resource(name) for name in ("page.html", "style.css", "script.js"))
-    # With "<" escaped the text cannot end its element; ASCII alone can hold what is not valid Unicode.
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    # The data comes last, so that nothing in it is taken for a place to fill.
-    for place, content in {
-        "{{style-hash}}": _csp_hash(style),
-        "{{script-hash}}": _csp_hash(script),
-        "{{style}}": style,
-        "{{script}}": script,
-        "{{data}}": text,
-    }.items():
-        page = page.replace(place, content, 1)
-    return page
+    page, style, script = (
+        resource(__package__, f"report_page/{name}") for name in ("page.html", "style.css", "script.js")
+    )
+    return filled(page, style, script, data)
 
 
 def _open(folders: Sequence[Path], data_root: Path | None) -> list[_Source]:
@@ -361,14 +350,6 @@ def _colour_tables() -> dict[str, list[float]]:
     rgb, opacity = colours(_COLOUR_STOPS)
     columns = {"red": rgb[:, 0] / 255, "green": rgb[:, 1] / 255, "blue": rgb[:, 2] / 255, "opacity": opacity}
     return {name: values.round(4).tolist() for name, values in columns.items()}
-
-
-def _resource(name: str) -> str:
-    return (importlib.resources.files(__package__) / "report_page" / name).read_text(encoding="utf-8")
-
-
-def _csp_hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _base64(content: bytes) -> str:

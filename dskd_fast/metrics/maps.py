@@ -4,6 +4,7 @@ Maps lie where MVTec LOCO AD's own evaluation expects them: MAPS/CATEGORY/test/T
 per pixel.
 """
 
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -63,7 +64,18 @@ def save_map(path: str | os.PathLike, anomaly_map: np.ndarray) -> None:
     with np.errstate(over="ignore"):
         scores = as_scores(anomaly_map, f"the map for {path}").astype(np.float32)
     as_scores(scores, f"the map for {path}, as float32,")
-    write_file(path, lambda name: tifffile.imwrite(name, scores, photometric="minisblack", metadata=None))
+    write_file(path, lambda name: _write(name, scores))
+
+
+def map_file(anomaly_map: np.ndarray) -> bytes:
+    """What `save_map` writes, of finite float32 values (H, W)."""
+    file = io.BytesIO()
+    _write(file, anomaly_map)
+    return file.getvalue()
+
+
+def _write(file: Path | io.BytesIO, scores: np.ndarray) -> None:
+    tifffile.imwrite(file, scores, photometric="minisblack", metadata=None)
 
 
 def read_map(path: str | os.PathLike) -> np.ndarray:

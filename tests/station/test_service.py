@@ -1,0 +1,146 @@
+import base64
+import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tifffile
+from fastapi.testclient import TestClient
+from PIL import Image
+
+import dskd_fast
+from dskd_fast.data.images import pixel_limit
+from dskd_fast.station import service
+from dskd_fast.station.batches import Batches
+from dskd_fast.station.service import make_app
+
+
+@pytest.fixture(scope="module")
+def client(tiny_detector):
+    app = make_app(tiny_detector, run="screw_bag", threshold=1.0, max_bytes=100_000)
+    with TestClient(app) as client:
+        yield client
+
+
+@pytest.fixture
+def paths(data_root):
+    return sorted((data_root / "screw_bag" / "test").glob("*/*.png"))
+
+
+def test_a_photograph_is_judged_as_by_the_detector(client, tiny_detector, paths):
+    for path, found in zip(paths, tiny_detector.predict(paths), strict=True):
+        answer = client.post("/predict", content=path.read_bytes()).json()
+        assert answer["score"] == pytest.approx(found.score, rel=1e-4, abs=1e-4)
+        assert answer["decision"] == ("anomalous" if answer["score"] > 1 else "normal")
+        assert (answer["threshold"], answer["reason"], answer["overlay"], answer["map"]) == (1.0, None, None, None)
+        assert answer["parts"].keys() == found.parts.keys()
+        assert answer["decided_by"] == found.decided_by
+        assert (answer["width"], answer["height"]) == (120, 96)
+
+
+def test_overlay_and_map_come_on_request(client, tiny_detector, paths):
+    answer = client.post("/predict?overlay=true&map=true", content=paths[0].read_bytes()).json()
+    drawn = Image.open(io.BytesIO(base64.b64decode(answer["overlay"])))
+    assert (drawn.format, drawn.width) == ("JPEG", 2 * 120 + 2)
+    values = tifffile.imread(io.BytesIO(base64.b64decode(answer["map"])))
+    np.testing.assert_allclose(values, tiny_detector.predict(paths[0])[0].map, rtol=1e-3, atol=1e-3)
+
+
+def test_a_dead_frame_is_suspect(client, dead_frames):
+    frame, reason = dead_frames["black"]
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG")
+    answer = client.post("/predict", content=file.getvalue()).json()
+    assert answer["decision"] == "suspect"
+    assert answer["reason"].startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("request_of", "code", "sentence"),
+    [
+        (lambda data: {"content": b""}, 422, "the image cannot be used: the file is empty"),
+        (lambda data: {"content": data[:-20]}, 422, "the image cannot be used: it is damaged or truncated"),
+        (lambda data: {"content": b"GIF89a"}, 422, "the image cannot be used: it is a GIF, and no PNG"),
+        (lambda data: {"content": bytes(100_001)}, 413, "the body has more than 100,000 bytes: send a smaller file"),
+        (lambda data: {"content": iter([bytes(60_000)] * 2)}, 413, "the body has more than 100,000 bytes"),
+        (lambda data: {"files": {"image": data}}, 415, "the body is a form: send the image file itself"),
+        (lambda data: {"content": data, "params": {"map": "x"}}, 422, "map='x' is not possible: use true or false"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(client, paths, request_of, code, sentence):
+    answer = client.post("/predict", **request_of(paths[0].read_bytes()))
+    assert answer.status_code == code
+    assert answer.json()["detail"].startswith(sentence)
+    assert client.get("/health").json()["run"] == "screw_bag"
+
+
+def test_images_of_too_many_pixels_and_too_many_requests_are_refused(client, paths, monkeypatch):
+    data = paths[0].read_bytes()
+    with pixel_limit(10_000):
+        assert "it has 120 x 96 pixels, more than the limit" in client.post("/predict", content=data).json()["detail"]
+    monkeypatch.setattr(service, "MOST_AT_ONCE", 0)
+    answer = client.post("/predict", content=data)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+def test_requests_that_come_together_share_batches_and_get_their_own_answers(tiny_detector, paths, monkeypatch):
+    sizes = []
+    judge = service.judge
+
+    def watched(detector, images, *others):
+        sizes.append(len(images))
+        return judge(detector, images, *others)
+
+    monkeypatch.setattr(service, "judge", watched)
+    app = make_app(tiny_detector, run="screw_bag", threshold=None, max_bytes=100_000, wait=30)
+    with TestClient(app) as client, ThreadPoolExecutor(8) as pool:
+        alone = [client.post("/predict", content=path.read_bytes()).json() for path in paths[:8]]
+        assert sizes == [1] * 8  # nobody was announced to wait for
+        ready = threading.Barrier(8)
+
+        def post(path):
+            ready.wait()
+            return client.post("/predict", content=path.read_bytes()).json()
+
+        together = list(pool.map(post, paths[:8]))
+    assert sum(sizes) == 16
+    assert len(sizes) < 16
+    for one, other in zip(alone, together, strict=True):
+        assert one["decision"] is None
+        assert one["score"] == pytest.approx(other["score"], rel=1e-4, abs=1e-4)
+
+
+def test_a_batch_waits_for_what_is_announced_no_longer_than_its_bound_and_errors_are_everyones():
+    done = []
+
+    def work(items):
+        done.append(items)
+        if "bad" in items:
+            raise ValueError("bad")
+        return items
+
+    with Batches(work, most=2, wait=0.05) as batches:
+        with batches.announced() as submit_late:
+            with batches.announced() as submit:
+                started = time.monotonic()
+                assert submit("first").result() == "first"
+                assert time.monotonic() - started >= 0.05
+            with batches.announced() as submit:
+                first = submit("second")
+                assert submit_late("bad").exception().args == first.exception().args == ("bad",)
+        with batches.announced() as submit:
+            assert submit("third").result() == "third"
+    assert done == [["first"], ["second", "bad"], ["third"]]
+
+
+def test_openapi_and_the_page_need_nothing_from_elsewhere(client):
+    described = client.get("/openapi.json").json()
+    assert {*described["paths"]} == {"/predict", "/health"}
+    assert described["info"]["version"] == dskd_fast.__version__
+    assert "image/png" in described["paths"]["/predict"]["post"]["requestBody"]["content"]
+    page = client.get("/").text
+    assert "default-src 'none'" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert client.get("/docs").status_code == 404
