@@ -9,9 +9,7 @@ import sys
 from dskd_fast.cli.display import messages, print_line, print_no_decisions
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import threshold_of
-from dskd_fast.progress import log
 from dskd_fast.runs.folder import load_run
-from dskd_fast.station.journal import DECISIONS
 from dskd_fast.station.watch import watch as watch_folder
 from dskd_fast.training.checkpoints import stopping_signal
 
@@ -31,7 +29,6 @@ def watch(arguments: argparse.Namespace) -> int:
         messages(is_aside=True),
         stopping_signal(True, "stopping after the image in hand (Ctrl-C again: at once)") as is_stopped,
     ):
-        log.info("watching %s, decisions in %s; Ctrl-C or SIGTERM ends it", arguments.folder, arguments.out / DECISIONS)
         watch_folder(
             detector,
             arguments.folder,

@@ -105,8 +105,7 @@ def watch(
         return path.resolve() in outputs or is_prediction_output(path)
 
     with Journal(out / DECISIONS) as journal, Workers() as workers:
-        if len(journal):
-            log.info("%d images in %s were judged before", len(journal), journal.path)
+        log.info("watching %s, decisions in %s, %d of them from before", folder, journal.path, len(journal))
         inbox = Inbox(folder, is_left_out, journal.knows, poll)
         station = _Station(detector, out, journal, inbox, threshold, overlays, overlay_format, patience, is_stopped)
         try:
