@@ -30,6 +30,11 @@ from dskd_fast.ops.dispatch import BACKEND_VARIABLE
 from dskd_fast.runs.folder import load_run
 from dskd_fast.runs.options import TrainingOptions
 
+CHROMIUM_OPTIONS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+)
+
 # Two threads that wait for each other on busy cores are many times slower than one.
 torch.set_num_threads(1)
 
@@ -157,6 +162,27 @@ def dead_frames(data_root) -> dict[str, tuple[np.ndarray, str]]:
         "no synchronisation": (np.tile(255 * (noise[:, :1, :1] > 0), (1, 120, 3)), "too much contrast"),
     }
     return {name: (frame.clip(0, 255).astype(np.uint8), reason) for name, (frame, reason) in frames.items()}
+
+
+@pytest.fixture(scope="session")
+def start_chromium(tmp_path_factory):
+    """Starts headless Chromium: start_chromium(webdriver.Chrome), or with a class that is derived from that."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no Chromium: apt-get install chromium chromium-driver (Debian's packages)")
+
+    def start(kind):
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        for option in (*CHROMIUM_OPTIONS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+            options.add_argument(option)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        return kind(options=options, service=Service(driver))
+
+    return start
 
 
 class Result(NamedTuple):

@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
@@ -16,19 +15,10 @@ from dskd_fast.detection.overlay import colours
 from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.evaluation.page import render, write_report
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no Chromium: apt-get install chromium chromium-driver (Debian's packages)"
-)
-
 KINDS = ("good", "structural", "logical")
 VARIANTS = ("combined", "local", "global")
 WITHOUT_MAP = tuple(name for name in PARTS if name not in VARIANTS)
 NASTY = ["\"><img src=x onerror=alert(1)>'ü漢.png", "<svg onload=alert(1)>&lt;b&gt;.png", "`${alert(1)}`\\.png"]
-OPTIONS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync"
-)
 
 
 class Browser(webdriver.Chrome):
@@ -76,13 +66,8 @@ class Browser(webdriver.Chrome):
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for option in (*OPTIONS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with Browser(options=options, service=Service(DRIVER)) as browser:
+def browser(start_chromium):
+    with start_chromium(Browser) as browser:
         yield browser
 
 
