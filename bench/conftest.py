@@ -1,11 +1,16 @@
 """Options of the benchmarks, and what their JSON has besides pytest-benchmark's own."""
 
+import functools
 import re
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 try:
     import matplotlib  # noqa: F401
@@ -20,7 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import accuracy, memory
 from bench.contestants import AFFINITY
 from bench.lab import Lab, environment
+from bench.work import BATCH, N_PHOTOGRAPHS
+from dskd_fast import DSKD
+from dskd_fast.data.synthetic import CATEGORY, make_screw_bag
+from dskd_fast.detection.detector import Detector
 from dskd_fast.device import keep_freed_memory
+from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.workers import n_threads
 
 _LAB = pytest.StashKey[Lab]()
 # The curves of the plot of errors: the textbook in both types, and the best backend of ours here.
@@ -51,6 +62,46 @@ def lab(request):
     # What the case before has left: without this, kept memory adds up until the system ends the run.
     memory.give_back(lab.device)
     return lab
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> Callable[[tuple[int, int]], list[Path]]:
+    """Gives PNGs of a size: drawn small, enlarged, and with a camera's noise, without which they were small files."""
+
+    @functools.cache
+    def make(size: tuple[int, int]) -> list[Path]:
+        folder = tmp_path_factory.mktemp("predict")
+        make_screw_bag(folder, n_train=1, n_validation=1, n_test_good=N_PHOTOGRAPHS, n_structural=0, n_logical=0)
+        paths = sorted((folder / CATEGORY / "test" / "good").iterdir())
+        noise = np.random.default_rng(0).normal(0, 2, (size[1], size[0], 3)).astype(np.float32)
+
+        def enlarge(i: int) -> None:
+            with Image.open(paths[i]) as image:
+                pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+            noisy = (pixels + np.roll(noise, 997 * i)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(paths[i])
+
+        with ThreadPoolExecutor(n_threads()) as pool:
+            list(pool.map(enlarge, range(len(paths))))
+        return paths
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def detectors() -> Callable[[int, torch.device], Detector]:
+    """Gives a calibrated detector for images of S x S."""
+
+    @functools.cache
+    def make(side: int, device: torch.device) -> Detector:
+        model = DSKD("lite", image_size=side, pretrained=False).to(device, memory_format=torch.channels_last)
+        detector = TrainingOptions("lite", image_size=side).detector(model)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8, generator=generator)
+        detector.calibrate([images], "train")
+        return detector
+
+    return make
 
 
 def pytest_generate_tests(metafunc):

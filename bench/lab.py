@@ -328,6 +328,7 @@ def row(
         "extra_bytes_note": None,
         "reference_seconds": None,
         "percent_of_product": None,
+        "p95_seconds": None,
     }
 
 

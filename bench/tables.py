@@ -25,9 +25,10 @@ SECTIONS = {
     "dskd": "The whole model",
     "spro": "sPRO",
     "predict": "Images to decisions",
+    "serve": "Photographs over HTTP",
     "cold": "Cold start",
 }
-MODES = ("scoring", "forward", "forward+backward", "training step", "scoring pass", "sPRO", "predict", "start")
+MODES = ("scoring", "forward", "forward+backward", "training step", "scoring pass", "sPRO", "predict", "serve", "start")
 NOISES = ("100 %", "1 %")
 
 NOTE = """\
@@ -62,6 +63,7 @@ class Row(NamedTuple):
     extra_bytes_note: str | None = None
     reference_seconds: float | None = None
     percent_of_product: float | None = None
+    p95_seconds: float | None = None
     median: float | None = None
     iqr: float = 0.0
     rounds: int = 0
@@ -246,6 +248,7 @@ def table(group: list[Row]) -> str:
         f"median, {unit}": median,
         f"spread, {unit}": if_timed(lambda row: f"±{significant(row.iqr / 2 * scale, 2)}" if row.rounds > 1 else "-"),
         "images/s": if_timed(lambda row: significant(row.images / row.median) if row.images else ""),
+        f"95 % of requests within, {unit}": lambda row: significant(row.p95_seconds * scale) if row.p95_seconds else "",
         f"speed-up over {escaped(base.label)}" if base else "speed-up": lambda row: (
             f"{significant(ratio)}x" if (ratio := speedup(group, row)) else ""
         ),

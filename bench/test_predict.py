@@ -9,24 +9,16 @@ the networks alone, to the bit.
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import pytest
 import torch
-from PIL import Image
 
 from bench.lab import row
-from dskd_fast import DSKD
+from bench.work import BATCH, N_PHOTOGRAPHS
 from dskd_fast.data.images import read_image
-from dskd_fast.data.synthetic import CATEGORY, make_screw_bag
-from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.predict import predict
-from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.workers import n_threads
 
-_N_IMAGES, _BATCH = 24, 8
 _READING, _NETWORKS = "reading the files alone", "the networks alone"
 _PREDICT = "dskd-fast predict"
 _CONTESTANTS: dict[str, dict] = {
@@ -52,7 +44,7 @@ class Case(NamedTuple):
 
     @property
     def work(self) -> str:
-        return f"{_N_IMAGES} PNGs of {self.size[0]} x {self.size[1]}, lite, {self.side} px"
+        return f"{N_PHOTOGRAPHS} PNGs of {self.size[0]} x {self.size[1]}, lite, {self.side} px"
 
     @property
     def group(self) -> str:
@@ -66,7 +58,7 @@ class Case(NamedTuple):
             self.contestant,
             ours=self.contestant in _CONTESTANTS or self.contestant == _PYTHON,
             reference=self.contestant == _NETWORKS,
-            images=_N_IMAGES,
+            images=N_PHOTOGRAPHS,
         )
 
 
@@ -78,46 +70,6 @@ def cases(is_full: bool) -> list[Case]:
     return [Case(name, *work) for work in works for name in contestants]
 
 
-@pytest.fixture(scope="session")
-def files(tmp_path_factory) -> Callable[[tuple[int, int]], list[Path]]:
-    """Gives PNGs of a size: drawn small, enlarged, and with a camera's noise, without which they were small files."""
-
-    @functools.cache
-    def make(size: tuple[int, int]) -> list[Path]:
-        folder = tmp_path_factory.mktemp("predict")
-        make_screw_bag(folder, n_train=1, n_validation=1, n_test_good=_N_IMAGES, n_structural=0, n_logical=0)
-        paths = sorted((folder / CATEGORY / "test" / "good").iterdir())
-        noise = np.random.default_rng(0).normal(0, 2, (size[1], size[0], 3)).astype(np.float32)
-
-        def enlarge(i: int) -> None:
-            with Image.open(paths[i]) as image:
-                pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-            noisy = (pixels + np.roll(noise, 997 * i)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(noisy).save(paths[i])
-
-        with ThreadPoolExecutor(n_threads()) as pool:
-            list(pool.map(enlarge, range(len(paths))))
-        return paths
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def detectors() -> Callable[[int, torch.device], Detector]:
-    """Gives a calibrated detector for images of S x S."""
-
-    @functools.cache
-    def make(side: int, device: torch.device) -> Detector:
-        model = DSKD("lite", image_size=side, pretrained=False).to(device, memory_format=torch.channels_last)
-        detector = TrainingOptions("lite", image_size=side).detector(model)
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (_BATCH, 3, side, side), dtype=torch.uint8, generator=generator)
-        detector.calibrate([images], "train")
-        return detector
-
-    return make
-
-
 def test_predict(benchmark, lab, case, files, detectors, tmp_path):
     info = case.row()
     if case.contestant == _ANOMALIB:
@@ -125,7 +77,7 @@ def test_predict(benchmark, lab, case, files, detectors, tmp_path):
     lab.leave_out_of_quick(case)
     paths, detector = files(case.size), detectors(case.side, lab.device)
     images = [detector.resized(read_image(path)) for path in paths]
-    batches = [torch.stack(images[i : i + _BATCH]) for i in range(0, _N_IMAGES, _BATCH)]
+    batches = [torch.stack(images[i : i + BATCH]) for i in range(0, N_PHOTOGRAPHS, BATCH)]
 
     def networks() -> list[float]:
         return [float(score) for batch in batches for score in detector.find(batch).scores["combined"]]
@@ -141,11 +93,11 @@ def test_predict(benchmark, lab, case, files, detectors, tmp_path):
     if case.contestant == _READING:
         call: Callable[[], object] = read
     elif case.contestant == _PYTHON:
-        call = functools.partial(detector.predict, paths, batch_size=_BATCH)
+        call = functools.partial(detector.predict, paths, batch_size=BATCH)
     else:
         options = _CONTESTANTS[case.contestant]
-        threshold = sorted(networks())[_N_IMAGES // 2]
-        call = functools.partial(predict, detector, paths, tmp_path, threshold=threshold, batch_size=_BATCH, **options)
+        threshold = sorted(networks())[N_PHOTOGRAPHS // 2]
+        call = functools.partial(predict, detector, paths, tmp_path, threshold=threshold, batch_size=BATCH, **options)
         if [prediction.score for prediction in call()] != networks():
             lab.leave_out(info, case.group, "it is wrong: its scores are not those of the networks alone")
     lab.time(benchmark, case.group, info, call, reference=networks)

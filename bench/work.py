@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+N_PHOTOGRAPHS, BATCH = 24, 8
+"""From image files to decisions: files, and images in a batch."""
 MODES = ("scoring", "forward", "forward+backward")
 # What the mathematics needs, in N x N x C matrix products: both affinities, and the gradient's. All contestants are
 # credited with the same, whatever they compute.

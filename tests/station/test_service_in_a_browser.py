@@ -37,7 +37,7 @@ def test_photographs_are_judged_and_shown_and_problems_said(
         browser.get(address)
         assert browser.find_element("id", "title").text == "<b>screws</b>"
         browser.find_element("id", "files").send_keys("\n".join(map(str, files)))
-        WebDriverWait(browser, 30).until(lambda b: b.find_element("id", "status").text == "4 of 4 judged")
+        WebDriverWait(browser, 30).until(lambda b: b.find_element("id", "status").text == "4 of 4 done")
         cards = {
             card.find_element("css selector", ".name").text: card
             for card in browser.find_elements("css selector", ".card")

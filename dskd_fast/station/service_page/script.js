@@ -74,7 +74,7 @@
     while (waiting.length > 0) {
       await send(waiting.shift());
       done++;
-      byId("status").textContent = `${done} of ${sent} judged`;
+      byId("status").textContent = `${done} of ${sent} done`;
     }
     underWay--;
   }
@@ -82,7 +82,7 @@
   function take(files) {
     waiting.push(...files);
     sent += files.length;
-    byId("status").textContent = `${done} of ${sent} judged`;
+    byId("status").textContent = `${done} of ${sent} done`;
     while (underWay < AT_ONCE && waiting.length > 0) work();
   }
 
