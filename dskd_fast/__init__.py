@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from dskd_fast.models import DSKD
     from dskd_fast.runs.folder import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DSKD",

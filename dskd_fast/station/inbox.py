@@ -63,23 +63,27 @@ class Inbox:
         """
         found: dict[str, Candidate] = {}
         for listing in walk(self._folder, self._leave_out):
-            readable = {*listing.images}
-            for path in listing.all:
-                state = FileState.at(path, path.relative_to(self._folder).as_posix())
-                if state is None or self._is_done(state):
-                    continue
-                candidate = self._waiting.get(state.name)
-                if candidate is None:
-                    candidate = Candidate(path, state, now, now, path in readable, now + self._poll, self._poll)
-                elif candidate.state != state:
-                    candidate.state, candidate.unchanged_since = state, now
-                    candidate.next_try, candidate.pause = now + self._poll, self._poll
-                found[state.name] = candidate
+            below = listing.folder.relative_to(self._folder).as_posix()
+            prefix = "" if below == "." else f"{below}/"
+            for paths, is_read in ((listing.images, True), (listing.others, False)):
+                for path in paths:
+                    state = FileState.at(path, prefix + path.name)
+                    if state is not None and not self._is_done(state):
+                        found[state.name] = self._candidate(path, state, is_read, now)
         # What has gone was taken away, or has another name now.
         self._waiting = found
         ready = [candidate for candidate in found.values() if candidate.next_try <= now]
         ready.sort(key=lambda candidate: (candidate.state.mtime_ns, natural_key(candidate.state.name)))
         return ready[:_MOST]
+
+    def _candidate(self, path: Path, state: FileState, is_read: bool, now: float) -> Candidate:
+        candidate = self._waiting.get(state.name)
+        if candidate is None:
+            return Candidate(path, state, now, now, is_read, now + self._poll, self._poll)
+        if candidate.state != state:
+            candidate.state, candidate.unchanged_since = state, now
+            candidate.next_try, candidate.pause = now + self._poll, self._poll
+        return candidate
 
     def postpone(self, candidate: Candidate, now: float) -> None:
         """Leave a file alone for a while, twice as long each time."""
