@@ -85,7 +85,9 @@ class Inbox:
             candidate.next_try, candidate.pause = now + self._poll, self._poll
         return candidate
 
-    def postpone(self, candidate: Candidate, now: float) -> None:
-        """Leave a file alone for a while, twice as long each time."""
+    def postpone(self, candidate: Candidate, now: float, last_try: float) -> None:
+        """Leave a file alone for a while, twice as long each time, but not beyond `last_try` if that is to come."""
         candidate.next_try = now + candidate.pause
+        if now < last_try:
+            candidate.next_try = min(candidate.next_try, last_try)
         candidate.pause *= 2

@@ -166,9 +166,9 @@ class _Station(NamedTuple):
         name = candidate.state.name
         if isinstance(found, _Unreadable):
             now = time.monotonic()
-            is_final = not candidate.is_read or now - candidate.unchanged_since >= self.patience
-            if found.reason is None or not is_final:
-                self.inbox.postpone(candidate, now)
+            last_try = candidate.unchanged_since + self.patience
+            if found.reason is None or (candidate.is_read and now < last_try):
+                self.inbox.postpone(candidate, now, last_try)
                 return None
             if FileState.at(candidate.path, name) != candidate.state:
                 return None

@@ -17,6 +17,7 @@ from PIL import Image
 from dskd_fast.detection.prediction import Prediction
 from dskd_fast.errors import UserError
 from dskd_fast.station import watch as module
+from dskd_fast.station.inbox import Inbox
 from dskd_fast.station.journal import Journal
 from dskd_fast.station.watch import watch
 from dskd_fast.training.checkpoints import stopping_signal
@@ -168,6 +169,19 @@ def test_a_slow_writer_is_waited_for_and_holds_up_nobody(watched, inbox):
 
     found = watched(2, meanwhile=meanwhile, patience=1e9)
     assert [(line["path"], line["error"]) for line in found] == [("whole.png", None), ("slow.png", None)]
+
+
+def test_a_file_that_cannot_be_decoded_is_tried_ever_more_rarely_until_its_last_try(inbox):
+    path = save(inbox / "1.png")
+    files = Inbox(inbox, lambda folder: False, lambda state: False, poll=1)
+    tries = []
+    for now in range(40):
+        for candidate in files.look(now):
+            tries.append(now)
+            files.postpone(candidate, now, last_try=candidate.unchanged_since + 10)
+        if now == 20:
+            path.write_bytes(b"another")
+    assert tries == [1, 2, 4, 8, 10, 22, 23, 25, 29, 31]
 
 
 @pytest.mark.parametrize("damage", [b'{"path": "2.png", "score"', b"\0" * 300])
