@@ -43,6 +43,8 @@ BATCH, WAIT = 8, 0.01
 """Images in a batch, and the seconds that the first of them waits at most for others that are being read."""
 MOST_AT_ONCE = 64
 """Requests; a further one is refused."""
+BODY_SECONDS = 60
+"""Within which a body has to be there."""
 
 _MEDIA_TYPES = ("image/png", "image/jpeg", "image/bmp", "image/tiff", "image/webp", "application/octet-stream")
 # What a message calls the body.
@@ -115,6 +117,8 @@ def make_app(detector: Detector, *, run: str, threshold: float | None, max_bytes
     )
     app.add_exception_handler(RequestValidationError, _invalid)
     refusals: dict[int | str, dict[str, Any]] = {
+        400: {"model": Problem, "description": "The body ended early"},
+        408: {"model": Problem, "description": "The body took too long"},
         413: {"model": Problem, "description": "The body is too large"},
         415: {"model": Problem, "description": "The body is a form, not an image"},
         422: {"model": Problem, "description": "The body is no image that can be used, or a parameter is wrong"},
@@ -169,10 +173,10 @@ class _Service:
             raise HTTPException(503, detail, {"Retry-After": "1"})
         self.n_requests += 1
         try:
+            data = await self._body(request)
+            started = time.monotonic()
+            in_thread = partial(asyncio.get_running_loop().run_in_executor, self.pool)
             with self.batches.announced() as submit:
-                data = await self._body(request)
-                started = time.monotonic()
-                in_thread = partial(asyncio.get_running_loop().run_in_executor, self.pool)
                 image, resized = await in_thread(self._read, data)
                 height, width = image.shape[:2]
                 del data
@@ -198,11 +202,14 @@ class _Service:
             raise too_large
         pieces, n_bytes = [], 0
         try:
-            async for piece in request.stream():
-                n_bytes += len(piece)
-                if n_bytes > self.max_bytes:
-                    raise too_large
-                pieces.append(piece)
+            async with asyncio.timeout(BODY_SECONDS):
+                async for piece in request.stream():
+                    n_bytes += len(piece)
+                    if n_bytes > self.max_bytes:
+                        raise too_large
+                    pieces.append(piece)
+        except TimeoutError:
+            raise HTTPException(408, f"the body was not there within {BODY_SECONDS} seconds: send it faster") from None
         except ClientDisconnect:
             raise HTTPException(400, "the body ended early") from None
         return b"".join(pieces)

@@ -73,8 +73,7 @@ def watch(
     An image has one line in `out`/decisions.jsonl. What makes it one image is its content under its name, or the same
     file under another: a rename, a second hard link, a new time or the same bytes written again make no second one (but
     a line without a decision that names the first, in the file alone); a copy under another name does, and so does
-    another image under an old name. Images that are there at the start and
-    have no line yet are judged first.
+    another image under an old name. Images that are there at the start and have no line yet are judged first.
 
     Args:
         detector: calibrated.

@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import io
 import threading
@@ -83,6 +84,27 @@ def test_images_of_too_many_pixels_and_too_many_requests_are_refused(client, pat
     monkeypatch.setattr(service, "MOST_AT_ONCE", 0)
     answer = client.post("/predict", content=data)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+def test_a_body_that_takes_too_long_frees_its_place(tiny_detector, monkeypatch):
+    monkeypatch.setattr(service, "BODY_SECONDS", 0.01)
+    app = make_app(tiny_detector, run="screw_bag", threshold=1.0, max_bytes=100_000)
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    async def request():
+        async with app.router.lifespan_context(app):
+            scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}
+            await app(scope, receive, send)
+            assert app.state.service.n_requests == 0
+
+    asyncio.run(request())
+    assert sent[0]["status"] == 408
 
 
 def test_requests_that_come_together_share_batches_and_get_their_own_answers(tiny_detector, paths, monkeypatch):
