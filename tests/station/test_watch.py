@@ -336,10 +336,11 @@ def test_a_thousand_images_written_anyhow_are_judged_once_each_by_a_process_that
     writers = [threading.Thread(target=write, args=(part,)) for part in range(n_writers)]
     for writer in writers:
         writer.start()
-    ends = []
+    ends, deadline = [], time.monotonic() + 240
     for until in (100, 350, 700, None):
         wait = fork(station)
         while judged() < until if until else any(w.is_alive() for w in writers) or judged() < expected.total():
+            assert time.monotonic() < deadline, (judged(), expected.total())
             time.sleep(0.02)
         time.sleep(10 * POLL if until is None else 0)
         os.kill(int((out.parent / "pid").read_text()), signal.SIGKILL if until else signal.SIGTERM)
