@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
 from dskd_fast.files import load_tensors, save_tensors
+from dskd_fast.models.teacher import Teacher
 from dskd_fast.runs.folder import (
     begin_run,
     claimed,
@@ -21,6 +23,7 @@ from dskd_fast.runs.folder import (
     read_config,
     save_run,
 )
+from dskd_fast.runs.options import ADDED_OPTIONS
 from dskd_fast.training.train import train
 
 # ------------------------------------------------------------------------------------------------- new folders
@@ -153,6 +156,23 @@ def test_what_is_loaded_is_what_was_saved(data_root, tiny_options, tmp_path, bel
     assert json.loads((tmp_path / "run" / "history.json").read_text()) == [dataclasses.asdict(e) for e in history]
 
 
+def test_loading_needs_neither_a_download_nor_the_teachers_file(own_run, tiny_weights, monkeypatch, edit):
+    original = timm.create_model
+
+    def create(*arguments, pretrained=False, **settings):
+        assert not pretrained
+        return original(*arguments, pretrained=False, **settings)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    edit(own_run / "config.json", lambda c: c["options"].update(teacher_weights="/gone/teacher.safetensors"))
+    detector, _, _ = load_run(own_run, "cpu")
+    teacher = Teacher("test_resnet")
+    teacher.load_weights(tiny_weights)
+    images = torch.rand(2, 3, 64, 64)
+    for ours, theirs in zip(detector.model.teacher(images), teacher(images), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["config.json", "calibration.json", "weights.safetensors"])
 def test_a_missing_or_damaged_file_is_named(own_run, name):
     whole = (own_run / name).read_bytes()
@@ -212,6 +232,31 @@ def test_an_edited_run_is_refused_in_one_sentence(own_run, message, change, edit
         load_run(own_run, "cpu")
     assert str(own_run) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scoring", ["calibrated", "paper"])
+def test_a_run_of_an_earlier_version_gives_the_same_scores(own_run, data_root, edit, scoring):
+    """It lacks the options and entries that came later; the first had the paper's scores alone, and no other parts."""
+    images = ImageStore([item.path for item in open_category(data_root, "screw_bag").test], 64).batch(range(10))
+    edit(own_run / "config.json", lambda config: config["options"].update(scoring=scoring))
+    expected = load_run(own_run, "cpu")[0].find(images)
+    later = {"weights", "exposure", "chosen_parts", "precision", "by_other_images"}
+    added = ADDED_OPTIONS.keys()
+    if scoring == "paper":
+        (own_run / "scores.safetensors").unlink()
+        later |= {"scores"}
+    else:
+        added -= {"scoring"}
+    edit(own_run / "config.json", lambda config: [config["options"].pop(name) for name in added])
+    edit(own_run / "calibration.json", lambda c: [c.pop(name) for name in later] + [c.update(threshold=None)])
+    detector, options, _ = load_run(own_run, "cpu")
+    found = detector.find(images)
+    for name, scores in expected.scores.items():
+        np.testing.assert_array_equal(found.scores[name], scores)
+    np.testing.assert_array_equal(found.maps.combined, expected.maps.combined)
+    assert found.decided_by == expected.decided_by
+    assert (detector.calibrated is None) == (scoring == "paper")
+    assert detector.bits is options.bits is detector.calibration.exposure is detector.calibration.threshold is None
 
 
 def test_any_other_folder_is_not_a_run(tmp_path):

@@ -18,6 +18,7 @@ from dskd_fast.data.layout import open_category
 from dskd_fast.errors import TrainingStopped, UserError
 from dskd_fast.files import load_tensors, save_tensors
 from dskd_fast.runs.folder import load_run
+from dskd_fast.runs.options import ADDED_OPTIONS
 from dskd_fast.training import trainer as trainer_module
 from dskd_fast.training.checkpoints import Checkpoints
 from dskd_fast.training.session import ensure_run, resume_run, start_run
@@ -283,6 +284,34 @@ def test_other_images_are_refused(stopped, own_data, where):
         resume_run(stopped, data_root=own_data)
 
 
+def test_a_run_of_a_version_that_compared_names_and_sizes_and_whose_data_moved(
+    stopped, category, own_data, reference, edit, caplog
+):
+    gone = str(own_data.parent / "gone")
+    edit(stopped / "config.json", lambda config: config.update(images=category.names_and_sizes, data_root=gone))
+    # Options that it does not know are in neither of its files.
+    edit(stopped / "config.json", lambda config: [config["options"].pop(name) for name in ADDED_OPTIONS])
+    tensors, state = load_tensors(stopped / "checkpoint.safetensors")
+    assert state["owner"].startswith(category.fingerprint)
+    owner = state["owner"].replace(', "scoring": "calibrated"', "")  # there was only the paper's
+    assert not any(f'"{name}"' in owner for name in ADDED_OPTIONS)
+    former = state | {"owner": owner.replace(category.fingerprint, category.names_and_sizes)}
+    save_tensors(stopped / "checkpoint.safetensors", tensors, former)
+    (own_data / "train" / "good" / "more.gif").touch()
+    with pytest.raises(UserError, match="say where it is with --data-root"):
+        resume_run(stopped)
+    resume_run(stopped, data_root=own_data)
+    assert "recorded names and sizes of the images alone" in caplog.messages[0]
+    assert "not used: 1 image file (formats that are not read): train/good/more.gif" in caplog.messages
+    assert (stopped / "weights.safetensors").read_bytes() == (reference / "weights.safetensors").read_bytes()
+    # From here on it is known by its contents.
+    config = json.loads((stopped / "config.json").read_text())
+    assert config["images"] == category.fingerprint
+    detector, options, _ = load_run(stopped, "cpu")
+    assert options.bits is None
+    assert detector.calibrated is None
+
+
 def test_a_checkpoint_that_is_damaged_or_of_another_training_is_refused(stopped, edit):
     path, config = stopped / "checkpoint.safetensors", (stopped / "config.json").read_bytes()
     for different in ({"gccb": 16}, {"seed": 1}):
@@ -323,6 +352,13 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(start, tmp_path, al
     assert files(tmp_path / "run") == RUN_FILES
 
 
+def test_weights_that_are_not_finite_are_never_saved(start, tmp_path, always_due):
+    """An infinite step leaves a finite loss and weights that are lost."""
+    with pytest.raises(UserError, match="features are no longer finite at epoch 1, step 1: lower --lr"):
+        start(killed_after(3), lr=1e38)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("error", "raised", "batch_size", "message"),
     [
@@ -339,6 +375,38 @@ def test_too_little_memory_names_the_batch_size_to_try(start, monkeypatch, error
     monkeypatch.setattr(train_module.Trainer, "step", step)
     with pytest.raises(raised, match=message):
         start(batch_size=batch_size)
+
+
+@pytest.mark.slow
+def test_it_may_be_compiled_and_a_compiler_that_is_missing_is_named(start, tmp_path, monkeypatch):
+    """Without the C++ compiler, which takes minutes: the result is then the same to the bit."""
+    original, compiled = torch.compile, []
+
+    def traced(model):
+        compiled.append(model)
+        return original(model, backend="eager", fullgraph=True)
+
+    def failing(*_):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    start(name="compiled", compile=True, batch_size=7, epochs=1)
+    assert len(compiled) == 2  # the teacher apart from the students
+    start(name="eager", batch_size=7, epochs=1)
+    assert len(compiled) == 2
+    same_result(tmp_path / "compiled", tmp_path / "eager")
+    monkeypatch.setattr(torch, "compile", lambda _: original(lambda batch: batch.sin(), backend=failing))
+    with pytest.raises(UserError, match=r"torch\.compile cannot compile the training here \(.*no compiler.*leave --co"):
+        start(compile=True)
+
+
+def test_a_disk_without_room_is_named_before_the_training(start, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checkpoints_module.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(train_module, "ImageStore", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UserError, match=r"needs \d+\.\d\d GiB on the disk of .*run .* 0\.00 GiB are free: make room"):
+        start()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_had_by_going_on_or_finding_it(stopped, category, own_data, options, reference, edit):

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import re
+import shutil
 import weakref
 from copy import deepcopy
 from itertools import chain
@@ -126,6 +127,20 @@ def test_every_training_image_is_seen_once_per_epoch_in_a_new_order_and_no_valid
     assert len({tuple(epoch) for epoch in epochs}) == 3
     # What distances are measured from comes from the training images, what is normal, from the validation images.
     assert list(chain(*calibrated)) == [*range(8), 8, 9, 10]
+
+
+def test_validation_images_that_are_trained_on_and_unused_bits_are_warned_of(
+    write_images, tiny_options, tmp_path, caplog
+):
+    images = write_images(tmp_path / "part" / "train", 3)
+    validation = write_images(tmp_path / "part" / "validation", 3, seed=1)
+    shutil.copy(images[2], validation[1])
+    detector, _ = train(open_category(tmp_path / "part", None), tiny_options(bits=12))
+    assert notice_on_bits([], 12) in caplog.messages
+    few, warning = detector.calibration.warnings
+    assert few.startswith("only 3 validation images set the threshold: expect 25% of good images")
+    assert "copies of training images among the 3 validation images: 1, such as 001.png" in warning
+    assert f"warning: {warning}" in caplog.messages
 
 
 def test_without_validation_images_some_are_held_out_or_the_training_images_set_no_threshold(
