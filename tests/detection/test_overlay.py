@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -62,3 +64,13 @@ def test_a_small_map_is_enlarged_and_drawn_as_in_double_precision(size, mean, mo
     drawn = heat(image, small, 0.0, 4.0)
     assert np.abs(drawn - expected).max() <= 1
     assert mean > -8 or (drawn == image).all()
+
+
+def test_no_copy_of_a_photograph_is_drawn_in_floating_point():
+    image, anomaly_map = np.full((1500, 1000, 3), 100, np.uint8), np.ones((1500, 1000), np.float32)
+    tracemalloc.start()  # NumPy's memory, without Pillow's canvas
+    try:
+        overlay(image, anomaly_map, "score 1.00", 0, 1)
+        assert tracemalloc.get_traced_memory()[1] < 4 * image.nbytes
+    finally:
+        tracemalloc.stop()

@@ -1,9 +1,12 @@
 import copy
 import csv
 import dataclasses
+import errno
 import json
 import os
 import shutil
+import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ import tifffile
 import torch
 from PIL import Image
 
+import dskd_fast.detection.predict as predict_module
+from dskd_fast import workers
 from dskd_fast.data.layout import open_category
 from dskd_fast.detection import pictures
 from dskd_fast.detection.overlay import overlay
@@ -104,6 +109,40 @@ def test_without_a_threshold_there_are_no_decisions_and_the_batch_size_does_not_
     assert all(p.overlay is not None for p in predictions)
     assert {(p.threshold, p.decision) for p in predictions} == {(None, None)}
     assert states == [(2, 5), (4, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("max_held", [1, 2 * 64 * 80 * 3])
+def test_large_images_are_held_and_drawn_one_at_a_time_and_smaller_ones_within_bounds(
+    tiny_detector, predicted, write_images, tmp_path, monkeypatch, max_held
+):
+    paths = write_images(tmp_path / "images", 9)
+    expected = {p.path: p.score for p in predicted(*paths)}
+    alive, most = {"image": [], "map": []}, {"image": 0, "map": 0}
+    lock = threading.Lock()
+
+    def watch(owner, name, kind):
+        make = getattr(owner, name)
+
+        def made(*arguments, **options):
+            result = make(*arguments, **options)
+            with lock:
+                alive[kind] = [other for other in alive[kind] if other() is not None] + [weakref.ref(result)]
+                most[kind] = max(most[kind], len(alive[kind]))
+            return result
+
+        monkeypatch.setattr(owner, name, made)
+
+    monkeypatch.setattr(predict_module, "_MAX_HELD", max_held)
+    monkeypatch.setattr(workers, "MAX_WAITING", max_held)
+    watch(predict_module, "read_image", "image")
+    watch(type(tiny_detector), "localisation_map", "map")
+    found = {p.path: p.score for p in predicted(*paths, save_maps=True)}
+    if max_held == 1:
+        assert most == {"image": 1, "map": 1}
+    else:  # two that are read, two in a batch, and one, too heavy to wait, that is drawn
+        assert most["image"] <= 5
+        assert most["map"] == 1
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_names_keep_folders_unicode_spaces_and_dots(tiny_detector, out, write_images, tmp_path):
@@ -234,6 +273,16 @@ def test_a_decision_without_a_place_says_so_and_is_drawn_over_the_map_of_the_glo
         np.testing.assert_allclose(tifffile.imread(out / prediction.map), found.map, rtol=1e-4, atol=1e-4)
 
 
+def test_by_the_papers_scoring_no_part_decides(tiny_detector, out, write_images, tmp_path):
+    detector = dataclasses.replace(tiny_detector, calibrated=None)
+    (path,) = write_images(tmp_path, 1)
+    (prediction,) = predict(detector, [path], out, threshold=-1e9)
+    (found,) = detector.predict(path)
+    assert (prediction.decision, prediction.decided_by, prediction.is_whole) == ("anomalous", None, False)
+    assert prediction.score == pytest.approx(found.score, rel=1e-4, abs=1e-4)
+    assert list(prediction.parts) == ["local", "global"]
+
+
 def test_unreadable_images_are_reported_and_the_others_are_done(predicted, out, write_images, tmp_path):
     paths = write_images(tmp_path / "images", 7)
     alone = {p.path: p.score for p in predicted(*(paths[i] for i in (0, 1, 6)))}
@@ -303,6 +352,63 @@ def test_an_error_in_a_thread_is_raised_and_the_others_are_written(
     assert all(row["score"] is not None for row in found)
     failure = "its pictures could not be written: MemoryError: no room to draw"
     assert [row["error"] for row in found] == [None, failure, None]
+
+
+@pytest.mark.parametrize("where", ["at the end", "for room"])
+def test_an_interrupt_while_overlays_are_waited_for_loses_no_score(
+    tiny_detector, out, write_images, tmp_path, monkeypatch, where
+):
+    paths = write_images(tmp_path / "images", 3)
+    is_written = threading.Event()
+
+    def draw(image, *rest, **options):
+        if (image != np.asarray(Image.open(paths[0]))).any():
+            assert is_written.wait(60)
+        return overlay(image, *rest, **options)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    def write(*arguments):
+        write_results(*arguments)
+        is_written.set()
+
+    write_results = predict_module._write_results
+    monkeypatch.setattr(pictures, "overlay", draw)
+    monkeypatch.setattr(predict_module, "_write_results", write)
+    owner, name = (predict_module, "wait") if where == "at the end" else (workers.Workers, "behind")
+    monkeypatch.setattr(owner, name, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        predict(tiny_detector, paths, out, threshold=1.0)
+    found = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["path"] for row in found] == [*map(str, paths)]
+    assert all(row["score"] is not None for row in found)
+    assert [row["error"] for row in found[1:]] == [predict_module._NOT_DRAWN] * 2
+
+
+def test_a_full_disk_while_overlays_are_drawn_loses_no_score_and_leaves_nothing_half_written(
+    tiny_detector, predicted, out, write_images, tmp_path, monkeypatch, below
+):
+    """Of the first image an earlier overlay is there; the second is drawn beside those that fail."""
+    paths = [write_images(tmp_path / str(width), 1, size=(width, 64))[0] for width in (80, 90, 81)]
+    expected = [p.score for p in predicted(*paths, overlays="none")]
+    predicted(paths[0])
+    before, save = (out / "overlays" / "000.jpg").read_bytes(), Image.Image.save
+
+    def save_on_full_disk(picture, path, **options):
+        save(picture, path, **options)
+        if picture.width < 2 * 90:
+            os.truncate(path, 100)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", save_on_full_disk)
+    predict(tiny_detector, paths, out, threshold=1.0)
+    found = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()][:3]
+    assert [row["score"] for row in found] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert [row["overlay"] for row in found] == [None, "overlays/000-2.jpg", None]
+    assert ["No space left on device" in (row["error"] or "") for row in found] == [True, False, True]
+    assert below(out / "overlays") == ["000-2.jpg", "000.jpg"]
+    assert (out / "overlays" / "000.jpg").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["overlays", "maps"])

@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from scipy.integrate import trapezoid
 
 from dskd_fast.data.ground_truth import Defect
 from dskd_fast.errors import UserError
+from dskd_fast.metrics import spro as spro_module
 from dskd_fast.metrics.spro import FPR_LIMITS, SPRO
 
 NOTHING = dict.fromkeys(FPR_LIMITS)
@@ -141,6 +143,24 @@ def test_what_changes_nothing_and_what_is_left_alone():
         buffer[:] = 0
         spro.compute()
     assert spro.compute() == spro.compute() == expected
+
+
+def test_a_missed_defect_takes_memory_for_one_sorted_copy_of_the_scores(monkeypatch):
+    monkeypatch.setattr(spro_module, "n_threads", lambda: 2)
+    rng, spro = np.random.default_rng(0), SPRO()
+    mask = np.zeros((200, 200), bool)
+    mask[:9, :9] = True
+    maps = [rng.normal(size=mask.shape).astype(np.float32) for _ in range(40)]
+    maps[0][mask] = -9  # nothing is below that
+    spro.add(maps[0], [defect(mask)], "structural")
+    for scores in maps[1:]:
+        spro.add(scores, None, "good")
+    tracemalloc.start()
+    areas = spro.compute()["structural"]
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert areas[1.0] == 0.0
+    assert most < 1.3 * sum(scores.nbytes for scores in maps)
 
 
 def test_scores_that_float32_cannot_tell_apart_are_not_ties():
