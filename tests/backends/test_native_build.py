@@ -193,6 +193,15 @@ def test_what_is_missing_is_said(setting, monkeypatch, environment, reason):
     assert setting.cached() == []
 
 
+def test_two_processes_at_once_build_once(setting):
+    make_tool(setting.compiler, f"sleep 1; {WRITE}")
+    processes = [setting.start() for _ in range(2)]
+    first, second = (process.communicate(timeout=60)[0] for process in processes)
+    (library,) = setting.cached()
+    assert first == second == f"{library}\n"
+    assert setting.calls() == 2
+
+
 def test_a_builder_that_was_killed_is_in_nobodys_way(setting):
     make_tool(setting.compiler, "exec sleep 20")
     builder = setting.start()
@@ -233,7 +242,7 @@ def test_a_library_of_the_package_is_used_where_it_fits(setting, change, monkeyp
 
 @pytest.fixture
 def install(tmp_path, setting):
-    """Makes a wheel as pip does, of a copy of what a wheel is made of; gives that, the output and the wheel's files."""
+    """Runs a hook as pip does, on a copy of what a wheel is made of; gives that, the output and the wheel's files."""
     project = tmp_path / "project"
     for name in ("dskd_fast", "kernels", "csrc"):
         shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__", "native"))
@@ -241,8 +250,8 @@ def install(tmp_path, setting):
         shutil.copy(PROJECT / name, project / name)
     (project / "out").mkdir()
 
-    def run(**environment):
-        command = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('out')"]
+    def run(hook="build_wheel", **environment):
+        command = [sys.executable, "-c", f"from setuptools import build_meta; build_meta.{hook}('out')"]
         environment = os.environ | {"CUDA_PATH": "", "TORCH_CUDA_ARCH_LIST": ""} | environment
         result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
         files = set()
@@ -262,6 +271,29 @@ def test_a_wheel_has_the_sources_and_needs_no_compiler(install):
     assert not [file for file in files if "/native/" in file]
     page = {"page.html", "style.css", "script.js"}
     assert {Path(file).name for file in files if "/report_page/" in file} == page
+
+
+def test_libraries_that_were_asked_for_and_fail_are_an_error(install, setting):
+    make_tool(setting.compiler, FAIL)
+    _, out, files = install(DSKD_FAST_BUILD="1")
+    assert files == set()
+    assert "one.cpp:7:1: error: no such thing" in out
+    assert "the cpu kernels cannot be built: the compiler failed" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+def test_a_wheel_or_an_editable_install_may_have_the_libraries(install, hook):
+    has_cuda = native_build._torch()[0].joinpath("lib", "libtorch_cuda.so").exists()
+    project, out, files = install(hook, DSKD_FAST_BUILD="1")
+    assert not any(file.endswith("none-any.whl") for file in files)
+    if hook == "build_editable":
+        files = {str(path.relative_to(project)) for path in (project / "dskd_fast").rglob("*")}
+    assert {file for file in files if "/native/" in file} == {
+        str(native_build.prebuilt_library(name, project / "csrc", Path("dskd_fast")))
+        for name in (native_build.EXTENSIONS if has_cuda else ["cpu"])
+    }
+    assert ("built the cuda kernels" if has_cuda else "left out the cuda kernels: ") in out
 
 
 def test_the_toolkit_is_found_behind_a_script_or_by_its_variable(tmp_path, monkeypatch):

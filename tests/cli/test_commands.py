@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -142,6 +143,22 @@ def test_the_device_is_the_one_that_is_asked_for(cli_error, tiny_run, data_root,
     assert "no usable GPU" in cli_error(command, tiny_run, *more, "--device", "cuda")
 
 
+def test_values_above_a_cameras_bits_are_named_by_all_that_reads_images_of_a_run(
+    cli, cli_error, own_run, edit, tmp_path
+):
+    for folder, largest in (("train/good", 4095), ("test/good", 4095), ("test/bad", 4096)):
+        (tmp_path / "part" / folder).mkdir(parents=True)
+        image = Image.fromarray(np.linspace(0, largest, 40 * 48).reshape(40, 48).astype(np.uint16))
+        image.save(tmp_path / "part" / folder / "0.png")
+    edit(own_run / "config.json", lambda config: config["options"].update(bits=12))
+    result = cli("predict", own_run, tmp_path / "part" / "test", "--out", tmp_path / "out")
+    assert result.code == 1
+    assert "1 images scored" in result.out
+    assert "bad/0.png: it holds the value 4096, above 4095, the largest of 12 bits" in result.out
+    for command in (["evaluate", own_run], ["report", own_run, "--out", tmp_path / "report"]):
+        assert "it holds the value 4096" in cli_error(*command, "--data-root", tmp_path / "part")
+
+
 def test_image_files_that_are_not_used_are_named_wherever_they_count_and_paths_shown_as_they_are(
     cli, tiny_arguments, write_images, tmp_path
 ):
@@ -266,6 +283,11 @@ def test_doctor(cli):
 def test_a_damaged_file_of_a_run_is_named_by_info(cli_error, own_run, name, content):
     (own_run / name).write_bytes(content)
     assert ("gone is missing" if b"gone" in content else name) in cli_error("info", own_run)
+
+
+def test_by_the_papers_scoring_info_shows_the_students_for_parts(cli, own_run, edit):
+    edit(own_run / "calibration.json", lambda content: content.pop("scores"))
+    assert list(json.loads(cli("info", own_run).out)["parts"]) == ["local", "global"]
 
 
 @pytest.mark.parametrize(

@@ -395,6 +395,15 @@ def test_images_that_would_be_passed_over_or_misjudged_are_an_error(tmp_path, fi
         open_category(tmp_path, None)
 
 
+@pytest.mark.parametrize("where", [".", "results"])
+def test_results_of_a_prediction_among_good_images_are_listed_and_not_trained_on(tmp_path, where):
+    write(tmp_path, "0.png", *(f"{where}/{folder}/0.png" for folder in ("overlays", "maps")))
+    (tmp_path / where / "predictions.csv").write_text("path,score,threshold,decision,overlay,map,error,skipped\n")
+    category = open_category(tmp_path, None)
+    assert category.train == (tmp_path / "0.png",)
+    assert {what: len(paths) for what, paths in category.unused.items()} == {"drawn by an earlier prediction": 2}
+
+
 def test_the_published_layouts_and_links_have_nothing_to_complain_of(loco, tmp_path):
     mvtec_ad(tmp_path, "cable", bent_wire=2, cable_swap=2)
     for root in (loco, tmp_path / "cable"):

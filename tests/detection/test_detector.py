@@ -243,6 +243,17 @@ def test_the_threshold_is_the_kth_largest_score():
         assert threshold.expected_false_alarm_rate == pytest.approx(k / (n + 1), rel=1e-15)
 
 
+@pytest.mark.parametrize("n_above", [0, 2])
+@pytest.mark.parametrize("score", [-4.0, 0.0, 1e4])
+def test_equal_scores_raise_no_alarm_whatever_their_rank(score, n_above):
+    """Of 300 scores the third largest sets the threshold: one of the ties."""
+    ties = score + np.random.default_rng(0).uniform(-1e-5, 1e-5, 300 - n_above) * (1 + abs(score))
+    threshold = threshold_from(iter([*ties, *[score + 100] * n_above]))
+    exported = ties + TOLERANCE * (1 + np.abs(ties))
+    assert not is_above(exported, threshold.value).any()
+    assert is_above(score + 200, threshold.value)
+
+
 def test_of_images_that_were_left_out_the_threshold_lies_higher_by_what_more_like_them_would_raise_it():
     scores = np.random.default_rng(0).exponential(size=40)
     plain, raised = threshold_from(scores), threshold_from(scores, are_left_out=True)

@@ -295,6 +295,31 @@ def test_settings_of_a_run_are_in_the_module(scoring):
         assert_agrees(found, detector.predict(images.transpose(0, 2, 3, 1)), 20.0)
 
 
+@pytest.mark.slow
+def test_settings_of_a_run_are_in_the_files_and_without_a_threshold_there_are_no_decisions(tmp_path):
+    detector = small_detector(align_corners=True, filter_maps=True, sigma=9.0, temperature=0.1)
+    # Students within 0.1 % of their teacher: what cancels, or is taken for nothing, would show.
+    teacher, *students = detector.model.convolutions
+    generator = torch.Generator().manual_seed(1)
+    for student in students:
+        noise = torch.randn(teacher.weight.shape, generator=generator)
+        student.load_state_dict({"weight": 1.3 * teacher.weight * (1 + 1e-3 * noise), "bias": 1.3 * teacher.bias})
+    detector.calibrate([torch.from_numpy(random_images(8, 32, 32))], "validation")
+    assert detector.calibration.statistics["global"].mean < 1e-7
+    detector.calibration = replace(detector.calibration, exposure=None)
+    sizes = ((1, 32, 45), (4, 61, 32), (2, 90, 70))
+    expected = [detector.predict(random_images(*size).transpose(0, 2, 3, 1)) for size in sizes]
+    for exported in export_all(detector, tmp_path, "c", None).values():
+        # The detector is one from before there were limits of brightness and contrast.
+        assert list(exported.metadata["outputs"]) == ["score", "map", "parts"]
+        assert (exported.metadata["scoring"], exported.metadata["parts"]) == ("paper", ["local", "global"])
+        assert "exposure" not in exported.metadata
+        assert exported.metadata["threshold"] is None
+        run = load(exported.path)
+        for size, detections in zip(sizes, expected, strict=True):
+            assert_agrees(run(random_images(*size)), detections, None)
+
+
 @pytest.mark.parametrize(
     ("networks", "scoring", "used"),
     [

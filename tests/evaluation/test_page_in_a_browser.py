@@ -365,3 +365,44 @@ def test_everything_can_be_done_with_the_keyboard(shown):
     page.keys(Keys.ESCAPE)
     assert not page.one("#viewer").get_property("open")
     assert page.js("document.activeElement.className") == "open"
+
+
+@pytest.mark.slow
+def test_a_narrow_window_needs_no_sideways_scrolling(shown):
+    page, _, _ = shown(2, width=320)
+    # The page or the dialog, or something in it that has no scroll bar of its own.
+    sticks_out = """[...document.querySelectorAll(`${arguments[0]}, ${arguments[0]} *`)].filter((e) =>
+        !e.closest(".scroll, .skip") && e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.outerHTML)"""
+    for where in ("html", "#viewer"):
+        assert page.js(sticks_out, where) == []
+        page.js("document.querySelector('.open').click()")
+        assert page.one("#viewer").is_displayed()
+
+
+# The colours of an element's text and of the first ground that is not transparent behind it.
+COLOURS = """[...document.querySelectorAll(arguments[0])].map((element) => {
+  let ground = element;
+  while (getComputedStyle(ground).backgroundColor === "rgba(0, 0, 0, 0)") ground = ground.parentElement;
+  const { fill, color } = getComputedStyle(element);
+  const both = [element instanceof SVGElement ? fill : color, getComputedStyle(ground).backgroundColor];
+  return both.map((colour) => colour.match(/[\\d.]+/g).map(Number).slice(0, 3));
+})"""
+
+
+def contrast(colours):
+    """As WCAG 2 defines it."""
+    channels = np.array(colours) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    darker, lighter = np.sort(linear @ (0.2126, 0.7152, 0.0722), axis=1).T
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_light_and_dark(shown, scheme):
+    page, _, _ = shown(color_scheme=scheme)
+    ground = page.js("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+    assert (max(ground) < 60) if scheme == "dark" else (min(ground) > 200)
+    texts = "h1|h2|.muted|dt|dd|.detail|.chart text|button|select|td|.score|.decision|.mistake|.kind|.name|#scale-text"
+    for selector in texts.split("|"):
+        assert contrast(page.js(COLOURS, selector)).min() >= 4.5, selector

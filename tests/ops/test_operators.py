@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.export import Dim
+from torch.utils.checkpoint import checkpoint
 
 from dskd_fast import ContextualAffinityLoss, CosineDistanceLoss, functional, reference
 from dskd_fast.ops.dispatch import AMBIENT
@@ -180,6 +181,24 @@ def test_micro_batches_accumulate_to_the_whole_batch(any_place, loss):
     assert whole.norm() > 0
 
 
+@pytest.mark.parametrize("loss", ["affinity", "cosine"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_nothing(any_place, loss, use_reentrant):
+    module = LOSSES[loss](backend=any_place.backend)
+
+    def first_level(student, teacher):
+        return module(student.tanh(), teacher)
+
+    def checkpointed(student, teacher):
+        return checkpoint(first_level, student[0], teacher[0], use_reentrant=use_reentrant)
+
+    student, teacher = levels(any_place, 1)[:1], levels(any_place, 2)[:1]
+    assert_same(
+        loss_and_gradients(checkpointed, student, teacher),
+        loss_and_gradients(lambda s, t: first_level(s[0], t[0]), student, teacher),
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_rounds_the_operands_of_products_not_the_inputs(any_place, dtype):
     """Of a student at 0.1 % noise, the inputs rounded to bfloat16 would leave nothing but rounding."""
@@ -199,6 +218,29 @@ def test_autocast_rounds_the_operands_of_products_not_the_inputs(any_place, dtyp
     with torch.autocast(any_place.device, dtype=dtype):
         assert error(student, teacher) <= rounding
     assert error(student.to(dtype), teacher.to(dtype), precision="fp32") > rounding
+
+
+def test_a_gradient_scaler_changes_no_step_and_leaves_out_one_that_overflows(any_place):
+    teacher, other = on(any_place, *PAIRS["contiguous"]())
+    weights = []
+    for scale in (None, 2.0**10, 2.0**127):
+        student = torch.nn.Parameter((teacher + other).clone())
+        optimiser = torch.optim.SGD([student], lr=1.0)
+        with torch.autocast(any_place.device, dtype=torch.bfloat16):
+            loss = 100 * functional.contextual_affinity(student, teacher, 0.1, backend=any_place.backend).sum()
+        if scale is None:
+            loss.backward()
+            optimiser.step()
+        else:
+            scaler = torch.amp.GradScaler(any_place.device, init_scale=scale)
+            scaler.scale(loss).backward()
+            scaler.step(optimiser)
+            scaler.update()
+        weights.append(student.detach())
+    unscaled, scaled, overflowed = weights
+    assert torch.equal(scaled, unscaled)
+    assert not torch.equal(unscaled, teacher + other)
+    assert torch.equal(overflowed, teacher + other)
 
 
 # torch.compile
