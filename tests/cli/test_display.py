@@ -77,6 +77,18 @@ def test_each_part_has_a_row_with_its_areas_and_its_decisions_and_no_terminal_is
         assert [row[3:] for row in rows] == ([[], []] if counts is None else [["21"], ["3"]])
 
 
+def test_a_student_alone_has_one_column_unless_other_parts_are_scored_with_it(screen):
+    parts = {"parts": {"teacher-means": dict.fromkeys(("structural", "logical", "mean"), 0.5)}, "decided_by": None}
+    said = {"category": "c", "n_images": {"good": 1}, "decisions": None, "suspects": {}, **parts}
+    said |= {"absent": [], "warnings": [], "unused": [], "bad_masks": []}
+    for scoring, names in (("paper", ["local alone"]), ("calibrated", ["all parts", "local alone"])):
+        file = screen(100)
+        display.print_metrics(figures(100) | said | {"scoring": scoring, "local": figures(200), "global": None})
+        lines = file.getvalue().splitlines()
+        assert re.split(" {2,}", lines[2].strip()) == names
+        assert any(line.split() == ["teacher-means", "0.500", "0.500"] for line in lines) == (scoring == "calibrated")
+
+
 def states(steps):
     return [TrainingState(step, steps, 1 + step // 50, 0.5 / step, 0.25 / step, 31.5) for step in range(1, steps + 1)]
 

@@ -183,6 +183,21 @@ def found_by_local_alone(detector, paths):
     return Caught(paths, parts, ["local"] * len(paths))
 
 
+def found_by_all(detector, paths):
+    return Caught(paths, {name: np.full(len(paths), 99.0) for name in detector.parts}, ["local"] * len(paths))
+
+
+def test_where_no_choice_of_parts_finds_more_all_decide_and_nothing_was_chosen(cli, own_run, good, bad, monkeypatch):
+    monkeypatch.setattr(recalibration, "score_bad", found_by_all)
+    out = cli("recalibrate", own_run, "--good", good, "--bad", bad, "--choose-parts").out
+    assert "all parts decide: no choice of them finds more of the bad images\n" in out
+    content = calibration(own_run)
+    assert content["chosen_parts"] is None
+    assert not any("decide" in text for text in content["warnings"])
+    detector = load_run(own_run, "cpu")[0]
+    assert detector.calibrated.used == detector.parts
+
+
 def save(folder, detector):
     """Two calibrations within a second have no names of their own."""
     runs.save_calibration(folder, detector, "scores-later.safetensors")

@@ -1,7 +1,11 @@
+import errno
 import json
+import os
 import re
 import shutil
 from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,6 +279,7 @@ def test_images_alone_are_enough(tmp_path, monkeypatch, below):
         (["empty/a.txt"], ".", "empty", UserError, "no folder train or test and no images"),
         (["a.zip"], "a.zip", None, UserError, "is a file"),
         (["a/0.png", "b/train/0.png", "c/1.txt", ".d/0.png"], ".", "e", UserError, "e.*choose one of: a, b$"),
+        (["a/0.png", "b/train/0.png", "c/1.txt", ".d/0.png"], ".", None, UserError, "choose one of: a, b$"),
         (["a/0.png"], "a", "b", UserError, "holds no category b"),
         (["train/readme.txt"], ".", None, UserError, "no training images in .*/train/good"),
         *((["a/0.png"], ".", name, UserError, "name of a folder") for name in ("", ".", "..", "a/b", "/etc", "a\\b")),
@@ -393,6 +398,21 @@ def test_images_that_would_be_passed_over_or_misjudged_are_an_error(tmp_path, fi
     write(tmp_path, *(() if is_alone else BASE), *(name.lstrip("/") for name in files))
     with pytest.raises(UserError, match=message):
         open_category(tmp_path, None)
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+def test_a_folder_that_cannot_be_read_matters_only_beside_good_images(tmp_path, monkeypatch, is_flat):
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    write(tmp_path, "0.png" if is_flat else "train/0.png", "lost+found/0.png")
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"cannot list .*lost\+found: Permission") if is_flat else nullcontext():
+        assert open_category(tmp_path, None).n_images["train"] == 1
 
 
 @pytest.mark.parametrize("where", [".", "results"])

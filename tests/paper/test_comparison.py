@@ -137,3 +137,18 @@ def test_the_notes_tell_the_papers_categories_and_every_difference_of_the_recipe
     papers = "which has teacher wide_resnet50_2, image size 256, epochs 200, lr 0.005, averaging 0.0, precision fp32."
     assert papers in notes
     assert "batch size" not in notes
+
+
+def test_other_data_has_no_printed_figures_and_the_notes_say_so():
+    unused = [{"files": "formats that are not read", "n_files": 1, "first": ["test/bad/a.gif"]}]
+    parts = [part("screw_bag", is_synthetic=True, is_papers=False), part("board", is_papers=False, unused=unused)]
+    found = results("loco", parts, {(0, p.name): metrics(0.6, 0.4) for p in parts})
+    spro = tables_of(found)[0]
+    assert list(spro.columns) == ["screw_bag (synthetic)", "board", "mean"]
+    assert texts(spro, "DSKD") == ["-", "-", "0.730"]
+    notes = " ".join(notes_on(found, []))
+    assert "MVTec LOCO AD was NOT run" in notes
+    assert "screw_bag (drawn by dskd-fast; 12 training and 4 validation images" in notes
+    assert "test images: 4 good, 3 structural, 3 logical" in notes
+    assert "over the 5 categories of MVTec LOCO AD, ours over the 2 here" in notes
+    assert "board: not used: 1 image file (formats that are not read): test/bad/a.gif." in notes

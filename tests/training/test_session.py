@@ -205,6 +205,8 @@ def test_a_signal_saves_and_says_how_to_go_on(start, tmp_path, reference):
     resume_run(tmp_path / "run", report=lambda state: steps.append(state.step))
     assert steps == [5, 6]
     same_result(tmp_path / "run", reference)
+    with pytest.raises(UserError, match="has finished already"):
+        resume_run(tmp_path / "run")
 
 
 def test_ctrl_c_twice_stops_at_once_unless_it_is_ignored(start, tmp_path):
@@ -327,6 +329,11 @@ def test_a_checkpoint_that_is_damaged_or_of_another_training_is_refused(stopped,
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"checkpoint\.safetensors is damaged .*: restore it, or train again"):
         resume_run(stopped)
+
+
+def test_an_epoch_that_has_begun_cannot_be_left_out(stopped):
+    with pytest.raises(UserError, match="the training is in epoch 2 already: go on with --epochs 2 or more"):
+        resume_run(stopped, {"epochs": 1})
 
 
 class _NanFrom:

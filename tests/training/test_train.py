@@ -319,6 +319,13 @@ def test_a_single_image_with_a_single_position_cannot_be_normalised(few, tiny_op
         assert train(few(1), tiny_options(batch_size=batch_size))[0].calibration.n_images == 1
 
 
+def test_what_cannot_be_trained_is_a_user_error(category, tiny_options):
+    with pytest.raises(UserError, match=r"image size 100 .*multiple of 32"):
+        train(category, tiny_options(image_size=100))
+    with pytest.raises(UserError, match="has no training images"):
+        train(dataclasses.replace(category, train=()), tiny_options())
+
+
 OUT_OF_RANGE = {
     "teacher": (5, None),
     "teacher_weights": (1,),
