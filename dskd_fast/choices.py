@@ -25,6 +25,16 @@ OVERLAY_FORMATS = ("jpg", "png")
 EXPORT_FORMATS = ("torch", "onnx", "openvino")
 EXPERIMENTS = ("loco", "mvtec-ad", "ablation-students", "ablation-losses", "ablation-gccb", "ablation-temperature")
 """Of the paper."""
+METHODS = ("dskd", "rd", "patchcore-25", "spade", "us", "gcad", "ae", "vae", "mnad", "f-anogan", "vm")
+"""Of the paper's tables, its own first."""
+ANOMALIB = "anomalib:"
+"""Before the name of a model of anomalib."""
+
+
+def is_method(name: str) -> bool:
+    """Whether it is one of `METHODS`, or may be a model of anomalib."""
+    return name in METHODS or (name.startswith(ANOMALIB) and name.removeprefix(ANOMALIB).isidentifier())
+
 
 FALSE_ALARMS = 0.01
 """The share of normal images that a threshold lets be called anomalous, where there are enough images to tell."""

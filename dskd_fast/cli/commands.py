@@ -335,6 +335,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
                 recipe,
                 categories=given.get("categories"),
                 seeds=arguments.seeds,
+                methods=arguments.methods,
                 training=training_progress,
                 evaluation=counter,
             )

@@ -11,6 +11,7 @@ from dskd_fast.choices import (
     EXPORT_FORMATS,
     HOLDOUT,
     LITE,
+    METHODS,
     RECIPES,
     TEMPERATURE_RANGE,
 )
@@ -362,6 +363,15 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         default=Path("reproduction"),
         help="folder of runs, tables and figures, for all tables of one recipe (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        type=values.method,
+        metavar="M",
+        default=list(METHODS[:1]),
+        help="rows of loco or mvtec-ad that are measured here: "
+        f"{', '.join(METHODS)}, or anomalib:NAME, any model of anomalib (default: {METHODS[0]})",
     )
     arguments.add_max_pixels(parser)
     recipe = parser.add_argument_group("recipe")

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TypeVar
 
-from dskd_fast.choices import BITS_RANGE, TEMPERATURE_RANGE
+from dskd_fast.choices import ANOMALIB, BITS_RANGE, METHODS, TEMPERATURE_RANGE, is_method
 
 Number = TypeVar("Number", int, float)
 
@@ -60,6 +60,13 @@ def rate(text: str) -> float:
     if not _LEAST_RATE <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.005 or a percentage such as 0.5%")
     return value
+
+
+def method(text: str) -> str:
+    """A method of the paper's tables, or a model of anomalib."""
+    if not is_method(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(METHODS)} and {ANOMALIB}NAME")
+    return text
 
 
 def finite(text: str) -> float:

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
-from torch.nn import functional as nnf
 
 from dskd_fast.choices import FALSE_ALARMS
 from dskd_fast.data.exposure import measure_exposure
@@ -25,7 +24,7 @@ from dskd_fast.detection.calibration import (
     margin_above,
     threshold_from,
 )
-from dskd_fast.detection.findings import Detection, Findings, Maps, Variant
+from dskd_fast.detection.findings import Detection, Findings, Maps, Variant, map_at_size
 from dskd_fast.detection.inputs import Images, OneImage, as_rgb, bytes_to_read, check_batch_size, single_images
 from dskd_fast.detection.scoring.calibrated import CalibratedScore, collected
 from dskd_fast.detection.scoring.maps import MAP_ROUNDING
@@ -240,16 +239,7 @@ class Detector:
         """
         if self.scoring.filter_maps and self.calibrated is None:
             anomaly_map = self._filtered(anomaly_map[None])[0]
-        source = torch.from_numpy(anomaly_map)[None, None]
-        resized = nnf.interpolate(
-            source,
-            size,
-            mode="bilinear",
-            align_corners=self.scoring.align_corners,
-            # Smaller than the map on a side: average, do not skip.
-            antialias=min(size) < min(anomaly_map.shape),
-        )
-        return resized[0, 0].numpy()
+        return map_at_size(anomaly_map, size, self.scoring.align_corners)
 
     def calibrate(
         self,

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn import functional as nnf
 
 from dskd_fast.detection.scoring.calibrated import PARTS
 
@@ -87,3 +89,18 @@ class Detection:
 def has_place(part: str | None) -> bool:
     """Whether a part of the score has a map; a sum of maps (None) has."""
     return part is None or PARTS[part].has_map
+
+
+def map_at_size(
+    anomaly_map: NDArray[np.float32], size: tuple[int, int], align_corners: bool = False
+) -> NDArray[np.float32]:
+    """A map (S, S) at an image's own resolution (height, width), bilinear."""
+    resized = nnf.interpolate(
+        torch.from_numpy(anomaly_map)[None, None],
+        size,
+        mode="bilinear",
+        align_corners=align_corners,
+        # Smaller than the map on a side: average, do not skip.
+        antialias=min(size) < min(anomaly_map.shape),
+    )
+    return resized[0, 0].numpy()

@@ -180,7 +180,34 @@ def scored_maps(
 
     Close it where not all are taken: threads read ahead of it.
     """
-    maps, sizes = test.maps.existing[variant], test.images.native_sizes
+    maps, scores = [*test.maps.existing[variant]], test.scores[variant]
+    yield from maps_with_truth(
+        truth, maps, scores, test.images.native_sizes, detector.localisation_map, progress, f"scoring {variant} maps"
+    )
+
+
+def maps_with_truth(
+    truth: GroundTruth,
+    maps: Sequence[NDArray[np.float32]],
+    scores: NDArray[np.float64],
+    sizes: Sequence[tuple[int, int]],
+    at_size: Callable[[NDArray[np.float32], tuple[int, int]], NDArray[np.float32]],
+    progress: Progress,
+    stage: str = "scoring maps",
+) -> Generator[ScoredMap, None, None]:
+    """Maps of any method at native size beside what is marked, one at a time, as `score_maps` takes them.
+
+    Close it where not all are taken: threads read ahead of it.
+
+    Args:
+        truth: of the test images.
+        maps: of the test images, (S, S) each.
+        scores: of the images, (n,).
+        sizes: native height and width of each.
+        at_size: gives a map at such a size.
+        progress: called as progress(stage, done, total).
+        stage: its name.
+    """
     with Workers() as workers:
         # A mask takes one byte a pixel, and is read from as many.
         masks = workers.ahead(
@@ -189,10 +216,10 @@ def scored_maps(
             weigh=lambda i: 2 * math.prod(sizes[i]) * max(1, len(truth.test[i].masks)),
         )
         for i, (item, found) in enumerate(zip(truth.test, masks, strict=True)):
-            anomaly_map = detector.localisation_map(maps[i], sizes[i])
+            anomaly_map = at_size(maps[i], sizes[i])
             defects = truth.noted(item, found)
-            yield ScoredMap(item.key, item.kind, anomaly_map, float(test.scores[variant][i]), defects)
-            progress(f"scoring {variant} maps", i + 1, len(truth.test))
+            yield ScoredMap(item.key, item.kind, anomaly_map, float(scores[i]), defects)
+            progress(stage, i + 1, len(truth.test))
 
 
 def count_kinds(category: Category) -> dict[str, int]:

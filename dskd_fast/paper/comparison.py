@@ -21,16 +21,16 @@ class Results:
 
     Args:
         plan: what was to be trained.
-        metrics: by (seed, category, pair), as `evaluate` gives them; what failed is absent.
+        metrics: by (seed, category, pair or method), as `evaluate` gives them; what failed is absent.
     """
 
-    def __init__(self, plan: Plan, metrics: dict[tuple[int, str, Pair], dict[str, Any]]) -> None:
+    def __init__(self, plan: Plan, metrics: dict[tuple[int, str, Pair | str], dict[str, Any]]) -> None:
         self.plan = plan
         self._metrics = metrics
 
     def of_seed(self, seed: int, part: Part, contestant: Contestant) -> dict[str, Any] | None:
         """A contestant's figures, as `dskd_fast.metrics.maps.score_maps` gives them; None if it failed."""
-        metrics = self._metrics.get((seed, part.name, contestant.pair))
+        metrics = self._metrics.get((seed, part.name, contestant.measured))
         return metrics if metrics is None or contestant.of == "combined" else metrics[contestant.of]
 
     def of(self, part: Part, contestant: Contestant, measure: str, kind: str) -> Cell:
@@ -43,8 +43,11 @@ class Results:
 
     def absent(self, part: Part) -> list[str]:
         """Why a category has no figures of a kind, a sentence each."""
+        all_measured: list[Pair | str] = [*self.plan.pairs, *self.plan.methods]
         metrics = (
-            self._metrics.get((seed, part.name, pair)) for seed in range(self.plan.seeds) for pair in self.plan.pairs
+            self._metrics.get((seed, part.name, measured))
+            for seed in range(self.plan.seeds)
+            for measured in all_measured
         )
         return next((found["absent"] for found in metrics if found is not None), [])
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dskd_fast.choices import DEFAULT_TEACHER
+from dskd_fast.choices import ANOMALIB, DEFAULT_TEACHER, METHODS, is_method
 from dskd_fast.data.category import Category
 from dskd_fast.data.layout import MVTEC_AD_CATEGORIES, list_categories, open_category
 from dskd_fast.data.synthetic import MANIFEST
@@ -48,7 +48,7 @@ class Student(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The two students that are scored together."""
+    """The two students that are scored together; the same one twice is that student alone."""
 
     local: Student = Student("local")
     global_: Student = Student("global")
@@ -68,12 +68,25 @@ class Contestant(NamedTuple):
         of: whose figures of the pair: "combined", "local" or "global", all by the paper's scores, or "calibrated", the
             whole by ours.
         printed: the paper's record of this row, if it has one.
+        method: that is compared with, in place of a pair: see `dskd_fast.paper.baselines.make_baseline`.
     """
 
     label: str
     pair: Pair = Pair()
     of: Variant | Literal["calibrated"] = "combined"
     printed: dict[str, Any] | None = None
+    method: str | None = None
+
+    @property
+    def measured(self) -> Pair | str:
+        """What its figures are of."""
+        return self.pair if self.method is None else self.method
+
+
+# The name of each row in the paper's tables.
+_PRINTED_AS = {"ae": "AE", "vae": "VAE", "f-anogan": "f-AnoGAN", "patchcore-25": "PatchCore-25"}
+# The local student alone with the loss of the published code of Reverse Distillation.
+_RD = Student("local", "local_loss", "flattened-cosine")
 
 
 @dataclass(frozen=True)
@@ -132,19 +145,30 @@ class Plan:
     @property
     def pairs(self) -> list[Pair]:
         """All that are trained, each once."""
-        return list(dict.fromkeys(contestant.pair for contestant in self.contestants))
+        return list(dict.fromkeys(contestant.pair for contestant in self.contestants if contestant.method is None))
+
+    @property
+    def methods(self) -> list[str]:
+        """All that are compared with and are no runs, in the order of the rows."""
+        return [contestant.method for contestant in self.contestants if contestant.method is not None]
 
 
 def make_plan(
-    experiment: str, data_root: Path, categories: Sequence[str] | None, recipe: TrainingOptions, seeds: int
+    experiment: str,
+    data_root: Path,
+    categories: Sequence[str] | None,
+    recipe: TrainingOptions,
+    seeds: int,
+    methods: Sequence[str] = METHODS[:1],
 ) -> Plan:
     """Find the categories and list the trainings.
 
     Raises:
-        UserError: no data root, a category that is not there, or an unknown teacher.
+        UserError: no data root, a category that is not there, an unknown teacher, or methods that are unknown or that
+            the experiment has no rows for.
     """
     paper = read_paper()
-    contestants = contestants_of(experiment, recipe, paper)
+    contestants = contestants_of(experiment, recipe, paper, methods)
     parts = _open_parts(data_root.expanduser(), categories, papers_categories(experiment, paper))
     return Plan(experiment, data_root, parts, contestants, recipe, seeds, paper)
 
@@ -153,10 +177,17 @@ def papers_categories(experiment: str, paper: dict[str, Any]) -> tuple[str, ...]
     return MVTEC_AD_CATEGORIES if experiment == "mvtec-ad" else tuple(paper["loco"]["categories"])
 
 
-def contestants_of(experiment: str, recipe: TrainingOptions, paper: dict[str, Any]) -> list[Contestant]:
+def contestants_of(
+    experiment: str, recipe: TrainingOptions, paper: dict[str, Any], methods: Sequence[str] = METHODS[:1]
+) -> list[Contestant]:
     """The rows of an experiment that are trained here."""
+    for method in methods:
+        if not is_method(method):
+            raise UserError(f"there is no method {method}: use {', '.join(METHODS)} or {ANOMALIB}NAME")
     if experiment in ("loco", "mvtec-ad"):
-        return [Contestant("DSKD"), Contestant("DSKD, calibrated scores (ours, not the paper's)", of="calibrated")]
+        return [row for method in dict.fromkeys(methods) for row in _rows_of(method)]
+    if tuple(methods) != METHODS[:1]:
+        raise UserError(f"{experiment} compares forms of the paper's method alone: give --methods to loco or mvtec-ad")
     if experiment == "ablation-gccb":
         return [_condensing(record, recipe) for record in paper["gccb"]]
     printed = {(record["local"], record["global"]): record for record in paper["students"]}
@@ -173,6 +204,14 @@ def contestants_of(experiment: str, recipe: TrainingOptions, paper: dict[str, An
     combinations += [(None, loss) for loss in _SYMBOLS]
     combinations += [(local, global_) for local in _SYMBOLS for global_ in _SYMBOLS]
     return [_with_losses(local, global_, printed.get((local, global_))) for local, global_ in combinations]
+
+
+def _rows_of(method: str) -> list[Contestant]:
+    if method == "dskd":
+        return [Contestant("DSKD"), Contestant("DSKD, calibrated scores (ours, not the paper's)", of="calibrated")]
+    if method == "rd":
+        return [Contestant("RD", Pair(_RD, _RD))]
+    return [Contestant(_PRINTED_AS.get(method, method if ":" in method else method.upper()), method=method)]
 
 
 def _with_losses(local: str | None, global_: str | None, record: dict[str, Any] | None) -> Contestant:

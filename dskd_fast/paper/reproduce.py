@@ -3,6 +3,7 @@
 OUT/recipe.json                                         the options that all trainings have in common
 OUT/runs/CATEGORY/dskd/seed-K                           a run of the whole method, shared by all tables
 OUT/runs/CATEGORY/STUDENT-WHAT/seed-K                   a run of one student alone with one option changed
+OUT/baselines/CATEGORY/METHOD/seed-K                    what a method that is compared with keeps, and its figures
 OUT/pairs/CATEGORY/LOCAL+GLOBAL/seed-K                  figures of two students from different runs
 OUT/table-EXPERIMENT.{txt,md,csv,json}                  the tables
 OUT/examples-EXPERIMENT.png, OUT/examples/CATEGORY.png  heat maps of the whole method
@@ -15,9 +16,7 @@ that several rows of a table have is trained once.
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,9 +26,9 @@ from typing import Any
 
 from PIL import Image
 
+from dskd_fast.choices import METHODS
 from dskd_fast.data.augment import for_category
 from dskd_fast.data.category import Category
-from dskd_fast.data.contents import content_digests
 from dskd_fast.data.ground_truth import KINDS
 from dskd_fast.data.images import ImageError, read_image
 from dskd_fast.detection.detector import Detector
@@ -39,14 +38,16 @@ from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import evaluate, threshold_of
 from dskd_fast.files import write_file
 from dskd_fast.models.teacher import WeightsUnavailable
+from dskd_fast.paper.baselines.measure import Measured, measure
 from dskd_fast.paper.comparison import FIGURES, MEASURES, Results, notes_on, tables_of
 from dskd_fast.paper.figures import draw_examples, plot_temperatures, stack
+from dskd_fast.paper.kept import check_recipe, fingerprint, record_of
 from dskd_fast.paper.plan import HOLDOUT, TEMPERATURES, Pair, Part, Plan, Student, make_plan
 from dskd_fast.paper.students import calibrated_figures, join
 from dskd_fast.paper.tables import Table, to_csv, to_json, to_markdown, to_text
 from dskd_fast.progress import Progress, log, silent
 from dskd_fast.runs import folder as runs
-from dskd_fast.runs.options import ADDED_OPTIONS, TrainingOptions
+from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.session import Report, ensure_run
 
 _TEXT_WIDTH = 80
@@ -74,6 +75,7 @@ def reproduce(
     *,
     categories: Sequence[str] | None = None,
     seeds: int = 3,
+    methods: Sequence[str] = METHODS[:1],
     training: TrainingDisplay = lambda _: contextlib.nullcontext(lambda _: None),
     evaluation: EvaluationDisplay = lambda _: contextlib.nullcontext(silent),
 ) -> Outcome:
@@ -86,6 +88,8 @@ def reproduce(
         recipe: of all trainings; seed and augmentation are set for each.
         categories: names; None takes all of the data root.
         seeds: how often each is trained, with the seeds 0, 1, ...
+        methods: rows of the tables of data sets that are measured here: of `dskd_fast.choices.METHODS`, or
+            "anomalib:NAME".
         training, evaluation: called with a title; see above. What is done or has failed goes to the logger "dskd_fast".
 
     Raises:
@@ -97,9 +101,9 @@ def reproduce(
         raise UserError('the plot needs matplotlib, which is not installed: run pip install "dskd-fast[plots]"')
     # Ours are made beside, from the same networks.
     recipe = dataclasses.replace(recipe, scoring="paper")
-    plan = make_plan(experiment, data_root, categories, recipe, seeds)
-    recipe_file, record = out / "recipe.json", _record_of(recipe)
-    _check_recipe(recipe_file, record)
+    plan = make_plan(experiment, data_root, categories, recipe, seeds, methods)
+    recipe_file, record = out / "recipe.json", record_of(recipe)
+    check_recipe(recipe_file, record)
     work = _Work(plan, out, training, evaluation)
     work.check_networks()
     runs.write_json(recipe_file, record)
@@ -117,36 +121,11 @@ def reproduce(
     return Outcome(tables, notes, work.failures, files + figures)
 
 
-def _record_of(recipe: TrainingOptions) -> dict[str, Any]:
-    """What all trainings have in common."""
-    return {
-        name: value
-        for name, value in dataclasses.asdict(recipe).items()
-        if name not in ("seed", "augmentation", "device")
-    }
-
-
-def _check_recipe(path: Path, record: dict[str, Any]) -> None:
-    """Raise UserError if the folder was begun with another recipe, before its tables are replaced by empty ones."""
-    if not path.exists():
-        return
-    there = runs.read_json(path)
-    if not isinstance(there, dict):
-        raise UserError(f"{path} was not written by this program: choose another --out")
-    for name, value in record.items():
-        begun_with = there.get(name, ADDED_OPTIONS.get(name))
-        if begun_with != value:
-            raise UserError(
-                f"{path.parent} was begun with {name} {begun_with!r}, not {value!r}: choose another --out, or "
-                "give the same options"
-            )
-
-
 class _Work:
     """Trains and evaluates what a plan needs.
 
     Attributes:
-        metrics: by (seed, category, pair), as `evaluate` gives them; what failed is absent.
+        metrics: by (seed, category, pair or method), as `evaluate` gives them; what failed is absent.
         failures: why, a sentence each.
     """
 
@@ -159,11 +138,12 @@ class _Work:
     ) -> None:
         self.plan = plan
         self.out = out
-        self.metrics: dict[tuple[int, str, Pair], dict[str, Any]] = {}
+        self.metrics: dict[tuple[int, str, Pair | str], dict[str, Any]] = {}
         self.failures: list[str] = []
         self._training = training
         self._evaluation = evaluation
         self._trained: set[Path] = set()
+        self._measured: Measured | None = None
 
     def check_networks(self) -> None:
         """Raise UserError for a device, a teacher, a size or weights that no training can use, unless all are done."""
@@ -174,7 +154,7 @@ class _Work:
             for pair in self.plan.pairs
             for student in pair
         }
-        if all(runs.is_finished(folder) for folder in folders):
+        if folders and all(runs.is_finished(folder) for folder in folders):
             return
         resolve_device(self.plan.recipe.device)
         self.plan.recipe.networks(pretrained=True)
@@ -193,9 +173,11 @@ class _Work:
                     failed.add(student)
             if failed.isdisjoint(pair):
                 self._succeeds(self._evaluate, part, pair, recipe)
+        for method in self.plan.methods:
+            self._succeeds(self._measure, part, method, recipe)
 
-    def _succeeds(self, step: Callable, part: Part, what: Student | Pair, recipe: TrainingOptions) -> bool:
-        title = f"{part.name}, {what.run}, seed {recipe.seed}"
+    def _succeeds(self, step: Callable, part: Part, what: Student | Pair | str, recipe: TrainingOptions) -> bool:
+        title = f"{part.name}, {what if isinstance(what, str) else what.run}, seed {recipe.seed}"
         try:
             step(title, part, what, recipe)
         except WeightsUnavailable:
@@ -237,13 +219,13 @@ class _Work:
         assert part.category is not None  # see `do`
         place = self._place(part, pair, recipe.seed)
         folders = [self._run(part, student, recipe.seed) for student in pair]
-        fingerprint = _fingerprint(part.category, folders)
+        evaluated = fingerprint(part.category, folders)
         is_calibrated = any(x.of == "calibrated" and x.pair == pair for x in self.plan.contestants)
         with contextlib.suppress(UserError):
             found = runs.read_json(place / runs.METRICS)
             if (
                 isinstance(found, dict)
-                and found.get("evaluated") == fingerprint
+                and found.get("evaluated") == evaluated
                 and ((place / "scores.csv").is_file() and ("calibrated" in found or not is_calibrated))
             ):
                 self._keep(part, pair, recipe.seed, found)
@@ -262,12 +244,22 @@ class _Work:
             )
             if is_calibrated:
                 metrics["calibrated"] = calibrated_figures(detector, part.category, recipe, progress)
-        metrics["evaluated"] = fingerprint
+        metrics["evaluated"] = evaluated
         runs.write_json(place / runs.METRICS, metrics)
         self._keep(part, pair, recipe.seed, metrics)
         log.info("%s: evaluated", title)
 
-    def _keep(self, part: Part, pair: Pair, seed: int, metrics: dict[str, Any]) -> None:
+    def _measure(self, title: str, part: Part, method: str, recipe: TrainingOptions) -> None:
+        assert part.category is not None  # see `do`
+        if self._measured is None or self._measured.of != (part.category, recipe):
+            self._measured = Measured(part.category, recipe)
+        place = self.out / "baselines" / part.name / method.replace(":", "-") / f"seed-{recipe.seed}"
+        with self._evaluation(title) as progress:
+            metrics, is_new = measure(method, self._measured, place, fingerprint(part.category, ()), progress)
+        self._keep(part, method, recipe.seed, metrics)
+        log.info("%s: %s", title, "fitted and evaluated" if is_new else "was evaluated before")
+
+    def _keep(self, part: Part, pair: Pair | str, seed: int, metrics: dict[str, Any]) -> None:
         self.metrics[seed, part.name, pair] = metrics
         for sentence in metrics["bad_masks"]:
             self._fail(f"{part.name}: {sentence}")
@@ -290,19 +282,6 @@ class _Work:
             files.insert(0, self.out / f"examples-{self.plan.experiment}.png")
             write_file(files[0], stack(sheets).save)
         return files
-
-
-def _fingerprint(category: Category, folders: Sequence[Path]) -> str:
-    """A hash of what figures are of: names and contents of test images and masks, and what the trainings ended with."""
-    digest = hashlib.sha256()
-    paths = [path for item in category.test for path in (item.path, *item.masks)]
-    for path, content in zip(paths, content_digests(paths), strict=True):
-        digest.update(os.fsencode(path.relative_to(category.root)) + b"\0" + (content or bytes(32)))
-    digest.update(repr((category.defect_types, category.stray_masks, category.unused_summary)).encode())
-    for folder in folders:
-        # Statistics of millions of pixels: other weights have others.
-        digest.update((folder / runs.CALIBRATION).read_bytes())
-    return digest.hexdigest()
 
 
 def _examples(detector: Detector, part: Part, scores_file: Path) -> Image.Image:

@@ -65,7 +65,7 @@ class FrozenTeacher:
             levels = []
         if group.add(torch.tensor([float(not levels)], dtype=torch.float64)).item():
             log.info(
-                "the teacher's features of the %d training images are too large to be kept, so it runs in every step "
+                "the teacher's features of the %d images are too large to be kept, so it runs in every step "
                 "(rounding may differ from that of a training that keeps them)",
                 n,
             )
@@ -87,7 +87,7 @@ class FrozenTeacher:
                 # Each process has all of them, and the processes may be of one machine.
                 if n_bytes * group.size > min(KEPT_BYTES, _physical_memory() // 4):
                     return []
-                log.info("keeping the teacher's features of the %d training images: %.0f MiB", n, n_bytes / 2**20)
+                log.info("keeping the teacher's features of the %d images: %.0f MiB", n, n_bytes / 2**20)
                 levels = [x.new_empty((n, *x.shape[1:])) for x in found]
             for level, values in zip(levels, found, strict=True):
                 level[start:stop] = values

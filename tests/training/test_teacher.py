@@ -59,7 +59,7 @@ def test_features_are_not_kept_where_the_memory_is_too_small_and_long_work_says_
         def add(self, values):
             return values
 
-    too_large = "the teacher's features of the 12 training images are too large to be kept, so it runs in every step"
+    too_large = "the teacher's features of the 12 images are too large to be kept, so it runs in every step"
     with monkeypatch.context() as patch:
         patch.setattr(teacher_module, "KEPT_BYTES", 2 * n_bytes - 1)
         assert teacher.features_of(images, 12, Two(0, 2)) is None

@@ -1,0 +1,102 @@
+"""GCAD: a local branch that regresses descriptors, and a global one that does so through a narrow bottleneck.
+
+Bergmann et al., "Beyond Dents and Scratches: Logical Constraints in Unsupervised Anomaly Detection and Localization"
+(IJCV 2022). Theirs: the local network regresses a pretrained encoder's descriptors; the global encoder condenses the
+image to a vector of g numbers, an upsampling network makes the same descriptors of it, and a network without the
+bottleneck learns what the two make; each branch's squared error is normalised by mean and deviation over validation
+images, and the two are added. Ours: the descriptors, see `Descriptors`; one patch size; smaller networks with batch
+normalisation; gradients of the third loss reach the network without the bottleneck alone.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dskd_fast.models.dskd import enlarged
+from dskd_fast.paper.baselines.blocks import Normaliser, down, maps_of, squared_error, train_networks, up
+from dskd_fast.paper.baselines.descriptors import Descriptors, Regression, fitted_to
+from dskd_fast.paper.baselines.fitting import Fitting
+from dskd_fast.paper.baselines.protocol import Baseline, Images
+
+BOTTLENECK = 32
+"""g, the numbers that an image is condensed to."""
+_GRID = 4
+
+
+class Gcad(Baseline):
+    """The networks of both branches."""
+
+    relative_steps = 2
+
+    def __init__(self, size: int, channels: Sequence[int]) -> None:
+        super().__init__(size, channels)
+        n = self.channels[1]
+        self.descriptors = Descriptors(n)
+        self.local = Regression(n)
+        self.encoder = nn.Sequential(
+            *(down(a, b) for a, b in ((3, 32), (32, 64), (64, 128), (128, 128), (128, 128))),
+            nn.AdaptiveAvgPool2d(_GRID),
+            nn.Flatten(),
+            nn.Linear(128 * _GRID**2, BOTTLENECK),
+        )
+        self.upsampling = nn.Sequential(
+            nn.Linear(BOTTLENECK, 128 * _GRID**2),
+            nn.Unflatten(1, (128, _GRID, _GRID)),
+            up(128, 128),
+            up(128, 128),
+            nn.Conv2d(128, n, 3, padding=1),
+        )
+        self.unconstrained = _Unconstrained(n)
+        self.of_local, self.of_global = Normaliser(), Normaliser()
+
+    def fit(self, images: Images, validation: Images, fitting: Fitting) -> None:
+        self.descriptors.fit(images)
+        train_networks(self, images, fitting, self._loss)
+        found = maps_of(validation, self._local_and_global)
+        self.of_local.fit(both[:, 0] for both in found)
+        self.of_global.fit(both[:, 1] for both in found)
+
+    def maps(self, images: Images) -> Tensor:
+        local, global_ = self._local_and_global(images).unbind(1)
+        return enlarged([self.of_local(local) + self.of_global(global_)], (self.size, self.size))[:, 0]
+
+    def _outputs(self, images: Images) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Descriptors, and those of the local, the condensing and the unconstrained network."""
+        wanted = self.descriptors(images)
+        pixels = 2 * images.pixels - 1
+        size = wanted.shape[-2:]
+        condensed = self.upsampling(self.encoder(pixels))
+        return (
+            wanted,
+            *(fitted_to(found, size) for found in (self.local(pixels), condensed, self.unconstrained(pixels))),
+        )
+
+    def _loss(self, images: Images) -> Tensor:
+        wanted, local, condensed, unconstrained = self._outputs(images)
+        pairs = ((local, wanted), (condensed, wanted), (unconstrained, condensed.detach()))
+        return torch.stack([squared_error(found, target).mean() for found, target in pairs]).sum()
+
+    def _local_and_global(self, images: Images) -> Tensor:
+        """The squared errors of both branches, (B, 2, h, w)."""
+        wanted, local, condensed, unconstrained = self._outputs(images)
+        return torch.stack([squared_error(local, wanted), squared_error(unconstrained, condensed)], 1)
+
+
+class _Unconstrained(nn.Module):
+    """Images (B, 3, S, S) -> descriptors (B, channels, S/8, S/8), from the whole image, past no bottleneck."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(down(3, 32), down(32, 64), down(64, 128))
+        self.middle = down(128, 128)
+        self.deep = nn.Sequential(down(128, 128), up(128, 128))
+        self.shallow = up(256, 128)
+        self.head = nn.Conv2d(256, channels, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        fine = self.stem(pixels)
+        middle = self.middle(fine)
+        deep = fitted_to(self.deep(middle), middle.shape[-2:])
+        shallow = fitted_to(self.shallow(torch.cat([middle, deep], 1)), fine.shape[-2:])
+        return self.head(torch.cat([fine, shallow], 1))

@@ -1,0 +1,66 @@
+"""The nearest neighbours against all distances in float64."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dskd_fast.paper.baselines.neighbours import nearest
+
+
+def truth(queries, keys):
+    return (queries.double()[:, None] - keys.double()).square().sum(2).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "channels", "k"),
+    [(1, 1, 1, 1), (3, 5, 2, 5), (700, 5000, 7, 1), (513, 4097, 16, 50), (20, 9001, 33, 9), (600, 130, 3, 130)],
+)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_they_are_the_nearest(n, m, channels, k, offset):
+    generator = torch.Generator().manual_seed(n)
+    queries, keys = (torch.randn(x, channels, generator=generator) + offset for x in (n, m))
+    found = nearest(queries, keys, k)
+    every = truth(queries, keys)
+    # That of the key that is given: differences of float32 numbers are rounded once, and sums of C squares C times.
+    torch.testing.assert_close(
+        found.distances.double(), every.gather(1, found.indices), rtol=(channels + 4) * 2**-24, atol=0
+    )
+    # No key is passed over but for the rounding of products, of numbers around their mean.
+    spread = (queries - keys.mean(0)).double().norm(dim=1).max() * (keys - keys.mean(0)).double().norm(dim=1).max()
+    rounding = 4 * (channels + 4) * 2**-24 * (float(spread) + offset * channels**0.5)
+    squares = found.distances.double().square() - every.topk(k, largest=False).values.square()
+    assert float(squares.abs().max()) <= rounding
+    assert (found.distances.diff(dim=1) >= 0).all()
+    assert all(len(row.unique()) == k for row in found.indices[:5])
+
+
+def test_no_matrix_of_all_distances_is_made():
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **kwargs or {})
+            for x in found if isinstance(found, tuple | list) else (found,):
+                if isinstance(x, torch.Tensor):
+                    self.numbers = max(self.numbers, x.numel())
+            return found
+
+    queries, keys = torch.randn(3000, 4), torch.randn(20_000, 4)
+    with Largest() as largest:
+        nearest(queries, keys, 3)
+    assert largest.numbers <= 2**21 + 3 * len(keys)  # a tile; 60 million would be all
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "k", "message"),
+    [
+        ((2, 3), (4, 2), 1, r"must be \(n, C\) and \(m, C\), not \[2, 3\] and \[4, 2\]"),
+        ((2, 3), (4, 3), 5, "k must be from 1 to the number of keys, 4, not 5"),
+        ((2, 3), (0, 3), 1, "k must be from 1 to the number of keys, 0, not 1"),
+    ],
+)
+def test_what_does_not_fit_is_named(queries, keys, k, message):
+    with pytest.raises(ValueError, match=message):
+        nearest(torch.zeros(queries), torch.zeros(keys), k)
+    with pytest.raises(ValueError, match=r"float32, not torch\.float64"):
+        nearest(torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3))
