@@ -126,7 +126,7 @@ class Teacher(nn.Module):
             source = "the downloaded weights"
         if self.name == LITE:
             state = _with_timm_lite_names(state)
-        self.net.load_state_dict(_select(state, self.net.state_dict(), source, self.name))
+        self.net.load_state_dict(select_weights(state, self.net.state_dict(), source, self.name))
         return state
 
 
@@ -158,7 +158,9 @@ def read_state(file: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _select(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, model: str) -> dict[str, Tensor]:
+def select_weights(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, model: str
+) -> dict[str, Tensor]:
     """The entries of `state` under the names of `wanted`; every one must be there, with its shape."""
 
     # timm's feature wrappers rename "blocks.0.1" to "blocks_0.1" and may put "model." in front.

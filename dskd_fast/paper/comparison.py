@@ -238,13 +238,18 @@ def _recipe(recipe: TrainingOptions) -> str:
 
 
 def _notes_on_experiment(plan: Plan) -> list[str]:
+    compared = [
+        "Methods compared with see the images unaugmented and train for a fixed multiple of the recipe's steps; what "
+        "else is not as their papers have it: dskd_fast/paper/README.md."
+    ] * bool(plan.methods)
     if plan.experiment == "loco":
-        return ["The paper prints sPRO by category and AUROC by type of anomaly, not the other way round."]
+        return ["The paper prints sPRO by category and AUROC by type of anomaly, not the other way round.", *compared]
     if plan.experiment == "mvtec-ad":
         return [
+            *compared,
             "37 of MVTec AD's test images count as logical, as in the paper; means of logical figures are over the "
             "categories that have some, and the mean of both kinds is that of the two means. The paper prints no "
-            "figures by category."
+            "figures by category.",
         ]
     together = (
         "The students share no parameters: each is trained once for a seed, and pairs are put together from these "

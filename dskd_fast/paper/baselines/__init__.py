@@ -1,27 +1,27 @@
 """The methods that the paper's tables compare with, a file each: fitted on good images, they give maps and scores."""
 
-from collections.abc import Sequence
-
 from dskd_fast.choices import ANOMALIB
+from dskd_fast.models.teacher import Teacher
 from dskd_fast.paper.baselines.protocol import Baseline
 
 
-def make_baseline(name: str, size: int, channels: Sequence[int]) -> Baseline:
+def make_baseline(name: str, size: int, teacher: Teacher, weights: str | None = None) -> Baseline:
     """A method that is not fitted yet.
 
     Args:
         name: one of `dskd_fast.choices.METHODS` other than the paper's own and "rd", or "anomalib:NAME".
         size: S of images and maps.
-        channels: of the teacher's levels, finest first.
+        teacher: of all methods.
+        weights: a file of its weights, else its own are taken, where a model of anomalib has a copy of it.
 
     Raises:
-        UserError: anomalib is not installed, or has no model of that name.
+        UserError: anomalib is not installed, or has no model of that name for this teacher.
     """
     # Imported one by one: who asks for one method waits for no other's libraries.
     if name.startswith(ANOMALIB):
         from dskd_fast.paper.baselines.of_anomalib import OfAnomalib
 
-        return OfAnomalib(size, channels, name.removeprefix(ANOMALIB))
+        return OfAnomalib(size, teacher, teacher.load_weights(weights), name.removeprefix(ANOMALIB))
     from dskd_fast.paper.baselines.ae import Autoencoder
     from dskd_fast.paper.baselines.f_anogan import FAnoGan
     from dskd_fast.paper.baselines.gcad import Gcad
@@ -43,4 +43,4 @@ def make_baseline(name: str, size: int, channels: Sequence[int]) -> Baseline:
         "patchcore-25": PatchCore,
         "gcad": Gcad,
     }
-    return methods[name](size, channels)
+    return methods[name](size, [level.channels for level in teacher.levels])

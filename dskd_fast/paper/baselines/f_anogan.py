@@ -3,7 +3,8 @@
 Schlegl et al., "f-AnoGAN: Fast unsupervised anomaly detection with generative adversarial networks" (Medical Image
 Analysis 2019). Theirs: a WGAN-GP (five critic steps for each of the generator), then an encoder that is trained through
 the frozen generator by errors of images and of the critic's features (izi_f, kappa 1); score A_R + kappa A_D, map |x -
-G(E(x))|. Ours: whole images of 64 x 64 in place of patches, smaller networks, and few steps.
+G(E(x))|. Ours: whole images of 64 x 64 in place of patches, smaller networks, and few steps, at a rate of 0.001 in
+place of 0.0001.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ WIDTHS = (32, 64, 128, 128)
 KAPPA = 1.0
 _CRITIC_STEPS = 5
 _PENALTY = 10.0
-_RATE, _BETAS = 2e-4, (0.0, 0.9)
+_RATE, _BETAS = 1e-3, (0.0, 0.9)
 
 
 class FAnoGan(OfPixels):

@@ -151,10 +151,9 @@ def _fitted(
     """The method, fitted now or before, and the seconds that fitting took."""
     recipe = measured.recipe
     train, validation, _ = measured.splits
-    channels = [level.channels for level in measured.teacher.levels]
     with torch.random.fork_rng(devices=[]), stopping_signal(True) as stopped, deterministic_convolutions():
         torch.manual_seed(recipe.seed)
-        method = make_baseline(name, recipe.image_size, channels).to(measured.device)
+        method = make_baseline(name, recipe.image_size, measured.teacher, recipe.teacher_weights).to(measured.device)
         if file.is_file():
             arrays, state = load_tensors(file)
             if state["identity"] == identity:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A tile of products, 8 MiB, and its operands stay in the second- or third-level cache.
-_QUERIES, _KEYS = 512, 4096
+# A tile of products, 16 MiB, and its operands stay in the second- or third-level cache.
+_QUERIES, _KEYS = 1024, 4096
 # The largest of so many products decide which of them are looked at one by one.
 _STRIDE = 16
 # Numbers in a block of differences.

@@ -5,6 +5,7 @@ import torch
 
 from dskd_fast.choices import METHODS
 from dskd_fast.metrics.auroc import auroc
+from dskd_fast.models.teacher import Teacher
 from dskd_fast.paper.baselines import make_baseline
 from dskd_fast.paper.baselines.ae import Autoencoder
 from dskd_fast.paper.baselines.f_anogan import FAnoGan
@@ -18,6 +19,7 @@ from dskd_fast.paper.baselines.us import UninformedStudents
 from dskd_fast.paper.baselines.vae import VariationalAutoencoder
 from dskd_fast.paper.baselines.vm import VariationModel
 
+from ...conftest import TINY_TEACHER
 from .conftest import CHANNELS, SIZE, images_of
 
 SMALL = {"side": 32, "widths": (16, 32, 32)}
@@ -26,12 +28,12 @@ MAKERS = {
     "vm": (lambda: VariationModel(SIZE, CHANNELS), 1),
     "spade": (lambda: Spade(SIZE, CHANNELS), 1),
     "patchcore-25": (lambda: PatchCore(SIZE, CHANNELS), 1),
-    "ae": (lambda: Autoencoder(SIZE, CHANNELS, **SMALL), 20),
-    "vae": (lambda: VariationalAutoencoder(SIZE, CHANNELS, **SMALL), 20),
-    "mnad": (lambda: Mnad(SIZE, CHANNELS, side=32), 20),
-    "f-anogan": (lambda: FAnoGan(SIZE, CHANNELS, **SMALL), 40),
-    "us": (lambda: UninformedStudents(SIZE, CHANNELS), 20),
-    "gcad": (lambda: Gcad(SIZE, CHANNELS), 20),
+    "ae": (lambda: Autoencoder(SIZE, CHANNELS, **SMALL), 16),
+    "vae": (lambda: VariationalAutoencoder(SIZE, CHANNELS, **SMALL), 16),
+    "mnad": (lambda: Mnad(SIZE, CHANNELS, side=32), 16),
+    "f-anogan": (lambda: FAnoGan(SIZE, CHANNELS, side=16, widths=(16, 32)), 24),
+    "us": (lambda: UninformedStudents(SIZE, CHANNELS), 10),
+    "gcad": (lambda: Gcad(SIZE, CHANNELS), 14),
 }
 
 
@@ -54,8 +56,9 @@ def fitted(toy):
 
 def test_every_method_of_the_tables_is_here():
     assert {*MAKERS} == {*METHODS} - {"dskd", "rd"}
+    teacher = Teacher(TINY_TEACHER)
     for name in MAKERS:
-        assert type(make_baseline(name, SIZE, CHANNELS)) is type(MAKERS[name][0]())
+        assert type(make_baseline(name, SIZE, teacher)) is type(MAKERS[name][0]())
 
 
 @torch.no_grad()
@@ -68,8 +71,7 @@ def test_a_planted_defect_is_found_and_located(fitted, toy, name):
     assert torch.isfinite(of_bad).all()
     good, bad = (method.score(images, maps) for images, maps in ((toy.good, of_good), (toy.bad, of_bad)))
     assert auroc(good.tolist(), bad.tolist()) > 0.9, (good, bad)
-    places = of_bad.flatten(1).argmax(1)
-    assert toy.inside.flatten(1).gather(1, places[:, None]).float().mean() >= 0.75
+    assert auroc(of_bad[~toy.inside].tolist(), of_bad[toy.inside].tolist()) > 0.8
 
 
 @torch.no_grad()

@@ -1,0 +1,127 @@
+"""`reproduce --methods`: rows, what is kept, and what a user may do wrong."""
+
+import csv
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from dskd_fast.cli import main
+from dskd_fast.errors import UserError
+from dskd_fast.files import load_tensors
+from dskd_fast.paper.baselines import measure as measuring
+from dskd_fast.paper.baselines.vm import VariationModel
+from dskd_fast.paper.plan import contestants_of
+from dskd_fast.paper.published import read_paper
+from dskd_fast.runs.options import TrainingOptions
+
+METHODS = ("rd", "vm", "patchcore-25", "ae")
+
+
+@pytest.fixture(scope="module")
+def command(data_root, tiny_arguments):
+    """`reproduce loco` of some methods; the output folder comes last."""
+    at = tiny_arguments.index("--gccb")
+    options = [*tiny_arguments[:at], *tiny_arguments[at + 2 :], "--seeds", "1", "--device", "cpu"]
+    return ["reproduce", "loco", "--data-root", str(data_root), *options, "--methods", *METHODS, "--out"]
+
+
+@pytest.fixture(scope="module")
+def first(command, tmp_path_factory):
+    """The folder of that command. Read only."""
+    out = tmp_path_factory.mktemp("first") / "out"
+    assert main([*command, str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def out(first, tmp_path):
+    return shutil.copytree(first, tmp_path / "out")
+
+
+def times(out, name):
+    return {path: path.stat().st_mtime_ns for path in (out / "baselines").rglob(name)}
+
+
+def test_each_method_has_a_row_beside_the_papers(first):
+    with (first / "table-loco.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["table"].startswith("AUROC")]
+    here = {row["row"]: row["value"] for row in rows if row["source"] == "here" and row["column"] == "AUROC mean"}
+    assert list(here) == ["RD, here", "VM, here", "PatchCore-25, here", "AE, here"]
+    assert all(0 <= float(value) <= 1 for value in here.values())
+    assert {row["row"] for row in rows if row["source"] == "paper"} > {"RD", "VM", "PatchCore-25", "AE"}
+    metrics = json.loads((first / "baselines/screw_bag/vm/seed-0/metrics.json").read_text())
+    with (first / "baselines/screw_bag/vm/seed-0/scores.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 10
+    assert metrics["spro"]["mean"] is not None
+    assert {*metrics["seconds"]} == {"fit", "maps"}
+
+
+def test_what_is_there_is_kept_and_a_half_done_table_goes_on(first, out, command, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("it was fitted again")
+
+    monkeypatch.setattr(VariationModel, "fit", refuse)
+    metrics = times(out, "metrics.json")
+    assert main([*command, str(out)]) == 0
+    assert times(out, "metrics.json") == metrics
+    assert (out / "table-loco.csv").read_bytes() == (first / "table-loco.csv").read_bytes()
+    # Fitted, but killed before it was evaluated.
+    (out / "baselines/screw_bag/vm/seed-0/metrics.json").unlink()
+    assert main([*command, str(out)]) == 0
+    assert (out / "table-loco.csv").read_bytes() == (first / "table-loco.csv").read_bytes()
+
+
+def test_other_test_images_are_evaluated_and_other_training_images_fitted_anew(out, command, data_root, tmp_path):
+    own = shutil.copytree(data_root, tmp_path / "own")
+    moved = [str(own) if x == str(data_root) else x for x in command]
+    moved[moved.index("rd")] = "vm"
+    arrays, metrics = times(out, "arrays.safetensors"), times(out, "metrics.json")
+
+    def mirror(path):
+        ImageOps.mirror(Image.open(path)).save(path)
+
+    mirror(own / "screw_bag/test/good/000.png")
+    assert main([*moved, str(out)]) == 0
+    assert times(out, "arrays.safetensors") == arrays
+    assert all(x != y for x, y in zip(times(out, "metrics.json").values(), metrics.values(), strict=True))
+    mirror(own / "screw_bag/train/good/000.png")
+    assert main([*moved, str(out)]) == 0
+    assert all(x != y for x, y in zip(times(out, "arrays.safetensors").values(), arrays.values(), strict=True))
+
+
+def test_a_signal_ends_it_after_a_step_and_the_same_command_goes_on(out, command, monkeypatch, capsys):
+    place = out / "baselines/screw_bag/ae/seed-0"
+    expected, _ = load_tensors(place / "arrays.safetensors")
+    shutil.rmtree(place)
+    heed = measuring.Fitting.heed
+
+    def interrupted(self, stage, done, total):
+        if done == 2:
+            signal.raise_signal(signal.SIGINT)
+        heed(self, stage, done, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring.Fitting, "heed", interrupted)
+        assert main([*command, str(out)]) == 128 + signal.SIGINT
+    assert "stopped and saved: the same command goes on from there" in capsys.readouterr().err
+    assert not place.exists()
+    assert main([*command, str(out)]) == 0
+    # The same seed gives the same bits.
+    found, _ = load_tensors(place / "arrays.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "methods", "message"),
+    [
+        ("loco", ["pathcore"], "there is no method pathcore: use dskd, rd, "),
+        ("ablation-gccb", ["dskd", "vm"], "ablation-gccb compares forms of the paper's method alone"),
+    ],
+)
+def test_methods_that_cannot_be_are_refused_in_a_sentence(experiment, methods, message):
+    with pytest.raises(UserError, match=message):
+        contestants_of(experiment, TrainingOptions(), read_paper(), methods)
