@@ -24,11 +24,23 @@ SECTIONS = {
     "growth": "Contextual affinity as the number of positions grows",
     "dskd": "The whole model",
     "spro": "sPRO",
+    "neighbours": "Nearest neighbours",
     "predict": "Images to decisions",
     "serve": "Photographs over HTTP",
     "cold": "Cold start",
 }
-MODES = ("scoring", "forward", "forward+backward", "training step", "scoring pass", "sPRO", "predict", "serve", "start")
+MODES = (
+    "scoring",
+    "forward",
+    "forward+backward",
+    "training step",
+    "scoring pass",
+    "sPRO",
+    "nearest",
+    "predict",
+    "serve",
+    "start",
+)
 NOISES = ("100 %", "1 %")
 
 NOTE = """\

@@ -14,6 +14,7 @@ import pytest
         ("losses.affinity", 1),
         ("models.dskd", 1),
         ("detection.detector", 1),
+        ("paper.baselines.neighbours", 1),
     ],
 )
 def test_the_examples_of(module, n_examples):

@@ -29,6 +29,9 @@ from dskd_fast.paper.baselines.protocol import Baseline, Images
 
 _LITE_BACKBONE = "tf_efficientnet_lite0"
 _LITE_LAYERS = ("blocks.1", "blocks.2", "blocks.4")
+# Channels that PaDiM draws, which anomalib leaves open for other backbones than these: as many as of ResNet-18.
+_PADIM_KNOWS = ("resnet18", "wide_resnet50_2")
+_N_FEATURES = 100
 
 
 class OfAnomalib(Baseline):
@@ -72,6 +75,8 @@ class OfAnomalib(Baseline):
             options["backbone"] = backbone
         if "layers" in accepted:
             options["layers"] = list(layers[-len(accepted["layers"].default) :])
+        if "n_features" in accepted and backbone not in _PADIM_KNOWS:
+            options["n_features"] = _N_FEATURES
         try:
             with _weights_of(backbone, state):
                 self.module: nn.Module = kind(**options)

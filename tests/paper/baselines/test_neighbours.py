@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dskd_fast.paper.baselines import neighbours
 from dskd_fast.paper.baselines.neighbours import nearest
 
 
@@ -16,7 +17,9 @@ def truth(queries, keys):
     [(1, 1, 1, 1), (3, 5, 2, 5), (700, 5000, 7, 1), (513, 4097, 16, 50), (20, 9001, 33, 9), (600, 130, 3, 130)],
 )
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_they_are_the_nearest(n, m, channels, k, offset):
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_they_are_the_nearest(monkeypatch, n, m, channels, k, offset, has_bf16):
+    monkeypatch.setattr(neighbours, "has_fast_bf16", lambda device: has_bf16)
     generator = torch.Generator().manual_seed(n)
     queries, keys = (torch.randn(x, channels, generator=generator) + offset for x in (n, m))
     found = nearest(queries, keys, k)
@@ -32,6 +35,14 @@ def test_they_are_the_nearest(n, m, channels, k, offset):
     assert float(squares.abs().max()) <= rounding
     assert (found.distances.diff(dim=1) >= 0).all()
     assert all(len(row.unique()) == k for row in found.indices[:5])
+
+
+def test_where_rounding_hides_which_key_is_nearest_it_is_searched_in_float32(monkeypatch):
+    """A hundred keys that bf16 cannot tell apart, and whose order float32 knows."""
+    monkeypatch.setattr(neighbours, "has_fast_bf16", lambda device: True)
+    keys = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    keys[:100] = keys[0] * (1 + 2e-3 * torch.arange(100)[:, None])
+    assert nearest(keys[:100], keys).indices.flatten().tolist() == list(range(100))
 
 
 def test_no_matrix_of_all_distances_is_made():
