@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import logging
 import math
+import random
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -78,7 +79,7 @@ class OfAnomalib(Baseline):
         if "n_features" in accepted and backbone not in _PADIM_KNOWS:
             options["n_features"] = _N_FEATURES
         try:
-            with _weights_of(backbone, state):
+            with _weights_of(backbone, state), _seeded():
                 self.module: nn.Module = kind(**options)
         except UserError:
             raise
@@ -163,6 +164,17 @@ def _weights_of(backbone: str, state: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         timm.create_model = original
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """Have Python's own random numbers, by which PaDiM draws its channels, follow PyTorch's seed."""
+    before = random.getstate()
+    random.seed(torch.initial_seed())
+    try:
+        yield
+    finally:
+        random.setstate(before)
 
 
 def _said(error: Exception) -> str:

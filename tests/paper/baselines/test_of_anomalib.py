@@ -5,11 +5,14 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as nnf
 
 from dskd_fast.errors import UserError
+from dskd_fast.models.dskd import enlarged
 from dskd_fast.models.teacher import Teacher
 from dskd_fast.paper.baselines import make_baseline
 from dskd_fast.paper.baselines.fitting import Fitting
+from dskd_fast.paper.baselines.patchcore import filtered
 from dskd_fast.paper.baselines.protocol import Images
 
 from .conftest import SIZE
@@ -57,6 +60,32 @@ def test_patchcore_agrees_with_anomalibs_on_the_same_features(seen):
     (ours, our_scores), (theirs, their_scores) = found.values()
     assert np.corrcoef(ours.flatten(), theirs.flatten())[0, 1] > 0.97
     assert np.corrcoef(our_scores, their_scores)[0, 1] > 0.95
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not is_installed, reason='anomalib is not installed: pip install -e ".[baselines]"')
+def test_padim_is_the_distance_from_each_position_in_the_features_of_all_methods(seen):
+    """Mahalanobis, in float64, in the channels that it has drawn; then enlarged and filtered."""
+    teacher, weights, (train, validation, _, bad) = seen
+    method = make_baseline("anomalib:Padim", SIZE, teacher, weights)
+    with torch.enable_grad():
+        method.fit(train, validation, Fitting(1, 8))
+
+    def drawn(images):
+        finest = images.features[0].shape[-2:]
+        levels = [nnf.interpolate(x, finest, mode="nearest") for x in images.features]
+        return torch.cat(levels, 1)[:, method.module.model.idx].double().permute(2, 3, 0, 1)
+
+    sample, queries = drawn(train), drawn(bad)
+    mean = sample.mean(2, keepdim=True)
+    covariance = (sample - mean).mT @ (sample - mean) / (len(train) - 1) + (0.01 + 1e-5) * torch.eye(sample.shape[-1])
+    difference = queries - mean
+    squares = (difference * torch.linalg.solve(covariance, difference.mT).mT).sum(-1)
+    expected = filtered(enlarged([squares.sqrt().permute(2, 0, 1)], (SIZE, SIZE))[:, 0], 4)
+    found = method.maps(bad).double()
+    # Theirs is filtered with the border mirrored in another way.
+    inner = slice(16, -16)
+    torch.testing.assert_close(found[:, inner, inner], expected[:, inner, inner], rtol=2e-3, atol=0)
 
 
 @pytest.mark.skipif(not is_installed, reason='anomalib is not installed: pip install -e ".[baselines]"')
