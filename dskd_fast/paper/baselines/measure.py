@@ -74,7 +74,9 @@ class Measured:
 
     @cached_property
     def teacher(self) -> Teacher:
-        return Teacher(self.recipe.teacher)
+        # What a method draws must not depend on which method asked for the teacher first.
+        with torch.random.fork_rng(devices=[]):
+            return Teacher(self.recipe.teacher)
 
     @property
     def splits(self) -> tuple[Images, Images, Images]:
@@ -94,7 +96,8 @@ class Measured:
 
     @cached_property
     def _network(self) -> FrozenTeacher:
-        self.teacher.load_weights(self.recipe.teacher_weights)
+        with torch.random.fork_rng(devices=[]):
+            self.teacher.load_weights(self.recipe.teacher_weights)
         return FrozenTeacher(self.teacher.to(self.device), self.recipe)
 
     @cached_property
