@@ -87,7 +87,7 @@ def descend(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
         UserError: the loss is not finite.
     """
     if not math.isfinite(loss.item()):
-        raise UserError(f"the loss is {loss.item():g}: the training diverged, so try another --seeds or --batch-size")
+        raise UserError(f"the training diverged (loss {loss.item():g}): try another --batch-size, or leave it out")
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     optimiser.step()

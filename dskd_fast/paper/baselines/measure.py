@@ -189,7 +189,7 @@ def _figures(method: Baseline, measured: Measured, folder: Path, progress: Progr
         done = stop
         progress("computing maps", done, len(test))
     if not (np.isfinite(maps).all() and np.isfinite(scores).all()):
-        raise UserError("the maps have NaN or infinite values: the training diverged, so try another seed")
+        raise UserError("the maps have NaN or infinite values, so the training diverged: leave the method out")
     truth = GroundTruth(category)
     sizes = measured.store.native_sizes[len(measured.store) - len(test) :]
     with closing(maps_with_truth(truth, [*maps], scores, sizes, map_at_size, progress)) as images:

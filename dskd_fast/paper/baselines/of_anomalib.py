@@ -51,6 +51,7 @@ class OfAnomalib(Baseline):
     def __init__(self, size: int, teacher: Teacher, state: Mapping[str, Tensor], name: str) -> None:
         super().__init__(size, [level.channels for level in teacher.levels])
         self.name = name
+        self._last: tuple[Images | None, Any] = (None, None)
         if importlib.util.find_spec("anomalib") is None:
             raise UserError(
                 f'anomalib:{name} needs anomalib, which is not installed: pip install "dskd-fast[baselines]"'
@@ -135,7 +136,9 @@ class OfAnomalib(Baseline):
         return maps.amax((1, 2)) if found is None else found.float().view(len(images))
 
     def _found(self, images: Images) -> Any:
-        return self.module(images.pixels)
+        if self._last[0] is not images:  # maps and scores come together
+            self._last = images, self.module(images.pixels)
+        return self._last[1]
 
 
 def _backbone_of(teacher: Teacher) -> tuple[str, tuple[str, ...]]:
