@@ -76,7 +76,7 @@ KeySource source_of(const Tensor& keys, bool normalize, const std::string& preci
   source.shape = {keys.size(0), keys.size(2), keys.size(1), 1, keys.size(1)};
   source.c_pad = round_up(keys.size(2), kPad);
   source.normalize = normalize;
-  choose_operand(source, precision, is_wide || source.keys.dtype == Dtype::float64);
+  choose_operand(source, precision, is_wide);
   return source;
 }
 
@@ -118,7 +118,7 @@ std::vector<int64_t> chosen(const bool* mask, int64_t n) {
 Packed prepare_distillation_keys(const Tensor& keys, const std::optional<Tensor>& mask,
                                  const std::optional<Tensor>& centre, bool normalize, std::string precision,
                                  bool is_wide, bool with_rows) {
-  KeySource source = source_of(keys, normalize, precision, is_wide);
+  KeySource source = source_of(keys, normalize, precision, is_wide || keys.scalar_type() == at::kDouble);
   const int64_t batch = keys.size(0), count = keys.size(1);
   source.n_pad = round_up(count, kPad);
   const auto options = keys.options();

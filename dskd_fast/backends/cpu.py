@@ -70,6 +70,8 @@ def affinity_distillation(
     """KL map and, if wanted, its gradient; see `dskd_fast.backends`."""
     dtype = accumulation_dtype(student, teacher, precision)
     kl, gradient = outputs(student, dtype, with_gradient)
+    if kl.numel() == 0:
+        return kl, gradient
     counts = None
     key_mask, row_mask = (None if mask is None else mask.contiguous() for mask in (key_mask, row_mask))
     if isinstance(keys, Tensor):
