@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dskd_fast.backends.common import PreparedKeys
-from dskd_fast.choices import TEMPERATURE_RANGE
+from dskd_fast.backends.common import TEMPERATURE_LIMITS, PreparedKeys
 from dskd_fast.ops import dispatch, distillation, operators
 from dskd_fast.ops.dispatch import check_backend, resolve_precision
 
@@ -103,7 +102,8 @@ def affinity_distillation(
         teacher: same shape and device, any floating dtype. Must not require grad.
         keys: (B, K, C), or (K, C) shared by all images, any floating dtype; or what `prepare_keys` made of them; or
             None for the teacher's own vectors. K from 1 to 2^20. Must not require grad.
-        student_temperature: T_s, from 0.005 to 100, a number or a floating tensor () as in `contextual_affinity`.
+        student_temperature: T_s, from 0.005 to 100, a number or a floating tensor () as in `contextual_affinity`, whose
+            range a tensor on another device than the CPU, or in compiled code, has where this is that function's case.
         teacher_temperature: T_t, likewise; None for T_s.
         key_mask: bool, (B, K), or (K,) for all images alike, True for keys that take part. Masked ones must be finite.
         row_mask: bool, of the result's shape, True for rows that take part; the others give 0 whatever they hold.
@@ -150,7 +150,7 @@ def affinity_distillation(
     elif keys is not None:
         packed = [_as_keys(keys, s, "student")]
     n_keys = packed[0].shape[1] if count is None else count
-    if n_keys == 0:
+    if n_keys == 0 and keys is not None:
         raise ValueError("keys has no rows: pass at least one key")
     if key_mask is not None:
         accepted = ((n_keys,), (s.shape[0], n_keys))
@@ -166,6 +166,7 @@ def affinity_distillation(
     return kl.reshape(shape)
 
 
+@torch.inference_mode(False)  # an inference tensor could not be updated outside of that mode
 @torch.no_grad()
 def prepare_keys(
     keys: Tensor, *, normalize: bool = True, precision: str | None = None, backend: str = "auto"
@@ -173,12 +174,12 @@ def prepare_keys(
     """Keys as `affinity_distillation` reads them, for those that do not change between calls: a queue, a memory.
 
     Args:
-        keys: (K, C), shared by all images, or (B, K, C), floating.
+        keys: (K, C), shared by all images, or (B, K, C), floating; finite, those that are to be replaced, too.
         normalize, precision, backend: as in `affinity_distillation`, which takes them from here.
 
     Returns:
-        What `affinity_distillation` takes as keys: about as large as the keys are in the precision's type (twice that
-        on a CPU). Not differentiable; made outside of compiled code.
+        What `affinity_distillation` takes as keys, about as large as they are in the precision's type (twice that on a
+        CPU). Not differentiable; made and updated outside of compiled code; for this machine alone: save the keys.
 
     Example:
         >>> queue = prepare_keys(torch.randn(4096, 128), precision="bf16")
@@ -196,9 +197,8 @@ def prepare_keys(
     if resolved == dispatch.AMBIENT:
         resolved = dispatch.ambient_precision(keys.device.type)
     name = dispatch.choose(backend, one, one, resolved, keys).name
-    batch, count, channels = keys.shape
     packed = dispatch.load(name).prepare_keys(keys, normalize, resolved)
-    return PreparedKeys(packed, (batch, count, channels), normalize, resolved, name)
+    return PreparedKeys(packed, (len(keys), keys.shape[1], keys.shape[2]), normalize, resolved, name)
 
 
 @torch.no_grad()
@@ -211,14 +211,13 @@ def update_keys(prepared: PreparedKeys, keys: Tensor, start: int) -> None:
     Raises:
         ValueError: P is larger than K, `start` is not from 0 to K - 1, or the shapes do not fit.
     """
+    if not isinstance(prepared, PreparedKeys):
+        raise TypeError(f"prepared is a {type(prepared).__name__}: pass what prepare_keys returns")
     batch, count, channels = prepared.shape
     keys = _as_keys(keys, None, "keys")
     if keys.shape[0] != batch or keys.shape[2] != channels or keys.shape[1] > count:
-        raise ValueError(
-            f"keys has shape {tuple(keys.shape)} as (B, P, C): the prepared keys have {prepared.shape}, of "
-            "which P <= K can be replaced"
-        )
-    if not 0 <= start < count:
+        raise ValueError(f"keys has shape {tuple(keys.shape)} as (B, P, C): pass part of {prepared.shape}, (B, K, C)")
+    if not hasattr(start, "__index__") or not 0 <= start < count:
         raise ValueError(f"start={start!r} is not a place of one of {count} keys: use 0 to {count - 1}")
     module = dispatch.load(prepared.backend)
     first = min(keys.shape[1], count - start)
@@ -337,8 +336,12 @@ def _as_maps(student: Tensor, teacher: Tensor, dims: tuple[int, ...] = (3, 4)) -
 
 
 def _has_own_keys_range(temperature: float | Tensor) -> bool:
-    """Whether `contextual_affinity` takes the temperature; of a tensor nothing is read, and it must."""
-    return isinstance(temperature, Tensor) or temperature >= TEMPERATURE_RANGE[0]
+    """Whether `contextual_affinity` takes it; a tensor that cannot be read without a wait or a graph break must be."""
+    if isinstance(temperature, Tensor):
+        if torch.compiler.is_compiling() or operators.is_transforming() or temperature.device.type != "cpu":
+            return True
+        temperature = temperature.item()
+    return TEMPERATURE_LIMITS[0] <= temperature <= TEMPERATURE_LIMITS[1]
 
 
 def _as_keys(keys: Tensor, maps: Tensor | None, name: str) -> Tensor:

@@ -103,6 +103,39 @@ def test_a_queue_is_replaced_from_its_end_to_its_beginning(rows):
     torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-7)
 
 
+def test_a_queue_outlives_inference_mode_and_takes_any_dtype(rows, place):
+    student, teacher, keys, new = (x.detach().to(place.device) for x in (*rows, random(5, 8, seed=4)))
+    with torch.inference_mode():
+        queue = prepare_keys(keys, precision="fp32", backend=place.backend)
+    update_keys(queue, new.double(), 2)
+    expected = torch.cat((keys[:2], new, keys[7:]))
+    got = affinity_distillation(student, teacher, queue, student_temperature=0.5)
+    exact = dense(*(x.double() for x in (student, teacher, expected)), 0.5, 0.5)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [0.006, 0.01, 0.3])
+def test_a_temperature_on_the_cpu_is_its_number(rows, temperature):
+    student, teacher, _ = rows
+    tensor = torch.tensor(temperature, dtype=torch.float64)
+    as_tensor, as_number = (
+        affinity_distillation(student, teacher, student_temperature=t) for t in (tensor, temperature)
+    )
+    assert torch.equal(as_tensor, as_number)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
+def test_no_rows(place, shape):
+    """With the teacher's own keys and with shared ones, which a mask of no image fits."""
+    student = torch.zeros(shape, device=place.device, requires_grad=True)
+    options = {"student_temperature": 0.1, "teacher_temperature": 0.2, "backend": place.backend}
+    for keys, count in ((None, shape[1]), (random(40, 8).to(place.device), 40)):
+        mask = torch.ones(shape[0], count, dtype=torch.bool, device=place.device)
+        kl = affinity_distillation(student, student.detach(), keys, key_mask=mask, **options)
+        kl.sum().backward()
+        assert kl.shape == shape[:2]
+
+
 # What the operator promises
 
 
@@ -224,6 +257,7 @@ X = random(6, 4)
         ({"keys": X.clone().requires_grad_()}, ValueError, "keys requires grad"),
         ({"teacher": X.clone().requires_grad_()}, ValueError, "teacher requires grad"),
         ({"student_temperature": 0.004}, ValueError, "student_temperature=0.004 is not supported: use"),
+        ({"keys": None, "student_temperature": torch.tensor(128.0)}, ValueError, "student_temperature=128.0 is not"),
         ({"teacher_temperature": -1}, ValueError, "teacher_temperature=-1 is not supported"),
         ({"key_mask": torch.ones(5, dtype=torch.bool)}, ValueError, "key_mask has shape (5,): pass (6,) or (1, 6)"),
         ({"key_mask": torch.ones(6)}, TypeError, "key_mask is torch.float32: pass a bool tensor"),
@@ -242,11 +276,18 @@ def test_unsuitable_arguments(change, error, message):
 
 @pytest.mark.parametrize(
     ("keys", "start", "message"),
-    [(X[:, :2], 0, "(1, 6, 2) as (B, P, C)"), (X.repeat(2, 1), 0, "(1, 12, 4)"), (X, 6, "start=6 is not a place")],
+    [
+        (X[:, :2], 0, "(1, 6, 2) as (B, P, C)"),
+        (X.repeat(2, 1), 0, "(1, 12, 4)"),
+        (X, 6, "start=6 is not a place"),
+        (X, 1.5, "start=1.5 is not a place"),
+    ],
 )
 def test_unsuitable_updates(keys, start, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         update_keys(prepare_keys(X), keys, start)
+    with pytest.raises(TypeError, match="prepared is a Tensor"):
+        update_keys(X, keys, start)
 
 
 # The module
