@@ -90,7 +90,7 @@ def test_shared_memory_and_registers_suffice_for_a_block(report):
     for row in report[1]:
         assert row["shared"] <= most[row["architecture"]] * 1024, name_of(row)
         assert row["blocks_per_sm"] >= 1, name_of(row)
-        assert 6 <= row["registers"] <= (512 if row["architecture"] == "gfx942" else 255), name_of(row)
+        assert 0 < row["registers"] <= (512 if row["architecture"] == "gfx942" else 255), name_of(row)
 
 
 def test_the_products_are_done_by_matrix_units(loops):
