@@ -262,10 +262,7 @@ def check_temperature(temperature: float | Tensor, name: str = "temperature") ->
     From 0.01 to 100 is "temperature", from 0.005 to 100 any other.
     """
     if not isinstance(temperature, Tensor):
-        if name == "temperature":
-            operators.check_number(temperature)
-        else:
-            distillation.check_number(temperature, name)
+        operators.check_number(temperature, name)
         return
     if temperature.dim() != 0:
         raise ValueError(f"{name} has shape {tuple(temperature.shape)}: pass a number or a tensor of shape ()")

@@ -17,14 +17,15 @@ runs, so that a compiled or exported graph runs on any machine.
 
 import functools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from dskd_fast.backends.common import TEMPERATURE_LIMITS, accumulation_dtype
-from dskd_fast.choices import TEMPERATURE_RANGE
+from dskd_fast.backends.common import DISTILLATION_TEMPERATURE_LIMITS, TEMPERATURE_LIMITS, accumulation_dtype
+from dskd_fast.choices import DISTILLATION_TEMPERATURE_RANGE, TEMPERATURE_RANGE
 from dskd_fast.ops import dispatch
 
 
@@ -40,11 +41,9 @@ def contextual_affinity(
     if precision == dispatch.AMBIENT:
         precision = dispatch.ambient_precision(student.device.type)
     module = dispatch.load(dispatch.choose(backend, student, teacher, precision).name)
-    number: float | Tensor = temperature
-    if temperature.device.type == "cpu":
-        number = temperature.item()
-        check_number(number)
-    kl, gradient = module.contextual_affinity(student, teacher, number, precision, with_gradient)
+    kl, gradient = module.contextual_affinity(
+        student, teacher, number_of(temperature, "temperature"), precision, with_gradient
+    )
     return kl, kl.new_empty(0) if gradient is None else gradient
 
 
@@ -111,7 +110,7 @@ def _(student, teacher, weights, backend):
     return torch.empty_like(student, dtype=accumulation_dtype(student, teacher, "fp32"))
 
 
-def save_gradient(ctx, inputs, output):
+def _save_gradient(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
     ctx.others = [[None] * len(x) if isinstance(x, list | tuple) else None for x in inputs[1:]]
     ctx.set_materialize_grads(False)
@@ -119,7 +118,7 @@ def save_gradient(ctx, inputs, output):
     ctx.save_for_backward(output[1])
 
 
-def scale_gradient(ctx, grad_map, _):
+def _scale_gradient(ctx, grad_map, _):
     _refuse_second_derivative()
     return (_scaled(ctx, grad_map), *ctx.others)
 
@@ -160,35 +159,46 @@ def _weighted(ctx, grad_map):
     return call(cosine_gradient, student, teacher, grad_map, ctx.backend).to(student.dtype)
 
 
-def save_gradient_of_transformed(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
+def _transformed(operator: Any, names: Sequence[str], joins: Callable[..., bool]) -> Callable[..., Any]:
+    """An operator for torch.func, whose transforms do not know what is registered with it; see `register`."""
 
+    class Transformed(torch.autograd.Function):
+        """Of the leaves of the inputs: what lies within a list would have no derivative, and nobody would be told."""
 
-def scale_gradient_of_transformed(ctx, grad_map, grad_gradient):
-    if grad_gradient is not None:  # torch.func.grad differentiates the backward only if it is asked to
-        raise RuntimeError("the loss has no second derivative: differentiate it once")
-    return (_scaled(ctx, grad_map), *(None for _ in ctx.needs_input_grad[1:]))
+        @staticmethod
+        def forward(spec, *leaves):
+            return operator(*tree_unflatten(leaves, spec))
 
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            spec, *leaves = inputs
+            arguments = zip(names, tree_unflatten(leaves, spec), strict=False)
+            ctx.names = [name for name, x in arguments for _ in tree_leaves(x)]
+            ctx.dtype = leaves[0].dtype
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(output[1])
 
-class _Transformed(torch.autograd.Function):
-    """The affinity for torch.func, whose transforms do not know what is registered with an operator."""
+        @staticmethod
+        def backward(ctx, grad_map, grad_gradient):
+            if grad_gradient is not None:  # torch.func.grad differentiates the backward only if it is asked to
+                raise RuntimeError("the loss has no second derivative: differentiate it once")
+            return (None, _scaled(ctx, grad_map), *(None for _ in ctx.needs_input_grad[2:]))
 
-    @staticmethod
-    def forward(*inputs):
-        return contextual_affinity(*inputs)
+        @staticmethod
+        def jvp(ctx, _, *tangents):
+            for name, tangent in zip(ctx.names, tangents, strict=False):
+                refuse_tangents(**{name: tangent})
 
-    setup_context = staticmethod(save_gradient_of_transformed)
-    backward = staticmethod(scale_gradient_of_transformed)
+        @staticmethod
+        def vmap(info, in_dims, spec, *leaves):
+            function, dims = functools.partial(call, operator), tree_unflatten(in_dims[1:], spec)
+            return _fold(function, names, joins, info, dims, *tree_unflatten(leaves, spec))
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        refuse_tangents(**dict(zip(("student", "teacher", "temperature"), tangents, strict=False)))
+    def apply(*inputs: Any) -> Any:
+        leaves, spec = tree_flatten(inputs)
+        return Transformed.apply(spec, *leaves)
 
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return _fold(functools.partial(call, contextual_affinity), info, in_dims, *inputs)
+    return apply
 
 
 class _TransformedCosine(torch.autograd.Function):
@@ -234,36 +244,42 @@ class _TransformedGradient(torch.autograd.Function):
 
 def call(operator: Callable[..., Any], *inputs: Any) -> Any:
     """Call one of the operators such that torch.func can differentiate it, too."""
-    return _TRANSFORMED[operator].apply(*inputs) if is_transforming() else operator(*inputs)
+    return _TRANSFORMED[operator](*inputs) if is_transforming() else operator(*inputs)
 
 
 def is_transforming() -> bool:
-    """Whether a transform of torch.func is at work, and not the compiler, which cannot trace one of `_Transformed`."""
+    """Whether a transform of torch.func is at work, and not the compiler, which cannot trace what `call` then uses."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _fold(function, info, in_dims, *inputs):
-    """The affinity's rule for vmap: images do not know of each other, so what is mapped over joins them."""
-    student, teacher, *options, with_gradient = inputs
+def _fold(function, names, joins, info, in_dims, *inputs):
+    """The rule for vmap: images do not know of each other, so what is mapped over joins them, if nothing else is."""
     # Inside of vmap nothing shows that it requires grad.
-    refuse_grad(teacher=teacher, temperature=options[0] if isinstance(options[0], Tensor) else None)
-    with_gradient = with_gradient or (torch.is_grad_enabled() and student.requires_grad)
-    inputs, size = (student, teacher, *options, with_gradient), info.batch_size
-    if any(dim is not None for dim in in_dims[2:]):  # a temperature each
+    refuse_grad(**dict(zip(names[1:], inputs[1:], strict=False)))
+    student, *options, with_gradient = inputs
+    inputs = student, *options, with_gradient or (torch.is_grad_enabled() and student.requires_grad)
+    if any(dim is not None for dim in tree_leaves(in_dims[2:])) or not joins(*inputs):
         entries = [
-            function(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
-            for i in range(size)
+            function(*(_entry(x, dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+            for i in range(info.batch_size)
         ]
         return tuple(torch.stack(x) for x in zip(*entries, strict=True)), (0, 0)
-    moved = with_images_first(info, in_dims, (student, teacher))
+    moved = _with_images_first(info, in_dims, inputs[:2])
     values, gradient = function(*(x.flatten(0, 1) for x in moved), *inputs[2:])
     images = moved[0].shape[:2]
-    if not with_gradient:
+    if not inputs[-1]:
         return (values.unflatten(0, images), gradient), (0, None)
     return (values.unflatten(0, images), gradient.unflatten(0, images)), (0, 0)
 
 
-def with_images_first(info, in_dims, tensors):
+def _entry(x, dim, i):
+    """The i-th of what is mapped over."""
+    if isinstance(x, list | tuple):
+        return [_entry(part, d, i) for part, d in zip(x, dim or [None] * len(x), strict=True)]
+    return x if dim is None else x.select(dim, i)
+
+
+def _with_images_first(info, in_dims, tensors):
     """The first inputs, with what is mapped over as a new first dimension of each."""
     dims = in_dims[: len(tensors)]
     return [
@@ -276,36 +292,49 @@ def _fold_images(function, info, in_dims, *inputs):
     """The same of operators that take images and a backend, and give something for each image."""
     *tensors, backend = inputs
     refuse_grad(teacher=tensors[1])
-    moved = with_images_first(info, in_dims, tensors)
+    moved = _with_images_first(info, in_dims, tensors)
     return function(*(x.flatten(0, 1) for x in moved), backend).unflatten(0, moved[0].shape[:2]), 0
 
 
-_TRANSFORMED: dict[Any, Any] = {
-    cosine_distance: _TransformedCosine,
-    cosine_gradient: _TransformedGradient,
+_TRANSFORMED: dict[Any, Callable[..., Any]] = {
+    cosine_distance: _TransformedCosine.apply,
+    cosine_gradient: _TransformedGradient.apply,
 }
 
 
-def register(operator: Any, transformed: type, fold: Callable[..., Any]) -> None:
-    """Make an operator that gives a map and its gradient differentiable, by torch.func too."""
-    operator.register_autograd(scale_gradient, setup_context=save_gradient)
-    operator.register_vmap(functools.partial(fold, operator))
-    _TRANSFORMED[operator] = transformed
+def register(operator: Any, names: Sequence[str], joins: Callable[..., bool] = lambda *inputs: True) -> None:
+    """Make an operator that gives a map and its gradient differentiable in its first input, by torch.func too.
+
+    Args:
+        operator: of student, teacher and more, whether a gradient is wanted last.
+        names: of its inputs up to the last one that could have a derivative: that by any but the first is refused.
+        joins: of its inputs, whether images of several calls make one call, as they know nothing of each other.
+    """
+    operator.register_autograd(_scale_gradient, setup_context=_save_gradient)
+    operator.register_vmap(functools.partial(_fold, operator, names, joins))
+    _TRANSFORMED[operator] = _transformed(operator, names, joins)
 
 
-register(contextual_affinity, _Transformed, _fold)
+register(contextual_affinity, ("student", "teacher", "temperature"))
 torch.library.register_autograd(cosine_distance, _gradient_of_pair, setup_context=_save_pair, lib=_LIBRARY)
 for _operator in (cosine_distance, cosine_gradient):
     torch.library.register_vmap(_operator, functools.partial(_fold_images, _operator), lib=_LIBRARY)
 
 
-def check_number(
-    temperature: float,
-    name: str = "temperature",
-    limits: tuple[float, float] = TEMPERATURE_LIMITS,
-    stated: tuple[float, float] = TEMPERATURE_RANGE,
-) -> None:
-    """Raise ValueError unless `temperature` is a number within the limits, which a user reads as `stated`."""
+def number_of(temperature: Tensor, name: str) -> float | Tensor:
+    """The number, checked, of a tensor on the CPU; that of another device is never read back."""
+    if temperature.device.type != "cpu":
+        return temperature
+    number = temperature.item()
+    check_number(number, name)
+    return number
+
+
+def check_number(temperature: float, name: str) -> None:
+    """Raise ValueError unless it is a number in the range of its name: "temperature", or another, of any keys."""
+    limits, stated = TEMPERATURE_LIMITS, TEMPERATURE_RANGE
+    if name != "temperature":
+        limits, stated = DISTILLATION_TEMPERATURE_LIMITS, DISTILLATION_TEMPERATURE_RANGE
     is_number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
     if not is_number or not limits[0] <= temperature <= limits[1]:
         raise ValueError(f"{name}={temperature!r} is not supported: use a number from {stated[0]} to {stated[1]:g}")
@@ -318,10 +347,11 @@ def refuse_tangents(**tangents: Tensor | None) -> None:
             raise NotImplementedError(f"{name} carries a tangent of forward-mode autograd: use reverse mode (backward)")
 
 
-def refuse_grad(**tensors: Tensor | None) -> None:
-    """Raise ValueError if one of the inputs, given by name, requires grad."""
+def refuse_grad(**tensors: Any) -> None:
+    """Raise ValueError if one of the inputs, tensors or lists of them by name, requires grad."""
     for name, x in tensors.items():
-        if x is not None and x.requires_grad:
+        parts = x if isinstance(x, list | tuple) else (x,)
+        if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
             remedy = "run the teacher under torch.no_grad() or " if name == "teacher" else ""
             raise ValueError(
                 f"{name} requires grad, but the loss is differentiable in the student alone: {remedy}"

@@ -239,6 +239,20 @@ def test_function_transforms(rows):
         torch.func.jvp(lambda s: loss(s, pairs[1][0], keys[0], masks[0]), (pairs[0][0],), (pairs[0][0],))
 
 
+@pytest.mark.parametrize("at", ["keys", "student_temperature"])
+def test_derivatives_that_would_come_out_as_zero_are_refused_by_transforms(rows, at):
+    student, teacher, keys = (x.detach() for x in rows)
+    value = {"keys": keys, "student_temperature": torch.tensor(0.5)}
+
+    def loss(x):
+        return affinity_distillation(student, teacher, **(value | {at: x})).sum()
+
+    with pytest.raises(NotImplementedError, match=f"{at} carries a tangent"):
+        torch.func.jvp(loss, (value[at],), (value[at],))
+    with pytest.raises(ValueError, match=f"{at} requires grad"):
+        torch.func.grad(lambda x: torch.func.vmap(loss)(x).sum())(value[at][None].repeat_interleave(2, 0))
+
+
 # Arguments
 
 
