@@ -148,7 +148,7 @@ def affinity_distillation(
         _check_prepared(keys, s, precision, normalize, backend)
         packed, count, resolved, backend = keys.packed, keys.shape[1], keys.precision, keys.backend
     elif keys is not None:
-        packed = [_as_keys(keys, s, "student")]
+        packed = [_as_keys(keys, s)]
     n_keys = packed[0].shape[1] if count is None else count
     if n_keys == 0 and keys is not None:
         raise ValueError("keys has no rows: pass at least one key")
@@ -188,8 +188,8 @@ def prepare_keys(
         tensor(0.)
         >>> update_keys(queue, torch.randn(32, 128), start=0)
     """
-    dispatch.check_backend(backend)
-    keys = _as_keys(keys, None, "keys")
+    check_backend(backend)
+    keys = _as_keys(keys)
     if keys.shape[1] == 0:
         raise ValueError("keys has no rows: pass at least one key")
     one = keys[:, :1].mT.unsqueeze(-1)
@@ -214,7 +214,7 @@ def update_keys(prepared: PreparedKeys, keys: Tensor, start: int) -> None:
     if not isinstance(prepared, PreparedKeys):
         raise TypeError(f"prepared is a {type(prepared).__name__}: pass what prepare_keys returns")
     batch, count, channels = prepared.shape
-    keys = _as_keys(keys, None, "keys")
+    keys = _as_keys(keys)
     if keys.shape[0] != batch or keys.shape[2] != channels or keys.shape[1] > count:
         raise ValueError(f"keys has shape {tuple(keys.shape)} as (B, P, C): pass part of {prepared.shape}, (B, K, C)")
     if not hasattr(start, "__index__") or not 0 <= start < count:
@@ -341,7 +341,7 @@ def _has_own_keys_range(temperature: float | Tensor) -> bool:
     return TEMPERATURE_LIMITS[0] <= temperature <= TEMPERATURE_LIMITS[1]
 
 
-def _as_keys(keys: Tensor, maps: Tensor | None, name: str) -> Tensor:
+def _as_keys(keys: Tensor, maps: Tensor | None = None) -> Tensor:
     """Check keys, against maps (B, C, H, W) if there are any; return them as (B or 1, K, C)."""
     _check_features("keys", keys)
     if keys.dim() not in (2, 3) or keys.shape[-1] == 0:
@@ -350,13 +350,13 @@ def _as_keys(keys: Tensor, maps: Tensor | None, name: str) -> Tensor:
     keys = keys.unsqueeze(0) if keys.dim() == 2 else keys
     if maps is not None:
         if keys.shape[2] != maps.shape[1]:
-            raise ValueError(f"keys has {keys.shape[2]} channels and {name} {maps.shape[1]}: they must be the same")
+            raise ValueError(f"keys has {keys.shape[2]} channels and student {maps.shape[1]}: they must be the same")
         if keys.shape[0] not in (1, maps.shape[0]):
             raise ValueError(
-                f"keys is of {keys.shape[0]} images and {name} of {maps.shape[0]}: pass as many, or (K, C)"
+                f"keys is of {keys.shape[0]} images and student of {maps.shape[0]}: pass as many, or (K, C)"
             )
         if keys.device != maps.device:
-            raise ValueError(f"keys is on {keys.device} and {name} on {maps.device}: they must be on the same device")
+            raise ValueError(f"keys is on {keys.device} and student on {maps.device}: they must be on the same device")
     return keys
 
 

@@ -103,10 +103,12 @@ def cases(architectures: Iterable[str], precisions: Iterable[str]) -> Iterator[C
                         for kind in kinds:
                             yield Case(architecture, precision, width, kernel, kind)
             # Likewise for the kernels over positions, of any width.
-            for kernel in ("prepare memory", "prepare ", "project ", "keys keys", "rows keys", "merge keys"):
-                yield Case(architecture, precision, 256, *kernel.split(" "))
-        for kernel in ("centre ", "cosine ", "centre keys", "bias keys", "sum keys", "project keys"):
-            yield Case(architecture, "fp32", 256, *kernel.split(" "))
+            kernels = [("prepare", "memory"), ("prepare", ""), ("project", "")]
+            for kernel, kind in (*kernels, *((kernel, "keys") for kernel in ("keys", "rows", "merge"))):
+                yield Case(architecture, precision, 256, kernel, kind)
+        kernels = [("centre", ""), ("cosine", "")]
+        for kernel, kind in (*kernels, *((kernel, "keys") for kernel in ("centre", "bias", "sum", "project"))):
+            yield Case(architecture, "fp32", 256, kernel, kind)
 
 
 def inspect(case: Case, config: configs.Config | None = None) -> dict[str, Any]:

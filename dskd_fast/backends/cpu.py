@@ -40,8 +40,8 @@ def cosine_distance(student: Tensor, teacher: Tensor, weights: Tensor | None) ->
 
 def distillation_refusal(student: Tensor, teacher: Tensor, keys: Tensor | PreparedKeys, precision: str) -> str | None:
     """Why this backend cannot serve a distillation against any keys, None if it can."""
-    if isinstance(keys, Tensor) and keys.dtype not in _DTYPES:
-        return f"it does not take {str(keys.dtype).removeprefix('torch.')}"
+    if isinstance(keys, Tensor) and (reason := dtype_refusal(keys, keys, _DTYPES)) is not None:
+        return reason
     return refusal(student, teacher, precision)
 
 
@@ -72,10 +72,9 @@ def affinity_distillation(
     kl, gradient = outputs(student, dtype, with_gradient)
     if kl.numel() == 0:
         return kl, gradient
-    counts = None
+    counts, count = None, keys.shape[1]
     key_mask, row_mask = (None if mask is None else mask.contiguous() for mask in (key_mask, row_mask))
     if isinstance(keys, Tensor):
-        count = keys.shape[1]
         left_out = None
         # Keys of an image's own that are left out are not even prepared.
         if key_mask is not None and len(key_mask) <= len(keys):
@@ -83,7 +82,7 @@ def affinity_distillation(
             key_mask, counts = None, left_out.sum(1)
         packed = _prepare(keys, left_out, normalize, precision, None, dtype == torch.float64, with_gradient)
     else:
-        packed, count = keys.packed, keys.shape[1]
+        packed = keys.packed
     torch.ops.dskd_fast_cpu.affinity_distillation(
         student, teacher, packed, count, counts, student_temperature, teacher_temperature, key_mask, row_mask,
         normalize, precision, kl, gradient,

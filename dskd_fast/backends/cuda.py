@@ -27,8 +27,8 @@ def refusal(student: Tensor, teacher: Tensor, precision: str | None) -> str | No
 
 def distillation_refusal(student: Tensor, teacher: Tensor, keys: Tensor | PreparedKeys, precision: str) -> str | None:
     """Why this backend cannot serve a distillation against any keys, None if it can."""
-    if isinstance(keys, Tensor) and keys.dtype not in _DTYPES:
-        return f"it does not take {str(keys.dtype).removeprefix('torch.')}"
+    if isinstance(keys, Tensor) and (reason := dtype_refusal(keys, keys, _DTYPES)) is not None:
+        return reason
     return _refusal(student, teacher, None)
 
 

@@ -204,10 +204,7 @@ def affinity_distillation(
     kl, gradient = outputs(student, torch.float32, with_gradient)
     if kl.numel() == 0:
         return kl, gradient
-    if isinstance(keys, PreparedKeys):
-        packed, count = keys.packed, keys.shape[1]
-    else:
-        packed, count = prepare_keys(keys, normalize, precision), keys.shape[1]
+    packed = prepare_keys(keys, normalize, precision) if isinstance(keys, Tensor) else keys.packed
     operands, key_scale, _ = packed
     n = height * width
     n_pad, k_pad, c_pad = configs.padded_rows(n), *operands.shape[1:]
@@ -241,7 +238,7 @@ def affinity_distillation(
 
     with _on(device):
         prepare_distillation.bias_kernel[k_pad // prepare_distillation.BIAS_BLOCK, len(bias)](
-            of_keys, bias, count, k_pad, *of_keys.stride(),
+            of_keys, bias, keys.shape[1], k_pad, *of_keys.stride(),
             BLOCK_P=prepare_distillation.BIAS_BLOCK, WITH_MASK=key_mask is not None,
         )  # fmt: skip
         prepare_distillation.rows_kernel[row_grid](
