@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from dskd_fast.models.dskd import enlarged
 from dskd_fast.paper.baselines.fitting import Fitting
 from dskd_fast.paper.baselines.protocol import Baseline, Images
 
@@ -103,20 +102,18 @@ class OfPixels(Baseline):
             pixels = nnf.interpolate(pixels, (self.side, self.side), mode="bilinear", antialias=smaller)
         return 2 * pixels - 1
 
-    def at_size(self, maps: Tensor) -> Tensor:
-        """(B, h, w) -> (B, S, S)."""
-        return enlarged([maps], (self.size, self.size))[:, 0]
-
 
 def squared_error(found: Tensor, wanted: Tensor) -> Tensor:
     """(B, C, h, w) each -> (B, h, w), the mean over channels."""
     return (found - wanted).square().mean(1)
 
 
-def maps_of(images: Images, of_batch: Callable[[Images], Tensor]) -> list[Tensor]:
-    """What a function gives for batches of images, without gradients."""
+def fit_normalisers(images: Images, of_batch: Callable[[Images], Tensor], *normalisers: Normaliser) -> None:
+    """Take the statistics of normal images' maps (B, n, h, w), one for each of n normalisers."""
     with torch.no_grad():
-        return [of_batch(batch) for batch in images.batches(AT_A_TIME)]
+        found = [of_batch(batch) for batch in images.batches(AT_A_TIME)]
+    for i, normaliser in enumerate(normalisers):
+        normaliser.fit(maps[:, i] for maps in found)
 
 
 def train_networks(

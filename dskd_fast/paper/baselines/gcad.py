@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dskd_fast.models.dskd import enlarged
-from dskd_fast.paper.baselines.blocks import Normaliser, down, maps_of, squared_error, train_networks, up
+from dskd_fast.paper.baselines.blocks import Normaliser, down, fit_normalisers, squared_error, train_networks, up
 from dskd_fast.paper.baselines.descriptors import Descriptors, Regression, fitted_to
 from dskd_fast.paper.baselines.fitting import Fitting
 from dskd_fast.paper.baselines.protocol import Baseline, Images
@@ -53,13 +52,11 @@ class Gcad(Baseline):
     def fit(self, images: Images, validation: Images, fitting: Fitting) -> None:
         self.descriptors.fit(images)
         train_networks(self, images, fitting, self._loss)
-        found = maps_of(validation, self._local_and_global)
-        self.of_local.fit(both[:, 0] for both in found)
-        self.of_global.fit(both[:, 1] for both in found)
+        fit_normalisers(validation, self._local_and_global, self.of_local, self.of_global)
 
     def maps(self, images: Images) -> Tensor:
         local, global_ = self._local_and_global(images).unbind(1)
-        return enlarged([self.of_local(local) + self.of_global(global_)], (self.size, self.size))[:, 0]
+        return self.at_size(self.of_local(local) + self.of_global(global_))
 
     def _outputs(self, images: Images) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Descriptors, and those of the local, the condensing and the unconstrained network."""

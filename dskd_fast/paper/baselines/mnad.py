@@ -17,7 +17,7 @@ from dskd_fast.paper.baselines.blocks import (
     Normaliser,
     OfPixels,
     down,
-    maps_of,
+    fit_normalisers,
     squared_error,
     train_networks,
     up,
@@ -49,9 +49,7 @@ class Mnad(OfPixels):
 
     def fit(self, images: Images, validation: Images, fitting: Fitting) -> None:
         train_networks(self, images, fitting, self._loss)
-        found = maps_of(validation, self._errors_and_distances)
-        self.of_errors.fit(both[:, 0] for both in found)
-        self.of_distances.fit(both[:, 1] for both in found)
+        fit_normalisers(validation, self._errors_and_distances, self.of_errors, self.of_distances)
 
     def maps(self, images: Images) -> Tensor:
         errors, distances = self._errors_and_distances(images).unbind(1)

@@ -23,7 +23,6 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from dskd_fast.choices import LITE
 from dskd_fast.errors import TrainingStopped, UserError
-from dskd_fast.models.dskd import enlarged
 from dskd_fast.models.teacher import Teacher, select_weights
 from dskd_fast.paper.baselines.fitting import Fitting
 from dskd_fast.paper.baselines.protocol import Baseline, Images
@@ -129,7 +128,7 @@ class OfAnomalib(Baseline):
         self.eval()
 
     def maps(self, images: Images) -> Tensor:
-        return enlarged([self._found(images).anomaly_map.float().flatten(0, -3)], (self.size, self.size))[:, 0]
+        return self.at_size(self._found(images).anomaly_map.float().flatten(0, -3))
 
     def score(self, images: Images, maps: Tensor) -> Tensor:
         found = self._found(images).pred_score

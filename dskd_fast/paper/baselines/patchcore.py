@@ -13,7 +13,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from dskd_fast.models.dskd import enlarged
+from dskd_fast.paper.baselines.blocks import AT_A_TIME
 from dskd_fast.paper.baselines.fitting import Fitting
 from dskd_fast.paper.baselines.neighbours import Neighbours, nearest
 from dskd_fast.paper.baselines.protocol import Baseline, Images
@@ -21,8 +21,8 @@ from dskd_fast.paper.baselines.protocol import Baseline, Images
 SHARE = 0.25
 NEIGHBOURS = 9
 """Items around the nearest one that weigh the image score."""
-_SIGMA = 4 / 224
-_AT_A_TIME = 16
+SIGMA = 4 / 224
+"""Of the filter of maps, as a share of their side."""
 # Channels in which distances between patches are compared for the selection, as in the published code.
 _N_PROJECTED = 128
 
@@ -38,7 +38,7 @@ class PatchCore(Baseline):
         self._last: tuple[Images | None, Neighbours | None, Tensor | None] = (None, None, None)
 
     def fit(self, images: Images, validation: Images, fitting: Fitting) -> None:
-        patches = torch.cat([patches_of(batch.features).flatten(0, 2) for batch in images.batches(_AT_A_TIME)])
+        patches = torch.cat([patches_of(batch.features).flatten(0, 2) for batch in images.batches(AT_A_TIME)])
         n = max(1, round(SHARE * len(patches)))
         self.memory = patches[coreset(patches, n, fitting)].contiguous()
 
@@ -47,8 +47,7 @@ class PatchCore(Baseline):
         found = nearest(patches.flatten(0, 2), self.memory)
         # Kept for the score, since the search is all that takes time.
         self._last = images, found, patches
-        distances = enlarged([found.distances.view(patches.shape[:3])], (self.size, self.size))[:, 0]
-        return filtered(distances, _SIGMA * self.size)
+        return filtered(self.at_size(found.distances.view(patches.shape[:3])), SIGMA * self.size)
 
     def score(self, images: Images, maps: Tensor) -> Tensor:
         if self._last[0] is not images:

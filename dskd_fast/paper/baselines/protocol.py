@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from dskd_fast.models.dskd import enlarged
 from dskd_fast.paper.baselines.fitting import Fitting
 
 
@@ -46,7 +48,7 @@ class Images:
         """(B, 3, S, S), float32 from 0 to 1."""
         return self._pixels(self._numbers)
 
-    @property
+    @cached_property
     def features(self) -> list[Tensor]:
         """The teacher's levels, (B, C, h, w) each, finest first."""
         return self._features(self._numbers)
@@ -91,6 +93,10 @@ class Baseline(nn.Module, ABC):
     def score(self, images: Images, maps: Tensor) -> Tensor:
         """Images and their `maps` -> image scores (B,): the maximum of a map, unless the method has its own."""
         return maps.amax((1, 2))
+
+    def at_size(self, maps: Tensor) -> Tensor:
+        """(B, h, w) -> (B, S, S)."""
+        return enlarged([maps], (self.size, self.size))[:, 0]
 
     def restore(self, arrays: Mapping[str, Tensor]) -> None:
         """Take the parameters and buffers of a method that was fitted, as its `state_dict` gave them.

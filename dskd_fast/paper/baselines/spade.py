@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from dskd_fast.models.dskd import enlarged
+from dskd_fast.paper.baselines.blocks import AT_A_TIME
 from dskd_fast.paper.baselines.fitting import Fitting
 from dskd_fast.paper.baselines.neighbours import nearest
-from dskd_fast.paper.baselines.patchcore import filtered
+from dskd_fast.paper.baselines.patchcore import SIGMA, filtered
 from dskd_fast.paper.baselines.protocol import Baseline, Images
 
 NEAREST_IMAGES = 50
-_SIGMA = 4 / 224
-_AT_A_TIME = 16
 
 
 class Spade(Baseline):
@@ -35,7 +33,7 @@ class Spade(Baseline):
             self.register_buffer(f"level{i}", torch.empty(0))
 
     def fit(self, images: Images, validation: Images, fitting: Fitting) -> None:
-        batches = [batch.features for batch in images.batches(_AT_A_TIME)]
+        batches = [batch.features for batch in images.batches(AT_A_TIME)]
         for i, levels in enumerate(zip(*batches, strict=True)):
             setattr(self, f"level{i}", torch.cat(levels))
         self.pooled = _pooled(getattr(self, f"level{len(self.channels) - 1}"))
@@ -49,7 +47,7 @@ class Spade(Baseline):
             gallery = _pyramid([getattr(self, f"level{j}")[chosen] for j in range(len(self.channels))])
             distances = nearest(queries.flatten(0, 2), gallery.flatten(0, 2)).distances
             found.append(distances.view(queries.shape[:3]))
-        return filtered(enlarged([torch.cat(found)], (self.size, self.size))[:, 0], _SIGMA * self.size)
+        return filtered(self.at_size(torch.cat(found)), SIGMA * self.size)
 
     def score(self, images: Images, maps: Tensor) -> Tensor:
         return nearest(_pooled(images.features[-1]), self.pooled, self._n_nearest).distances.mean(1)

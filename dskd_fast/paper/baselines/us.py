@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dskd_fast.models.dskd import enlarged
-from dskd_fast.paper.baselines.blocks import Normaliser, maps_of, train_networks
+from dskd_fast.paper.baselines.blocks import Normaliser, fit_normalisers, train_networks
 from dskd_fast.paper.baselines.descriptors import Descriptors, Regression, fitted_to
 from dskd_fast.paper.baselines.fitting import Fitting
 from dskd_fast.paper.baselines.protocol import Baseline, Images
@@ -34,13 +33,11 @@ class UninformedStudents(Baseline):
     def fit(self, images: Images, validation: Images, fitting: Fitting) -> None:
         self.descriptors.fit(images)
         train_networks(self, images, fitting, self._loss)
-        found = maps_of(validation, self._errors_and_variances)
-        self.of_errors.fit(both[:, 0] for both in found)
-        self.of_variances.fit(both[:, 1] for both in found)
+        fit_normalisers(validation, self._errors_and_variances, self.of_errors, self.of_variances)
 
     def maps(self, images: Images) -> Tensor:
         errors, variances = self._errors_and_variances(images).unbind(1)
-        return enlarged([self.of_errors(errors) + self.of_variances(variances)], (self.size, self.size))[:, 0]
+        return self.at_size(self.of_errors(errors) + self.of_variances(variances))
 
     def _loss(self, images: Images) -> Tensor:
         wanted = self.descriptors(images)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dskd_fast.paper.baselines.blocks import AT_A_TIME
 from dskd_fast.paper.baselines.fitting import Fitting
 from dskd_fast.paper.baselines.protocol import Baseline, Images
 
 # Luma of ITU-R BT.601, as grey images are usually made.
 _GREY = (0.299, 0.587, 0.114)
 _LEAST_DEVIATION = 1 / 255
-_AT_A_TIME = 16
 
 
 class VariationModel(Baseline):
@@ -33,7 +33,7 @@ class VariationModel(Baseline):
     def fit(self, images: Images, validation: Images, fitting: Fitting) -> None:
         # In float64, where the difference of sums of squares does not cancel.
         sums = torch.zeros(2, self.size, self.size, dtype=torch.float64, device=self.mean.device)
-        for batch in images.batches(_AT_A_TIME):
+        for batch in images.batches(AT_A_TIME):
             grey = _grey(batch.pixels).double()
             sums += torch.stack([grey.sum(0), grey.square().sum(0)])
         mean, square = sums / len(images)
