@@ -311,6 +311,18 @@ def all_backends():
     return {name: _backend_or_reason(name) for name in BACKENDS}
 
 
+@pytest.fixture
+def cpu(all_backends):
+    return _available(all_backends, "cpu-cpu")
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=_parameters(*BACKENDS))
 def backend(request, all_backends):
     """Interpreted, with tiles as they are for the interpreter; `triton_backend` has those of the table."""

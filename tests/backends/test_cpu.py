@@ -14,20 +14,6 @@ from dskd_fast.backends import torch as torch_tiled
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
-@pytest.fixture
-def cpu(all_backends):
-    if isinstance(all_backends["cpu-cpu"], str):
-        pytest.skip(all_backends["cpu-cpu"])
-    return all_backends["cpu-cpu"]
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("precision", "temperature", "side"), [("bf16", 1, 50), ("bf16", 0.1, 50), ("fp32", 0.1, 66), ("fp32", 0.02, 50)]
 )

@@ -12,13 +12,6 @@ T = {"student_temperature": 0.1, "teacher_temperature": 0.05}
 
 
 @pytest.fixture
-def cpu(all_backends):
-    if isinstance(all_backends["cpu-cpu"], str):
-        pytest.skip(all_backends["cpu-cpu"])
-    return all_backends["cpu-cpu"]
-
-
-@pytest.fixture
 def many_keys(make_features):
     """Several panels, in several splits where a panel has 1,024 keys: the first split's are far from all rows."""
     student, teacher = make_features(70, 24, 0.3, "clustered")
@@ -34,14 +27,10 @@ def test_panels_and_splits_are_as_good_as_one(cpu, keys_truth, many_keys, precis
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_neither_threads_nor_the_gradient_change_a_bit(cpu, many_keys, precision):
+def test_neither_threads_nor_the_gradient_change_a_bit(cpu, many_keys, threads, precision):
     expected = cpu.distillation(*many_keys, precision=precision, **T)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3 if before < 3 else 1)
-        again = cpu.distillation(*many_keys, precision=precision, **T)
-    finally:
-        torch.set_num_threads(before)
+    threads(3 if torch.get_num_threads() < 3 else 1)
+    again = cpu.distillation(*many_keys, precision=precision, **T)
     assert all(map(torch.equal, expected, again))
     assert torch.equal(expected[0], cpu.distillation(*many_keys, precision=precision, with_gradient=False, **T)[0])
 

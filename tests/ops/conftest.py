@@ -67,3 +67,10 @@ def restore_precision():
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def pristine_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

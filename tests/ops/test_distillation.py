@@ -30,13 +30,6 @@ def dense(student, teacher, keys, student_temperature, teacher_temperature, norm
 
 
 @pytest.fixture
-def pristine_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture
 def rows():
     return random(12, 8, seed=1).requires_grad_(), random(12, 8, seed=2), random(40, 8, seed=3)
 

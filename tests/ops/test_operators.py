@@ -50,13 +50,6 @@ PAIRS = {
 }
 
 
-@pytest.fixture
-def pristine_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 REGISTRATION = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
