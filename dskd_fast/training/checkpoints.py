@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,6 +59,11 @@ class Position:
     seen: int = 0
     seconds: float = 0.0
     order: list[int] = field(default_factory=list)
+
+    def epoch(self, students: Sequence[str]) -> Epoch:
+        """The epoch so far; `students` in the order of the totals."""
+        means = {name: total / self.seen for name, total in zip(students, self.totals, strict=True)}
+        return Epoch(means.get("local"), means.get("global"), self.seen / self.seconds)
 
 
 class Checkpoints:

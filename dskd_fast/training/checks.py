@@ -1,6 +1,7 @@
 """What can go wrong in a training, found before it costs time or said in the user's words."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -12,6 +13,7 @@ from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 from dskd_fast.runs.history import Epoch
 from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.training.checkpoints import Checkpoints, Position
 from dskd_fast.training.distributed import Group, connected
 
 # An epoch whose loss is so many times the first one's has lost more than it had learned.
@@ -108,3 +110,10 @@ def grown_loss(first: Epoch, last: Epoch) -> str | None:
         if before is not None and now > _EXPLODED * before:
             return f"the {name.replace('_', ' ')} has grown from {before:.3g} in the first epoch to {now:.3g}"
     return None
+
+
+def diverged(what: str, at: Position, options: TrainingOptions, checkpoints: Checkpoints) -> UserError:
+    """What to raise where a training no longer learns."""
+    where = f"epoch {len(at.history) + 1}, step {math.ceil(at.seen / options.batch_size)}{checkpoints.last_saved()}"
+    other = " or use --precision fp32" if options.precision != "fp32" else ""
+    return UserError(f"{what} at {where}: lower --lr (now {options.lr:g}){other}")

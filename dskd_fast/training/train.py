@@ -1,5 +1,6 @@
 """Training: read top to bottom, this is all there is to it (paper section 4.1)."""
 
+import dataclasses
 import math
 import signal
 import time
@@ -13,12 +14,7 @@ from dskd_fast.data.category import Category
 from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.calibrate import calibrate_on
 from dskd_fast.detection.detector import Detector, calibration_of, to_float
-from dskd_fast.device import (
-    deterministic_convolutions,
-    has_fast_bf16,
-    keep_freed_memory,
-    resolve_device,
-)
+from dskd_fast.device import deterministic_convolutions, has_fast_bf16, keep_freed_memory, resolve_device
 from dskd_fast.errors import PeerFailed, TrainingStopped, UserError
 from dskd_fast.models import DSKD
 from dskd_fast.progress import log
@@ -28,12 +24,14 @@ from dskd_fast.training.checkpoints import Checkpoints, Position, owners, stoppi
 from dskd_fast.training.checks import (
     check_batches,
     clear_errors,
+    diverged,
     grown_loss,
     is_sound,
     notice_on_bits,
     warning_on_copies,
 )
 from dskd_fast.training.distributed import ALONE, Group
+from dskd_fast.training.teacher import KeptFeatures
 from dskd_fast.training.trainer import Trainer
 
 
@@ -122,6 +120,7 @@ def _fit(
     random = torch.Generator().manual_seed(options.seed)
     trainer = Trainer(model, options, group)
     steps_per_epoch = math.ceil(len(indices) / options.batch_size)
+    n_steps = options.epochs * steps_per_epoch
     at = Position([0.0] * len(model.students))
     if checkpoints.found is not None:
         at = checkpoints.restore(trainer, random)
@@ -130,23 +129,21 @@ def _fit(
             raise UserError(f"the training is in epoch {begun} already: go on with --epochs {begun} or more")
         # The rest of an epoch in batches of another size leaves another last one.
         check_batches(model, len(indices) - at.seen or len(indices), options, group)
-    kept = None
+    kept: KeptFeatures | None = None
     # Of a GPU the memory is for the batches, and the teacher takes a smaller part of its time. A signal ends this at
     # once: there is no step to finish.
     if augment == Augmentation() and options.epochs > 1 and device.type == "cpu":
         with clear_errors(options, group):
             kept = trainer.teacher.features_of(images, len(indices), group)
 
-    def mean_losses() -> dict[str, float | None]:
-        by_name = {name: total / at.seen for name, total in zip(model.students, at.totals, strict=True)}
-        return {"local_loss": by_name.get("local"), "global_loss": by_name.get("global")}
-
-    def diverged(what: str) -> UserError:
-        where = f"epoch {len(at.history) + 1}, step {math.ceil(at.seen / options.batch_size)}{checkpoints.last_saved()}"
-        return UserError(
-            f"{what} at {where}: lower --lr (now {options.lr:g})"
-            + (" or use --precision fp32" if options.precision != "fp32" else "")
-        )
+    def step(chosen: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step with these images: each student's loss, summed over the images of this process, and these."""
+        # Random numbers are drawn for the whole batch, so that an image gets the same ones in any group.
+        batch = augment(to_float(images.batch(chosen), device), random)
+        share = group.share(len(batch))
+        of_teacher = None if kept is None else kept.of(chosen[share])
+        losses = trainer.step(batch[share], group.size * len(batch[share]) / len(chosen), of_teacher)
+        return losses.double().cpu() * len(batch[share]), batch[share]
 
     with stopping_signal(checkpoints.path is not None) as signal_number:
         while len(at.history) < options.epochs:
@@ -155,50 +152,36 @@ def _fit(
             started = time.perf_counter() - at.seconds
             while at.seen < len(indices):
                 done = (len(at.history) + at.seen / len(indices)) / options.epochs
-                trainer.set_progress(done, 1 / (options.epochs * steps_per_epoch))
-                chosen = at.order[at.seen : at.seen + options.batch_size]
+                trainer.set_progress(done, 1 / n_steps)
+                chosen = [indices[i] for i in at.order[at.seen : at.seen + options.batch_size]]
                 with clear_errors(options, group):
-                    # Random numbers are drawn for the whole batch, so that an image gets the same ones in any group.
-                    batch = augment(to_float(images.batch(indices[i] for i in chosen), device), random)
-                    share = group.share(len(batch))
-                    part = batch[share]
-                    of_teacher = None if kept is None else kept.of([indices[i] for i in chosen[share]])
-                    losses = trainer.step(part, group.size * len(part) / len(chosen), of_teacher)
-                of_part = losses.double().cpu() * len(part)
+                    of_part, part = step(chosen)
                 *sums, stop = group.add(torch.cat([of_part, torch.tensor([float(signal_number() > 0)])])).tolist()
                 at.seen += len(chosen)
                 if not all(map(math.isfinite, sums)):
-                    means = ", ".join(
-                        f"{name} {x / len(chosen):.3g}" for name, x in zip(model.students, sums, strict=True)
-                    )
-                    raise diverged(f"the loss is no longer finite ({means})")
+                    means = [f"{name} {x / len(chosen):.3g}" for name, x in zip(model.students, sums, strict=True)]
+                    raise diverged(f"the loss is no longer finite ({', '.join(means)})", at, options, checkpoints)
                 at.totals = [total + x for total, x in zip(at.totals, sums, strict=True)]
                 at.seconds = time.perf_counter() - started
-                steps_done = len(at.history) * steps_per_epoch + math.ceil(at.seen / options.batch_size)
+                steps = len(at.history) * steps_per_epoch + math.ceil(at.seen / options.batch_size)
                 report(
-                    TrainingState(
-                        steps_done,
-                        options.epochs * steps_per_epoch,
-                        len(at.history) + 1,
-                        **mean_losses(),
-                        images_per_second=at.seen / at.seconds,
-                    )
+                    TrainingState(steps, n_steps, len(at.history) + 1, **dataclasses.asdict(at.epoch(model.students)))
                 )
                 if group.is_first and (stop or checkpoints.is_due()):
                     if not is_sound(model, part):
-                        raise diverged("the students' features are no longer finite")
+                        raise diverged("the students' features are no longer finite", at, options, checkpoints)
                     checkpoints.save(trainer, at, random)
                 if stop and not group.is_first:
                     raise PeerFailed
                 if stop:
                     raise TrainingStopped(
-                        f"stopped after step {steps_done} of {options.epochs * steps_per_epoch}, in epoch "
-                        f"{len(at.history) + 1}, and saved: go on with `dskd-fast train --resume {checkpoints.run}`",
+                        f"stopped after step {steps} of {n_steps}, in epoch {len(at.history) + 1}, and saved: go on "
+                        f"with `dskd-fast train --resume {checkpoints.run}`",
                         signal_number() or signal.SIGTERM,
                     )
-            epoch = Epoch(**mean_losses(), images_per_second=at.seen / at.seconds)
+            epoch = at.epoch(model.students)
             if (growth := grown_loss(at.history[0] if at.history else epoch, epoch)) is not None:
-                raise diverged(growth)
+                raise diverged(growth, at, options, checkpoints)
             at = Position([0.0] * len(model.students), [*at.history, epoch])
     trainer.finish()
     return at.history
