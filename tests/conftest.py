@@ -1,9 +1,11 @@
 """A tiny data set, runs trained on it once through the command line, and the command line itself."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -285,6 +287,29 @@ def fork():
         return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     return start
+
+
+@pytest.fixture
+def in_two(fork, tmp_path):
+    """Does some work in two processes, as torchrun starts them: in_two(work) -> their exit codes, and what they say."""
+
+    def run(work):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        ends, texts = [], [tmp_path / f"process {rank}.txt" for rank in range(2)]
+        for rank, text in enumerate(texts):
+
+            def child(rank=rank, text=text):
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+                os.environ["TORCHELASTIC_RUN_ID"] = "test"
+                with text.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                    return work()
+
+            ends.append(fork(child))
+        return [end() for end in ends], [text.read_text() for text in texts]
+
+    return run
 
 
 @pytest.fixture

@@ -32,8 +32,7 @@ from dskd_fast.cli.display import (
     training_progress,
 )
 from dskd_fast.data.augment import Augmentation, for_category
-from dskd_fast.data.category import Category, GroundTruth
-from dskd_fast.data.images import image_size
+from dskd_fast.data.category import Category
 from dskd_fast.data.layout import (
     default_data_root,
     list_categories,
@@ -45,11 +44,11 @@ from dskd_fast.detection.predict import predict as predict_images
 from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import TrainingStopped, UserError
-from dskd_fast.evaluation.evaluate import count_kinds, remarks, threshold_of
 from dskd_fast.evaluation.evaluate import evaluate as evaluate_detector
+from dskd_fast.evaluation.evaluate import threshold_of
 from dskd_fast.evaluation.page import write_report
+from dskd_fast.evaluation.predictions import evaluate_saved
 from dskd_fast.files import load_tensors, printable
-from dskd_fast.metrics.maps import maps_without_image, read_maps, score_maps
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.folder import find_category
 from dskd_fast.runs.options import TrainingOptions, recipe_options
@@ -163,18 +162,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def evaluate_maps(arguments: argparse.Namespace) -> int:
     category = open_category(arguments.data_root or default_data_root(), arguments.category)
-    truth = GroundTruth(category)
     with counter("scoring maps") as progress:
-        maps = read_maps(arguments.maps, truth, image_size)
-        figures = score_maps(_counted(maps, len(category.test), progress))
-    result: dict[str, Any] = {"category": category.name, **figures, "image_score": "maximum of the map"}
-    result |= {"n_images": count_kinds(category), **remarks(category, truth)}
-    left = [path.relative_to(arguments.maps).as_posix() for path in maps_without_image(arguments.maps, category)]
-    if left:
-        result["unused"].append({"files": "maps of no test image", "n_files": len(left), "first": left[:3]})
+        result = evaluate_saved(arguments.maps, category, progress=progress)
     if arguments.out is not None:
         runs.write_json(arguments.out, result)
-    console.print(results_table(f"{category.name}, maps in {arguments.maps}", {"maps": figures}), soft_wrap=False)
+    console.print(results_table(f"{category.name}, maps in {arguments.maps}", {"maps": result}), soft_wrap=False)
+    print_line(f"image score: {result['image_score']}")
     print_remarks(result)
     return 1 if result["bad_masks"] else 0
 
@@ -389,9 +382,3 @@ def _evaluate_run(
     print_metrics(metrics)
     print_line(f"figures in {folder / runs.METRICS}, scores of each image in {folder / 'scores.csv'}")
     return metrics
-
-
-def _counted(items: Any, total: int, progress: Any) -> Any:
-    for done, item in enumerate(items, start=1):
-        yield item
-        progress("scoring maps", done, total)

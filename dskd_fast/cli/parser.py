@@ -90,11 +90,20 @@ def make_parser() -> argparse.ArgumentParser:
 
     maps = command(
         "evaluate-maps",
-        "Score saved anomaly maps of any method: exact AUROC and sPRO.",
-        "\n\nThe image score is the maximum of the map, as in MVTec's evaluator. (`evaluate` filters the map "
-        "first,\nso its AUROC differs; sPRO is the same.)",
+        "Score saved anomaly maps of any method, or predictions of any model of anomalib: exact AUROC and sPRO.",
+        "\n\nOf a folder the image score is the maximum of the map, as in MVTec's evaluator. (`evaluate` filters the "
+        "map\nfirst, so its AUROC differs; sPRO is the same.)\n\n"
+        "anomalib writes pictures alone, whose colours are no scores. Save its predictions of the whole test set:\n"
+        "  torch.save(engine.predict(model, datamodule=datamodule), 'predictions.pt')\n"
+        "and give that file. The image score is then pred_score, and maps are enlarged to the images' size. Nothing "
+        "in the\nfile is executed, and anomalib need not be installed.",
     )
-    maps.add_argument("maps", type=values.path, metavar="MAPS", help="folder with CATEGORY/test/TYPE/NNN.tiff")
+    maps.add_argument(
+        "maps",
+        type=values.path,
+        metavar="MAPS",
+        help="folder with CATEGORY/test/TYPE/NNN.tiff, or file of anomalib's predictions",
+    )
     arguments.add_data_root(maps)
     maps.add_argument("--category", required=True, metavar="C", help="the category to score")
     maps.add_argument("--out", type=values.path, metavar="F.json", help="also write the figures there")

@@ -1,6 +1,6 @@
 """Losses between a student's and a teacher's feature maps, at one level or summed over several."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -135,8 +135,9 @@ def _over_levels(
     reduce = REDUCTIONS[reduction]
     if isinstance(student, Tensor) and isinstance(teacher, Tensor):
         return reduce(level(student, teacher))
-    if isinstance(student, Tensor) or isinstance(teacher, Tensor):
-        raise TypeError("student and teacher must both be tensors or both be lists of levels")
+    if any(isinstance(x, (Tensor, Mapping)) or not hasattr(x, "__len__") for x in (student, teacher)):
+        kinds = " and ".join(f"{name} a {type(x).__name__}" for name, x in (("student", student), ("teacher", teacher)))
+        raise TypeError(f"student and teacher must both be tensors or both be lists of levels, not {kinds}")
     if len(student) != len(teacher) or not student:
         raise ValueError(
             f"student has {len(student)} levels and teacher {len(teacher)}: pass the same number, at least one"

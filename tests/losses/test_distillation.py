@@ -123,6 +123,8 @@ def test_levels_that_do_not_match(name):
         loss(student[0], teacher)
     with pytest.raises(TypeError, match="both be tensors or both be lists"):
         loss(student, teacher[0])
+    with pytest.raises(TypeError, match="lists of levels, not student a dict and teacher a list"):
+        loss(dict(enumerate(student)), teacher)
     with pytest.raises(ValueError, match="must be the same"):
         loss(student, teacher[::-1])
     with pytest.raises(ValueError, match="teacher requires grad"):

@@ -1,31 +1,15 @@
 """The examples of dskd_fast/losses/README.md run, and are what the papers print."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from torch.nn.functional import log_softmax, normalize
 
-import dskd_fast
+from .conftest import blocks, dense, kl, unit
 
-README = (Path(dskd_fast.__file__).parent / "losses/README.md").read_text(encoding="utf-8")
-BLOCKS = {
-    section.partition("\n")[0]: section.partition("```python\n")[2].partition("```")[0]
-    for section in README.split("\n### ")[1:]
-}
+BLOCKS = blocks("Published losses as arguments")
 
 
 def random(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def kl(teacher_logits, student_logits):
-    log_p, log_q = log_softmax(teacher_logits, -1), log_softmax(student_logits, -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def unit(*tensors):
-    return [normalize(x.double(), dim=-1) for x in tensors]
 
 
 def rows(maps):
@@ -34,8 +18,7 @@ def rows(maps):
 
 def dskd(given):
     """Eq. 3-6."""
-    s, t = unit(given["student_map"].flatten(2).mT, given["teacher_map"].flatten(2).mT)
-    return 0.5**2 * kl(t @ t.mT / 0.5, s @ t.mT / 0.5).mean()
+    return dense(given["student_map"], given["teacher_map"], 0.5)
 
 
 def queue(student_temperature, teacher_temperature, names=("student", "teacher"), enqueued=False):

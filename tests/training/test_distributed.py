@@ -1,11 +1,9 @@
 """Training in several processes, on the CPU: all but one test fork them, since importing PyTorch takes seconds."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,29 +20,6 @@ from dskd_fast.runs.folder import load_run
 from dskd_fast.training import distributed
 from dskd_fast.training.distributed import ALONE, Group
 from dskd_fast.training.trainer import Trainer
-
-
-@pytest.fixture
-def in_two(fork, tmp_path):
-    """Does some work in two processes, as torchrun starts them: in_two(work) -> their exit codes, and what they say."""
-
-    def run(work):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
-        ends, texts = [], [tmp_path / f"process {rank}.txt" for rank in range(2)]
-        for rank, text in enumerate(texts):
-
-            def child(rank=rank, text=text):
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-                os.environ["TORCHELASTIC_RUN_ID"] = "test"
-                with text.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                    return work()
-
-            ends.append(fork(child))
-        return [end() for end in ends], [text.read_text() for text in texts]
-
-    return run
 
 
 @pytest.fixture

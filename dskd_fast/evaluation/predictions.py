@@ -1,0 +1,280 @@
+"""Maps and predictions that other programs have saved -> figures: folders of TIFFs, and what anomalib predicts.
+
+anomalib is not imported: of its objects only attributes are read. It keeps predictions in memory, and all that it
+writes of them are pictures, whose colours are no scores; so they come as objects, or in a file of `torch.save`.
+"""
+
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dskd_fast.data.category import Category, GroundTruth
+from dskd_fast.data.images import image_size
+from dskd_fast.data.listing import IMAGE_SUFFIXES
+from dskd_fast.detection.findings import map_at_size
+from dskd_fast.errors import UserError
+from dskd_fast.evaluation.evaluate import count_kinds, maps_with_truth, remarks
+from dskd_fast.metrics.maps import SUFFIXES, ScoredMap, maps_without_image, read_maps, score_maps
+from dskd_fast.progress import Progress, silent
+
+_MAXIMUM = "maximum of the map"
+_SAVE = "torch.save(engine.predict(...), 'predictions.pt')"
+_N_NAMED = 3
+
+
+def evaluate_saved(maps: Path, category: Category, *, progress: Progress = silent) -> dict[str, Any]:
+    """Figures of a folder CATEGORY/test/TYPE/NNN.tiff, or of a file of anomalib's predictions.
+
+    Returns:
+        As `evaluate_predictions`.
+
+    Raises:
+        UserError: maps are missing, cannot be read or do not fit the images; or the folder has pictures alone.
+    """
+    if maps.is_file():
+        return evaluate_predictions(load_predictions(maps), category, progress=progress)
+    _refuse_pictures(maps)
+    truth = GroundTruth(category)
+    figures = score_maps(_counted(read_maps(maps, truth, image_size), len(category.test), progress))
+    left = [path.relative_to(maps).as_posix() for path in maps_without_image(maps, category)]
+    return _result(category, truth, figures, _MAXIMUM, left)
+
+
+def evaluate_predictions(predictions: Any, category: Category, *, progress: Progress = silent) -> dict[str, Any]:
+    """Figures of what `Engine.predict` of anomalib has returned, of any of its models.
+
+    Args:
+        predictions: what has the attributes or keys `image_path`, `anomaly_map` and `pred_score`, such as anomalib's
+            `ImageBatch`; or any nesting of lists of such. Of a batch of B: a list of B paths, a tensor or array
+            (B, h, w) or (B, 1, h, w) of any floating type, and one of (B,) or (B, 1); of a single image without B.
+            Higher means more anomalous. Without `pred_score` the maximum of the map is the image's score, without
+            `anomaly_map` there is no sPRO. A map covers the whole image (no centre crop); it is enlarged bilinearly to
+            the image's size.
+        category: with the test images, each of which has one prediction: `dskd_fast.data.layout.open_category`. Images
+            are the same if their paths are, or end alike in CATEGORY/test/TYPE/NAME, wherever the folder is now.
+        progress: called as progress(stage, done, total).
+
+    Returns:
+        "category"; "auroc", "spro", "spro_at" as `dskd_fast.metrics.maps.score_maps` gives them; "image_score": what
+        that is; "n_images" per kind; "absent", "warnings", "bad_masks" and "unused" as `dskd_fast.evaluation.evaluate`
+        gives them.
+
+    Raises:
+        UserError: test images have no prediction or two; a prediction lacks a path, or both map and score; shapes do
+            not fit, or a value is NaN or infinite.
+
+    Example:
+        predictions = engine.predict(model, datamodule=datamodule)
+        figures = evaluate_predictions(predictions, open_category("/data/mvtec_loco", "screw_bag"))
+    """
+    if not category.test:
+        raise UserError(f"category {category.name} has no test images, so there are no predictions to score")
+    found, left = _of_test_images(_images(predictions), category)
+    scores = [image.score for image in found]
+    maps = [image.anomaly_map for image in found]
+    truth = GroundTruth(category)
+    has_maps = _all_or_none("anomaly_map", maps)
+    of_maps = not _all_or_none("pred_score", scores)
+    if has_maps:
+        sizes = [image_size(item.path) for item in category.test]
+        each = np.array([image.anomaly_map.max() if of_maps else image.score for image in found], np.float64)
+        with closing(maps_with_truth(truth, maps, each, sizes, map_at_size, progress)) as images:
+            figures = score_maps(images)
+    else:
+        # A pixel and no defects: all that needs maps is then absent.
+        pixel = np.zeros((1, 1), np.float32)
+        figures = score_maps(
+            ScoredMap(item.key, item.kind, pixel, float(score), None)
+            for item, score in zip(category.test, scores, strict=True)
+        )
+    result = _result(category, truth, figures, _MAXIMUM if of_maps else "pred_score of the predictions", left)
+    if not has_maps:
+        result["absent"].append("no sPRO: the predictions have no anomaly_map")
+    result["warnings"] += _cut_off(scores if not of_maps else [], maps if has_maps else [])
+    return result
+
+
+class _Inert:
+    """Holds what was saved of an object of a class of anomalib, and does nothing."""
+
+
+_INERT = [(_Inert, f"anomalib.data.dataclasses.torch.image.{name}") for name in ("ImageBatch", "ImageItem")]
+# What these are beside a tensor, image or mask, is of no use here.
+_TENSORS = [(torch.Tensor, f"torchvision.tv_tensors._{name.lower()}.{name}") for name in ("Image", "Mask")]
+
+
+def load_predictions(path: Path) -> Any:
+    """What `torch.save` wrote of anomalib's predictions, or of dictionaries and lists of tensors and texts.
+
+    Read with `weights_only=True`, which calls nothing that the file names; objects of anomalib become ones that only
+    have their attributes.
+
+    Raises:
+        UserError: it cannot be read, or holds objects of other classes.
+    """
+    try:
+        with torch.serialization.safe_globals([*_INERT, *_TENSORS]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = next((line for line in str(error).splitlines() if "GLOBAL" in line), "").split("GLOBAL ")[-1].split()
+        other = f"objects of other classes than predictions have, such as {found[0]}" if found else "no predictions"
+        raise UserError(f"{path} holds {other}, and is not read: save {_SAVE}") from None
+    # A broken file can make the reader fail in any way: OSError, EOFError, RuntimeError, KeyError.
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{path} cannot be read as a file of torch.save ({said}): save {_SAVE}") from None
+
+
+class _Predicted(NamedTuple):
+    """One image's prediction."""
+
+    path: str
+    anomaly_map: NDArray[np.float32] | None
+    score: float | None
+
+
+def _images(predictions: Any) -> Iterator[_Predicted]:
+    """Every image of batches, single ones and nested lists of these."""
+    if isinstance(predictions, Mapping) or hasattr(predictions, "anomaly_map") or hasattr(predictions, "pred_score"):
+        yield from _images_of_batch(predictions)
+    elif isinstance(predictions, Iterable) and not isinstance(predictions, (str, bytes, torch.Tensor, np.ndarray)):
+        for part in predictions:
+            yield from _images(part)
+    else:
+        raise UserError(
+            f"predictions are {'None' if predictions is None else f'a {type(predictions).__name__}'}: pass what "
+            "Engine.predict returns (with return_predictions=True), or objects with image_path, anomaly_map, pred_score"
+        )
+
+
+def _images_of_batch(batch: Any) -> Iterator[_Predicted]:
+    def field(name: str) -> Any:
+        return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+
+    paths = field("image_path")
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    if not paths or None in paths:
+        raise UserError(
+            "a prediction has no image_path, so it is not known of which image it is: predict with Engine.predict, or "
+            "set it"
+        )
+    maps, scores = _array("anomaly_map", field("anomaly_map")), _array("pred_score", field("pred_score"))
+    if maps is not None:
+        try:
+            maps = maps.astype(np.float32).reshape(len(paths), *maps.shape[-2:])
+        except ValueError:
+            raise UserError(
+                f"anomaly_map has shape {maps.shape} and image_path {len(paths)} images, {paths[0]} first: pass a map "
+                "(h, w) for each"
+            ) from None
+    if scores is not None and scores.size != len(paths):
+        raise UserError(
+            f"pred_score has shape {scores.shape} and image_path {len(paths)} images, {paths[0]} first: pass a score "
+            "for each"
+        )
+    for i, path in enumerate(paths):
+        yield _Predicted(
+            str(path), None if maps is None else maps[i], None if scores is None else float(scores.flat[i])
+        )
+
+
+def _array(name: str, values: Any) -> np.ndarray | None:
+    if values is None:
+        return None
+    if isinstance(values, torch.Tensor):
+        values = values.detach().double().cpu().numpy()  # NumPy has no bf16
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is a {type(values).__name__} that has no numbers: pass a tensor") from None
+
+
+def _of_test_images(images: Iterable[_Predicted], category: Category) -> tuple[list[_Predicted], list[str]]:
+    """The prediction of each test image, and the paths of those of other images."""
+    root = category.root.resolve()
+    places: dict[Any, int] = {}
+    for i, item in enumerate(category.test):
+        places[root / item.path.relative_to(category.root)] = i
+        places[(root.name, *item.path.relative_to(category.root).parts)] = i
+    found: dict[int, _Predicted] = {}
+    left = []
+    for image in images:
+        place = places.get(Path(image.path).parts[-4:])
+        place = places.get(Path(image.path).resolve()) if place is None else place
+        if place is None:
+            left.append(image.path)
+        elif place in found:
+            raise UserError(f"there are two predictions of {image.path}: pass those of one model, each image once")
+        else:
+            found[place] = image
+    missing = [str(item.path) for i, item in enumerate(category.test) if i not in found]
+    if not found:
+        first = f", the first {left[0]}" if left else ""
+        raise UserError(
+            f"none of the {len(left)} predictions is of a test image in {category.root / 'test'}{first}: name the "
+            "data and the category that they were made of"
+        )
+    if missing:
+        named = ", ".join(missing[:_N_NAMED]) + (", ..." if len(missing) > _N_NAMED else "")
+        raise UserError(
+            f"{len(missing)} of {len(category.test)} test images have no prediction: {named}; predict the whole test "
+            f"set, of which datamodules may have taken a part for validation: engine.predict(model, "
+            f"data_path={str(category.root / 'test')!r})"
+        )
+    return [found[i] for i in range(len(category.test))], left
+
+
+def _all_or_none(name: str, values: list[Any]) -> bool:
+    """Whether all predictions have it; an error if only some do."""
+    n_missing = sum(value is None for value in values)
+    if 0 < n_missing < len(values):
+        raise UserError(f"{n_missing} of {len(values)} predictions have no {name}: pass those of one model")
+    return n_missing == 0
+
+
+def _cut_off(scores: list[Any], maps: list[Any]) -> list[str]:
+    """A sentence where values are equal because anomalib has cut them off at 0 and 1."""
+    n_scores = max((sum(score == end for score in scores) for end in (0, 1)), default=0)
+    n_pixels, total = sum(int((m == 1).sum()) for m in maps), sum(m.size for m in maps)
+    if n_scores < 2 and n_pixels < 2:
+        return []
+    return [
+        f"anomalib's normalisation has cut off values at 0 and 1, which then have no order: up to {n_scores} image "
+        f"scores are equal by that, and {100 * n_pixels / max(total, 1):.2g} % of all pixels are 1; to be exact, set "
+        "model.post_processor.enable_normalization = False before you predict"
+    ]
+
+
+def _refuse_pictures(folder: Path) -> None:
+    """An error where there is no map, but pictures are."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    pictures = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    if pictures and not any(path.suffix.lower() in SUFFIXES for path in files):
+        raise UserError(
+            f"{folder} has {len(pictures)} pictures and no map, {pictures[0].name} first: the colours of pictures, "
+            f"anomalib's visualizations among them, are no scores; save {_SAVE} and score that file"
+        )
+
+
+def _result(
+    category: Category, truth: GroundTruth, figures: dict[str, dict], image_score: str, left: list[str]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {"category": category.name, **figures, "image_score": image_score}
+    result |= {"n_images": count_kinds(category), **remarks(category, truth)}
+    if left:
+        result["unused"].append(
+            {"files": "maps or predictions of no test image", "n_files": len(left), "first": left[:_N_NAMED]}
+        )
+    return result
+
+
+def _counted(images: Iterable[ScoredMap], total: int, progress: Progress) -> Iterator[ScoredMap]:
+    for done, image in enumerate(images, start=1):
+        yield image
+        progress("scoring maps", done, total)
