@@ -318,8 +318,8 @@ def _as_maps(student: Tensor, teacher: Tensor, dims: tuple[int, ...] = (3, 4)) -
             raise ValueError(f"{name} has shape {tuple(x.shape)}: it must have at least one channel")
     if student.shape != teacher.shape:
         raise ValueError(
-            f"teacher has shape {tuple(teacher.shape)} and student {tuple(student.shape)}: they must be the same"
-            f"{_how_to_fit(student, teacher)}"
+            f"teacher has shape {tuple(teacher.shape)} and student {tuple(student.shape)}: they must be the same "
+            "(channels: a 1x1 convolution or nn.Linear; places: interpolate, or cut off class and register tokens)"
         )
     if student.device != teacher.device:
         raise ValueError(
@@ -331,20 +331,6 @@ def _as_maps(student: Tensor, teacher: Tensor, dims: tuple[int, ...] = (3, 4)) -
     if student.dim() == 2:
         student, teacher = student.unsqueeze(0), teacher.unsqueeze(0)
     return student.mT.unsqueeze(-1), teacher.mT.unsqueeze(-1)
-
-
-def _how_to_fit(student: Tensor, teacher: Tensor) -> str:
-    """What brings the student's features to the teacher's shape."""
-    if student.dim() != teacher.dim() or len(student) != len(teacher):
-        return ""
-    at = 1 if student.dim() == 4 else -1
-    if student.shape[at] != teacher.shape[at]:
-        layer = "Conv2d" if student.dim() == 4 else "Linear"
-        sizes = f"{student.shape[at]}, {teacher.shape[at]}{', 1' * (student.dim() == 4)}"
-        return f"; nn.{layer}({sizes}), trained with the student, brings its channels to the teacher's"
-    if student.dim() == 4:
-        return "; nn.functional.interpolate brings one to the other's height and width"
-    return "; cut off class and register tokens, or interpolate one to the other's number"
 
 
 def _has_own_keys_range(temperature: float | Tensor) -> bool:

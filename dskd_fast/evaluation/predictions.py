@@ -5,10 +5,10 @@ writes of them are pictures, whose colours are no scores; so they come as object
 """
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +24,11 @@ from dskd_fast.metrics.maps import SUFFIXES, ScoredMap, maps_without_image, read
 from dskd_fast.progress import Progress, silent
 
 _MAXIMUM = "maximum of the map"
-_SAVE = "torch.save(engine.predict(...), 'predictions.pt')"
+_SAVE = "save predictions with torch.save(engine.predict(...), 'predictions.pt')"
 _N_NAMED = 3
+# Masks that are compared, and how far from their place, relative to the image's middle, they may lie.
+_N_COMPARED, _SHIFT = 20, 0.03
+_Value = TypeVar("_Value")
 
 
 def evaluate_saved(maps: Path, category: Category, *, progress: Progress = silent) -> dict[str, Any]:
@@ -54,8 +57,8 @@ def evaluate_predictions(predictions: Any, category: Category, *, progress: Prog
             `ImageBatch`; or any nesting of lists of such. Of a batch of B: a list of B paths, a tensor or array
             (B, h, w) or (B, 1, h, w) of any floating type, and one of (B,) or (B, 1); of a single image without B.
             Higher means more anomalous. Without `pred_score` the maximum of the map is the image's score, without
-            `anomaly_map` there is no sPRO. A map covers the whole image (no centre crop); it is enlarged bilinearly to
-            the image's size.
+            `anomaly_map` there is no sPRO. A map is of the whole image, and is enlarged bilinearly to the image's size;
+            `gt_mask`, where it is there, like the map, tells whether that is so.
         category: with the test images, each of which has one prediction: `dskd_fast.data.layout.open_category`. Images
             are the same if their paths are, or end alike in CATEGORY/test/TYPE/NAME, wherever the folder is now.
         progress: called as progress(stage, done, total).
@@ -67,7 +70,7 @@ def evaluate_predictions(predictions: Any, category: Category, *, progress: Prog
 
     Raises:
         UserError: test images have no prediction or two; a prediction lacks a path, or both map and score; shapes do
-            not fit, or a value is NaN or infinite.
+            not fit, maps are of cropped images, or a value is NaN or infinite.
 
     Example:
         predictions = engine.predict(model, datamodule=datamodule)
@@ -76,27 +79,30 @@ def evaluate_predictions(predictions: Any, category: Category, *, progress: Prog
     if not category.test:
         raise UserError(f"category {category.name} has no test images, so there are no predictions to score")
     found, left = _of_test_images(_images(predictions), category)
-    scores = [image.score for image in found]
-    maps = [image.anomaly_map for image in found]
     truth = GroundTruth(category)
-    has_maps = _all_or_none("anomaly_map", maps)
-    of_maps = not _all_or_none("pred_score", scores)
-    if has_maps:
+    maps, scores = (
+        _of_all("anomaly_map", [x.anomaly_map for x in found]),
+        _of_all("pred_score", [x.score for x in found]),
+    )
+    if maps:
+        _refuse_crops(found, truth)
+        each = np.array(scores or [m.max() for m in maps], np.float64)
         sizes = [image_size(item.path) for item in category.test]
-        each = np.array([image.anomaly_map.max() if of_maps else image.score for image in found], np.float64)
         with closing(maps_with_truth(truth, maps, each, sizes, map_at_size, progress)) as images:
             figures = score_maps(images)
-    else:
+    elif scores:
         # A pixel and no defects: all that needs maps is then absent.
         pixel = np.zeros((1, 1), np.float32)
         figures = score_maps(
-            ScoredMap(item.key, item.kind, pixel, float(score), None)
+            ScoredMap(item.key, item.kind, pixel, score, None)
             for item, score in zip(category.test, scores, strict=True)
         )
-    result = _result(category, truth, figures, _MAXIMUM if of_maps else "pred_score of the predictions", left)
-    if not has_maps:
+    else:
+        raise UserError("the predictions have neither anomaly_map nor pred_score: there is nothing to score")
+    result = _result(category, truth, figures, "pred_score of the predictions" if scores else _MAXIMUM, left)
+    if not maps:
         result["absent"].append("no sPRO: the predictions have no anomaly_map")
-    result["warnings"] += _cut_off(scores if not of_maps else [], maps if has_maps else [])
+    result["warnings"] += _cut_off(scores, maps)
     return result
 
 
@@ -120,15 +126,16 @@ def load_predictions(path: Path) -> Any:
     """
     try:
         with torch.serialization.safe_globals([*_INERT, *_TENSORS]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, since most of such a file are the images, which nothing reads.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         found = next((line for line in str(error).splitlines() if "GLOBAL" in line), "").split("GLOBAL ")[-1].split()
         other = f"objects of other classes than predictions have, such as {found[0]}" if found else "no predictions"
-        raise UserError(f"{path} holds {other}, and is not read: save {_SAVE}") from None
+        raise UserError(f"{path} holds {other}, and is not read: {_SAVE}") from None
     # A broken file can make the reader fail in any way: OSError, EOFError, RuntimeError, KeyError.
     except Exception as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{path} cannot be read as a file of torch.save ({said}): save {_SAVE}") from None
+        raise UserError(f"{path} cannot be read as a file of torch.save ({said}): {_SAVE}") from None
 
 
 class _Predicted(NamedTuple):
@@ -137,6 +144,7 @@ class _Predicted(NamedTuple):
     path: str
     anomaly_map: NDArray[np.float32] | None
     score: float | None
+    mask: NDArray[np.float32] | None
 
 
 def _images(predictions: Any) -> Iterator[_Predicted]:
@@ -164,24 +172,30 @@ def _images_of_batch(batch: Any) -> Iterator[_Predicted]:
             "a prediction has no image_path, so it is not known of which image it is: predict with Engine.predict, or "
             "set it"
         )
-    maps, scores = _array("anomaly_map", field("anomaly_map")), _array("pred_score", field("pred_score"))
-    if maps is not None:
+
+    def per_image(name: str) -> NDArray[np.float32] | None:
+        values = _array(name, field(name))
         try:
-            maps = maps.astype(np.float32).reshape(len(paths), *maps.shape[-2:])
+            return None if values is None else values.astype(np.float32).reshape(len(paths), *values.shape[-2:])
         except ValueError:
-            raise UserError(
-                f"anomaly_map has shape {maps.shape} and image_path {len(paths)} images, {paths[0]} first: pass a map "
-                "(h, w) for each"
-            ) from None
+            raise _unfit(name, values, paths, "a map (h, w)") from None
+
+    maps, masks, scores = per_image("anomaly_map"), per_image("gt_mask"), _array("pred_score", field("pred_score"))
     if scores is not None and scores.size != len(paths):
-        raise UserError(
-            f"pred_score has shape {scores.shape} and image_path {len(paths)} images, {paths[0]} first: pass a score "
-            "for each"
-        )
+        raise _unfit("pred_score", scores, paths, "a score")
     for i, path in enumerate(paths):
         yield _Predicted(
-            str(path), None if maps is None else maps[i], None if scores is None else float(scores.flat[i])
+            str(path),
+            None if maps is None else maps[i],
+            None if scores is None else float(scores.flat[i]),
+            None if masks is None else masks[i],
         )
+
+
+def _unfit(name: str, values: Any, paths: Sequence[Any], wanted: str) -> UserError:
+    return UserError(
+        f"{name} has shape {values.shape} and image_path {len(paths)} images, {paths[0]} first: pass {wanted} for each"
+    )
 
 
 def _array(name: str, values: Any) -> np.ndarray | None:
@@ -230,15 +244,45 @@ def _of_test_images(images: Iterable[_Predicted], category: Category) -> tuple[l
     return [found[i] for i in range(len(category.test))], left
 
 
-def _all_or_none(name: str, values: list[Any]) -> bool:
-    """Whether all predictions have it; an error if only some do."""
-    n_missing = sum(value is None for value in values)
-    if 0 < n_missing < len(values):
-        raise UserError(f"{n_missing} of {len(values)} predictions have no {name}: pass those of one model")
-    return n_missing == 0
+def _of_all(name: str, values: Sequence[_Value | None]) -> list[_Value]:
+    """The values, if all predictions have them; empty if none has; an error if only some have."""
+    existing = [value for value in values if value is not None]
+    if existing and len(existing) < len(values):
+        raise UserError(
+            f"{len(values) - len(existing)} of {len(values)} predictions have no {name}: pass those of one model"
+        )
+    return existing
 
 
-def _cut_off(scores: list[Any], maps: list[Any]) -> list[str]:
+def _refuse_crops(found: Sequence[_Predicted], truth: GroundTruth) -> None:
+    """An error where masks that came with the maps do not lie where the data's lie: no map could be scored."""
+    pairs: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+    for image, item in zip(found, truth.test, strict=True):
+        if image.mask is not None and image.mask.any() and item.masks and len(pairs) < _N_COMPARED:
+            defects = truth.defects(item)
+            if defects:
+                pairs.append((_middle(image.mask), _middle(np.any([d.mask for d in defects], axis=0))))
+    if not pairs:
+        return
+    theirs, ours = (np.array(middles) for middles in zip(*pairs, strict=True))
+    square = (ours**2).sum(0)
+    # Per axis: how much farther from the image's middle their masks lie than ours. Where all lie in it, nothing tells.
+    scale = np.where(square > 0.01 * len(pairs), (theirs * ours).sum(0) / np.maximum(square, 1e-9), 1)
+    if (abs(scale - 1) > _SHIFT).any():
+        raise UserError(
+            f"the maps are of cropped images, since gt_mask in the predictions lies {scale[1]:.2f} (across) and "
+            f"{scale[0]:.2f} (down) times as far from the middle as the masks of the data: predict whole images, of "
+            "PatchCore without its center_crop_size"
+        )
+
+
+def _middle(mask: NDArray[Any]) -> NDArray[np.float64]:
+    """The mean position (y, x) of what is marked, from -1 to 1."""
+    places = (np.argwhere(mask) + 0.5) / mask.shape
+    return 2 * places.mean(0) - 1
+
+
+def _cut_off(scores: Sequence[float], maps: Sequence[NDArray[np.float32]]) -> list[str]:
     """A sentence where values are equal because anomalib has cut them off at 0 and 1."""
     n_scores = max((sum(score == end for score in scores) for end in (0, 1)), default=0)
     n_pixels, total = sum(int((m == 1).sum()) for m in maps), sum(m.size for m in maps)
@@ -258,7 +302,7 @@ def _refuse_pictures(folder: Path) -> None:
     if pictures and not any(path.suffix.lower() in SUFFIXES for path in files):
         raise UserError(
             f"{folder} has {len(pictures)} pictures and no map, {pictures[0].name} first: the colours of pictures, "
-            f"anomalib's visualizations among them, are no scores; save {_SAVE} and score that file"
+            f"anomalib's visualizations among them, are no scores; {_SAVE} and give that file"
         )
 
 

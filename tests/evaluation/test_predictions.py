@@ -1,0 +1,228 @@
+"""Predictions of anomalib are scored as it scores them; objects with the same attributes stand for its own."""
+
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dskd_fast.data.category import GroundTruth
+from dskd_fast.data.layout import open_category
+from dskd_fast.errors import UserError
+from dskd_fast.evaluation.predictions import evaluate_predictions, evaluate_saved, load_predictions
+from dskd_fast.metrics.maps import save_map
+
+SIZE = (96, 120)
+
+
+@pytest.fixture(scope="module")
+def category(data_root):
+    return open_category(data_root, "screw_bag")
+
+
+@pytest.fixture
+def predicted(category):
+    """A batch for each four test images, with what anomalib's `ImageBatch` has: (4, 1) scores and maps (4, h, w)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(items):
+        maps = torch.rand((len(items), *SIZE), generator=generator)
+        scores = torch.rand((len(items), 1), generator=generator)
+        paths = [str(item.path) for item in items]
+        return types.SimpleNamespace(image_path=paths, anomaly_map=maps, pred_score=scores, gt_mask=None)
+
+    return [batch(category.test[i : i + 4]) for i in range(0, len(category.test), 4)]
+
+
+def fields(batch):
+    return dict(vars(batch))
+
+
+def test_objects_dictionaries_single_images_and_files_give_the_figures_of_maps_on_disk(predicted, category, tmp_path):
+    for batch in predicted:
+        for key, anomaly_map in zip(batch.image_path, batch.anomaly_map, strict=True):
+            below = Path(key).relative_to(category.root.parent).with_suffix(".tiff")
+            save_map(tmp_path / "maps" / below, anomaly_map.numpy())
+        batch.pred_score = None
+    expected = evaluate_saved(tmp_path / "maps", category)
+    assert expected["image_score"] == "maximum of the map"
+    torch.save([fields(batch) for batch in predicted], tmp_path / "p.pt")
+    single = [
+        types.SimpleNamespace(image_path=path, anomaly_map=anomaly_map[None], pred_score=None)
+        for batch in predicted
+        for path, anomaly_map in zip(batch.image_path, batch.anomaly_map.numpy(), strict=True)
+    ]
+    assert evaluate_predictions(predicted, category) == expected
+    assert evaluate_predictions([single[:5], [single[5:]]], category) == expected
+    assert evaluate_saved(tmp_path / "p.pt", category) == expected
+
+
+def test_the_score_is_the_predictions_own_and_smaller_maps_are_enlarged(predicted, category):
+    """A map of the defects themselves finds them; scores that say the opposite do not change that."""
+    truth = GroundTruth(category)
+    of = {str(item.path): item for item in category.test}
+    for batch in predicted:
+        items = [of[path] for path in batch.image_path]
+        marked = [np.any([np.zeros(SIZE, bool), *(d.mask for d in truth.defects(item))], axis=0) for item in items]
+        maps = torch.tensor(np.array(marked)).float()[:, None]
+        batch.anomaly_map = torch.nn.functional.interpolate(maps, (48, 60), mode="area").bfloat16()
+        batch.pred_score = torch.tensor([float(item.kind == "good") for item in items]).half()
+    figures = evaluate_predictions(predicted, category)
+    assert figures["auroc"] == {"structural": 0, "logical": 0, "mean": 0}
+    assert figures["image_score"] == "pred_score of the predictions"
+    assert min(figures["spro"].values()) > 0.8
+
+
+def test_without_maps_there_are_areas_alone(predicted, category):
+    expected = evaluate_predictions(predicted, category)["auroc"]
+    for batch in predicted:
+        batch.anomaly_map = None
+    figures = evaluate_predictions(predicted, category)
+    assert figures["auroc"] == expected
+    assert set(figures["spro"].values()) == {None}
+    assert figures["absent"] == ["no sPRO: the predictions have no anomaly_map"]
+
+
+def test_images_are_found_where_the_data_have_moved_and_others_are_named(predicted, category):
+    expected = evaluate_predictions(predicted, category)
+    for batch in predicted:
+        batch.image_path = [path.replace(str(category.root.parent), "/elsewhere") for path in batch.image_path]
+    other = types.SimpleNamespace(image_path="/other/bag/test/good/000.png", anomaly_map=None, pred_score=1.0)
+    found = evaluate_predictions([*predicted, other], category)
+    assert found["auroc"] == expected["auroc"]
+    assert found["unused"][-1]["first"] == [other.image_path]
+
+
+def test_values_that_anomalib_has_cut_off_are_warned_of(predicted, category):
+    assert evaluate_predictions(predicted, category)["warnings"] == []
+    predicted[0].pred_score[:3] = 1
+    (warning,) = evaluate_predictions(predicted, category)["warnings"]
+    assert "up to 3 image scores are equal" in warning
+
+
+def test_maps_of_cropped_images_are_refused(predicted, category):
+    truth = GroundTruth(category)
+    of = {str(item.path): item for item in category.test}
+    for batch in predicted:
+        items = [of[path] for path in batch.image_path]
+        marked = [np.any([np.zeros(SIZE, bool), *(d.mask for d in truth.defects(item))], axis=0) for item in items]
+        batch.gt_mask = torch.tensor(np.array(marked))
+    evaluate_predictions(predicted, category)
+    for batch in predicted:
+        batch.gt_mask = batch.gt_mask[:, 6:-6, 8:-8]
+    with pytest.raises(UserError, match="the maps are of cropped images"):
+        evaluate_predictions(predicted, category)
+
+
+def drop_path(batches):
+    batches[0].image_path = None
+
+
+def drop_scores(batches):
+    batches[0].pred_score = None
+
+
+def drop_all(batches):
+    for batch in batches:
+        batch.pred_score = batch.anomaly_map = None
+
+
+def halve_maps(batches):
+    batches[0].anomaly_map = batches[0].anomaly_map[:2]
+
+
+def halve_scores(batches):
+    batches[0].pred_score = batches[0].pred_score[:2]
+
+
+def spoil(batches):
+    batches[0].pred_score[1] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (list.pop, "2 of 10 test images have no prediction: .*engine.predict"),
+        (lambda batches: batches.append(batches[0]), "two predictions of .*test"),
+        (drop_path, "a prediction has no image_path"),
+        (drop_scores, "4 of 10 predictions have no pred_score"),
+        (drop_all, "neither anomaly_map nor pred_score"),
+        (halve_maps, r"anomaly_map has shape \(2, 96, 120\) and image_path 4 images"),
+        (halve_scores, r"pred_score has shape \(2, 1\) and image_path 4 images"),
+        (spoil, "not finite"),
+        (lambda batches: batches.append(None), r"predictions are None: .*return_predictions=True"),
+    ],
+)
+def test_what_cannot_be_scored_is_said(predicted, category, change, message):
+    change(predicted)
+    with pytest.raises(UserError, match=message):
+        evaluate_predictions(predicted, category)
+
+
+def test_predictions_of_other_data_are_refused(category):
+    other = {"image_path": "/bags/test/good/000.png", "pred_score": 1.0}
+    with pytest.raises(UserError, match=r"none of the 1 predictions is of a test image in .*/bags/test/good/000.png"):
+        evaluate_predictions(other, category)
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('executed')",))
+
+
+def test_a_file_is_read_without_executing_anything(tmp_path):
+    for content, message in (
+        ([{"image_path": ["a"], "anomaly_map": Evil()}], "holds objects of other classes .*such as .*exec"),
+        (types.SimpleNamespace(image_path="a"), "holds objects of other classes .*such as types.SimpleNamespace"),
+    ):
+        torch.save(content, tmp_path / "p.pt")
+        with pytest.raises(UserError, match=message):
+            load_predictions(tmp_path / "p.pt")
+    (tmp_path / "p.pt").write_bytes(b"garbage")
+    with pytest.raises(UserError, match=r"p.pt cannot be read as a file of torch.save"):
+        load_predictions(tmp_path / "p.pt")
+
+
+def test_pictures_are_no_maps(tmp_path, category):
+    (tmp_path / "images" / "good").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "good" / "000.png")
+    with pytest.raises(UserError, match=r"has 1 pictures and no map, 000.png first: the colours of pictures"):
+        evaluate_saved(tmp_path, category)
+
+
+def test_the_command_takes_a_file(cli, predicted, category, tmp_path):
+    torch.save([fields(batch) for batch in predicted], tmp_path / "p.pt")
+    arguments = ["--data-root", category.root.parent, "--category", category.name, "--out", tmp_path / "f.json"]
+    code, out, err = cli("evaluate-maps", tmp_path / "p.pt", *arguments)
+    assert (code, err) == (0, "")
+    assert "image score: pred_score of the predictions" in out
+    assert json.loads((tmp_path / "f.json").read_text()) == evaluate_predictions(predicted, category)
+
+
+def test_anomalibs_own_predictions_have_anomalibs_areas(category, tmp_path, monkeypatch):
+    """PaDiM with random weights, predicted, saved as they are, and scored without anomalib's classes."""
+    pytest.importorskip("anomalib", reason="anomalib is not installed: see CONTRIBUTING.md")
+    from anomalib.data import MVTecLOCO
+    from anomalib.engine import Engine
+    from anomalib.models import Padim
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = Padim(pre_trained=False, n_features=10, visualizer=False)
+    data = MVTecLOCO(root=category.root.parent, category=category.name, num_workers=0)
+    engine = Engine(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    engine.fit(model, datamodule=data)
+    model.post_processor.enable_normalization = False
+    (theirs,) = engine.test(model, datamodule=data)
+    predictions = engine.predict(model, datamodule=data)
+    torch.save(predictions, tmp_path / "p.pt")
+    ours = evaluate_predictions(predictions, category)
+    assert evaluate_saved(tmp_path / "p.pt", category) == ours
+    n = ours["n_images"]
+    pooled = sum(n[kind] * ours["auroc"][kind] for kind in ("structural", "logical")) / (n["structural"] + n["logical"])
+    assert pooled == pytest.approx(theirs["image_AUROC"], abs=1e-6)
+    assert ours["image_score"] == "pred_score of the predictions"
+    assert None not in ours["spro"].values()
