@@ -5,6 +5,7 @@ writes of them are pictures, whose colours are no scores; so they come as object
 """
 
 import pickle
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -26,6 +27,7 @@ from dskd_fast.progress import Progress, silent
 _MAXIMUM = "maximum of the map"
 _SAVE = "save predictions with torch.save(engine.predict(...), 'predictions.pt')"
 _N_NAMED = 3
+_FIELDS = ("image_path", "anomaly_map", "pred_score")
 # Masks that are compared, and how far from their place, relative to the image's middle, they may lie.
 _N_COMPARED, _SHIFT = 20, 0.03
 _Value = TypeVar("_Value")
@@ -40,6 +42,8 @@ def evaluate_saved(maps: Path, category: Category, *, progress: Progress = silen
     Raises:
         UserError: maps are missing, cannot be read or do not fit the images; or the folder has pictures alone.
     """
+    if not maps.exists():
+        raise UserError(f"there is no folder and no file {maps}: name a folder of maps or a file of predictions")
     if maps.is_file():
         return evaluate_predictions(load_predictions(maps), category, progress=progress)
     _refuse_pictures(maps)
@@ -127,14 +131,14 @@ def load_predictions(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([*_INERT, *_TENSORS]):
             # Mapped, since most of such a file are the images, which nothing reads.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = next((line for line in str(error).splitlines() if "GLOBAL" in line), "").split("GLOBAL ")[-1].split()
         other = f"objects of other classes than predictions have, such as {found[0]}" if found else "no predictions"
         raise UserError(f"{path} holds {other}, and is not read: {_SAVE}") from None
     # A broken file can make the reader fail in any way: OSError, EOFError, RuntimeError, KeyError.
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:120]
         raise UserError(f"{path} cannot be read as a file of torch.save ({said}): {_SAVE}") from None
 
 
@@ -149,23 +153,24 @@ class _Predicted(NamedTuple):
 
 def _images(predictions: Any) -> Iterator[_Predicted]:
     """Every image of batches, single ones and nested lists of these."""
-    if isinstance(predictions, Mapping) or hasattr(predictions, "anomaly_map") or hasattr(predictions, "pred_score"):
+    if any(_field(predictions, name) is not None for name in _FIELDS):
         yield from _images_of_batch(predictions)
-    elif isinstance(predictions, Iterable) and not isinstance(predictions, (str, bytes, torch.Tensor, np.ndarray)):
+    elif isinstance(predictions, Iterable) and not isinstance(predictions, (str, Mapping, torch.Tensor, np.ndarray)):
         for part in predictions:
             yield from _images(part)
     else:
         raise UserError(
-            f"predictions are {'None' if predictions is None else f'a {type(predictions).__name__}'}: pass what "
-            "Engine.predict returns (with return_predictions=True), or objects with image_path, anomaly_map, pred_score"
+            f"predictions hold {'None' if predictions is None else f'a {type(predictions).__name__}'}: give what "
+            f"Engine.predict returns (with return_predictions=True), or objects with {', '.join(_FIELDS)}"
         )
 
 
-def _images_of_batch(batch: Any) -> Iterator[_Predicted]:
-    def field(name: str) -> Any:
-        return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+def _field(batch: Any, name: str) -> Any:
+    return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
 
-    paths = field("image_path")
+
+def _images_of_batch(batch: Any) -> Iterator[_Predicted]:
+    paths = _field(batch, "image_path")
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     if not paths or None in paths:
         raise UserError(
@@ -174,13 +179,14 @@ def _images_of_batch(batch: Any) -> Iterator[_Predicted]:
         )
 
     def per_image(name: str) -> NDArray[np.float32] | None:
-        values = _array(name, field(name))
+        values = _array(name, _field(batch, name))
         try:
             return None if values is None else values.astype(np.float32).reshape(len(paths), *values.shape[-2:])
         except ValueError:
             raise _unfit(name, values, paths, "a map (h, w)") from None
 
-    maps, masks, scores = per_image("anomaly_map"), per_image("gt_mask"), _array("pred_score", field("pred_score"))
+    maps, masks = per_image("anomaly_map"), per_image("gt_mask")
+    scores = _array("pred_score", _field(batch, "pred_score"))
     if scores is not None and scores.size != len(paths):
         raise _unfit("pred_score", scores, paths, "a score")
     for i, path in enumerate(paths):

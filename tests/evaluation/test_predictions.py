@@ -153,7 +153,7 @@ def spoil(batches):
         (halve_maps, r"anomaly_map has shape \(2, 96, 120\) and image_path 4 images"),
         (halve_scores, r"pred_score has shape \(2, 1\) and image_path 4 images"),
         (spoil, "not finite"),
-        (lambda batches: batches.append(None), r"predictions are None: .*return_predictions=True"),
+        (lambda batches: batches.append(None), r"predictions hold None: .*return_predictions=True"),
     ],
 )
 def test_what_cannot_be_scored_is_said(predicted, category, change, message):
@@ -181,9 +181,18 @@ def test_a_file_is_read_without_executing_anything(tmp_path):
         torch.save(content, tmp_path / "p.pt")
         with pytest.raises(UserError, match=message):
             load_predictions(tmp_path / "p.pt")
-    (tmp_path / "p.pt").write_bytes(b"garbage")
+    torch.save(torch.ones(9), tmp_path / "p.pt")
+    (tmp_path / "p.pt").write_bytes((tmp_path / "p.pt").read_bytes()[:-200])
     with pytest.raises(UserError, match=r"p.pt cannot be read as a file of torch.save"):
         load_predictions(tmp_path / "p.pt")
+
+
+def test_a_checkpoint_is_no_predictions(tmp_path, category):
+    torch.save({"state_dict": {"weight": torch.ones(2)}}, tmp_path / "model.ckpt")
+    with pytest.raises(UserError, match="predictions hold a dict: give what"):
+        evaluate_saved(tmp_path / "model.ckpt", category)
+    with pytest.raises(UserError, match="there is no folder and no file"):
+        evaluate_saved(tmp_path / "nowhere", category)
 
 
 def test_pictures_are_no_maps(tmp_path, category):
