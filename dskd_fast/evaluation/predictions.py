@@ -84,10 +84,8 @@ def evaluate_predictions(predictions: Any, category: Category, *, progress: Prog
         raise UserError(f"category {category.name} has no test images, so there are no predictions to score")
     found, left = _of_test_images(_images(predictions), category)
     truth = GroundTruth(category)
-    maps, scores = (
-        _of_all("anomaly_map", [x.anomaly_map for x in found]),
-        _of_all("pred_score", [x.score for x in found]),
-    )
+    maps = _of_all("anomaly_map", [image.anomaly_map for image in found])
+    scores = _of_all("pred_score", [image.score for image in found])
     if maps:
         _refuse_crops(found, truth)
         each = np.array(scores or [m.max() for m in maps], np.float64)
@@ -171,7 +169,7 @@ def _field(batch: Any, name: str) -> Any:
 
 def _images_of_batch(batch: Any) -> Iterator[_Predicted]:
     paths = _field(batch, "image_path")
-    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    paths = [paths] if paths is None or isinstance(paths, (str, Path)) else list(paths)
     if not paths or None in paths:
         raise UserError(
             "a prediction has no image_path, so it is not known of which image it is: predict with Engine.predict, or "
@@ -289,14 +287,15 @@ def _middle(mask: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _cut_off(scores: Sequence[float], maps: Sequence[NDArray[np.float32]]) -> list[str]:
-    """A sentence where values are equal because anomalib has cut them off at 0 and 1."""
-    n_scores = max((sum(score == end for score in scores) for end in (0, 1)), default=0)
-    n_pixels, total = sum(int((m == 1).sum()) for m in maps), sum(m.size for m in maps)
-    if n_scores < 2 and n_pixels < 2:
+    """A sentence where values are equal because they were cut off at 0 and 1."""
+    n_zeros, n_ones = (sum(score == end for score in scores) if max(scores, default=2) <= 1 else 0 for end in (0, 1))
+    is_normalised = max((m.max() for m in maps), default=2) <= 1
+    n_pixels, total = sum(int((m == 1).sum()) for m in maps) if is_normalised else 0, sum(m.size for m in maps)
+    if max(n_zeros, n_ones, n_pixels) < 2:
         return []
     return [
-        f"anomalib's normalisation has cut off values at 0 and 1, which then have no order: up to {n_scores} image "
-        f"scores are equal by that, and {100 * n_pixels / max(total, 1):.2g} % of all pixels are 1; to be exact, set "
+        f"{n_zeros} image scores are 0 and {n_ones} are 1, and {100 * n_pixels / max(total, 1):.2g} % of all pixels "
+        "are 1: anomalib's normalisation cuts off there, and what is equal has no order; to be exact, set "
         "model.post_processor.enable_normalization = False before you predict"
     ]
 

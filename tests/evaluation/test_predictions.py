@@ -100,7 +100,9 @@ def test_values_that_anomalib_has_cut_off_are_warned_of(predicted, category):
     assert evaluate_predictions(predicted, category)["warnings"] == []
     predicted[0].pred_score[:3] = 1
     (warning,) = evaluate_predictions(predicted, category)["warnings"]
-    assert "up to 3 image scores are equal" in warning
+    assert "0 image scores are 0 and 3 are 1, and 0 % of all pixels are 1" in warning
+    predicted[1].pred_score[0] = 2  # not cut off
+    assert evaluate_predictions(predicted, category)["warnings"] == []
 
 
 def test_maps_of_cropped_images_are_refused(predicted, category):

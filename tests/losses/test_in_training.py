@@ -75,11 +75,12 @@ def test_lightning_trains_the_student_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = networks()
     images = torch.randn(2, 3, 9, 9)
-    expected, fixed = step_on_the_whole(given, images), given["teacher"].weight.clone()
+    expected, before = step_on_the_whole(given, images), given["student"].weight.detach().clone()
+    fixed = given["teacher"].weight.clone()
     trainer = run("Lightning", **given, batches=torch.utils.data.DataLoader(images))["trainer"]
     assert trainer.global_step == 1
-    moved = (expected - given["student"].weight).norm() / expected.norm()
-    assert moved < 1e-3
+    difference = (given["student"].weight - expected).norm() / (expected - before).norm()
+    assert difference < 0.02  # bf16 in the networks
     assert torch.equal(given["teacher"].weight, fixed)
 
 
