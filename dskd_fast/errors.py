@@ -22,4 +22,7 @@ class TrainingStopped(Exception):
 
 
 class PeerFailed(Exception):
-    """Another process of those that train together failed or stopped, and says itself why."""
+    """Another process of those that train together failed or stopped.
+
+    Without a message it says itself why.
+    """

@@ -79,7 +79,11 @@ def _run(arguments: argparse.Namespace) -> int:
     except TrainingStopped as error:
         print(f"dskd-fast: {printable(error)}", file=sys.stderr)
         return 128 + error.signal
-    except PeerFailed:
+    except PeerFailed as error:
+        from dskd_fast.training.distributed import why_peer_failed
+
+        if reason := why_peer_failed(error):
+            print(f"dskd-fast: {reason}", file=sys.stderr)
         return 1
     except UserError as error:
         sys.stdout.flush()

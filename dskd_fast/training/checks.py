@@ -1,6 +1,7 @@
 """What can go wrong in a training, found before it costs time or said in the user's words."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 
@@ -20,6 +21,8 @@ from dskd_fast.training.distributed import Group, connected
 _EXPLODED = 10
 # What cameras give in files of 16 bits. Read as 16, even the most of them are a quarter as bright as they could be.
 _CAMERA_BITS = (10, 12, 14)
+# Options that may differ among the machines of a training.
+_OF_THE_MACHINE = ("device", "teacher_weights")
 
 
 def notice_on_bits(peaks: Iterable[int | None], bits: int | None) -> str | None:
@@ -82,6 +85,37 @@ def check_batches(model: DSKD, n: int, options: TrainingOptions, group: Group) -
             f"size {options.image_size} is a single value per channel, which batch norm cannot train on: use a larger "
             f"--image-size{' or another --batch-size' if n > 1 else ''}"
         )
+
+
+def check_same_training(category: Category, options: TrainingOptions, checkpoints: Checkpoints, group: Group) -> None:
+    """Check that all processes have the first one's images, options and state, as on machines with disks of their own.
+
+    Raises:
+        UserError: in the first process that has others.
+        PeerFailed: in the others.
+    """
+    images, of_first, state = group.of_first((category.fingerprint, options, checkpoints.checksum))
+
+    def compare() -> None:
+        if category.fingerprint != images:
+            raise UserError(
+                f"the images in {category.root} are not those of the training's first process (names and contents are "
+                "compared): copy its images to this machine"
+            )
+        for name in (field.name for field in dataclasses.fields(options) if field.name not in _OF_THE_MACHINE):
+            mine, others = getattr(options, name), getattr(of_first, name)
+            if mine != others:
+                raise UserError(
+                    f"{name} is {mine!r} here, and {others!r} in the training's first process: start all processes "
+                    "with the same options"
+                )
+        if checkpoints.checksum != state:
+            raise UserError(
+                f"{checkpoints.path} is not here what it is for the training's first process: have all machines see "
+                "the same run folder, or copy it to this place on each of them"
+            )
+
+    group.agree(compare)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,12 @@ T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=10)
 # For processes that meet after work of any length.
 NEVER = timedelta(days=365)
+_VANISHED = (
+    "another process of this training does not answer any more, since it failed, was killed, or its machine cannot be "
+    "reached: if it does not say why itself, start all of them again, with --resume and the run folder if that holds a "
+    "checkpoint.safetensors"
+)
+_FAILED_ELSEWHERE = "another process of this training has ended, and says why on the machine where it ran"
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,11 @@ def connected() -> Iterator[None]:
     try:
         yield
     except distributed.DistError as error:
-        raise PeerFailed from error
+        raise PeerFailed(_VANISHED) from error
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "peer", "socket", "store")):
             raise
-        raise PeerFailed from error
+        raise PeerFailed(_VANISHED) from error
 
 
 def launched_as() -> tuple[int, int]:
@@ -109,6 +115,14 @@ def launched_as() -> tuple[int, int]:
     if not distributed.is_torchelastic_launched():
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def why_peer_failed(error: PeerFailed) -> str:
+    """What a process says that ended because of another one; nothing where that one, on this machine, says it."""
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    # One process of each machine is enough.
+    is_said = is_one_machine or os.environ.get("LOCAL_RANK") != "0"
+    return str(error) or ("" if is_said else _FAILED_ELSEWHERE)
 
 
 def is_launched() -> bool:

@@ -70,6 +70,11 @@ def resume_run(
     with contextlib.ExitStack() as stack:
 
         def claim() -> tuple[Category, TrainingOptions]:
+            if group.size > 1 and not (folder / runs.CONFIG).is_file():
+                raise UserError(
+                    f"process {group.rank} of {group.size} finds no run in {folder}: have all machines see the same "
+                    "run folder, or copy it to this place on each of them"
+                )
             config = runs.read_config(folder)
             if runs.is_finished(folder):
                 # Left by a process that was killed between its last two steps.
@@ -107,6 +112,8 @@ def resume_run(
             return category, options
 
         category, options = group.agree(claim)
+        # A copy of the run folder may not have the changes that the first process has recorded.
+        options = group.of_first(options)
         return _train_and_save(folder, category, options, report, group)
 
 

@@ -23,6 +23,7 @@ from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.checkpoints import Checkpoints, Position, owners, stopping_signal
 from dskd_fast.training.checks import (
     check_batches,
+    check_same_training,
     clear_errors,
     diverged,
     grown_loss,
@@ -81,7 +82,8 @@ def train(
         # torch states no types for both at once.
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_batches(model, len(category.train), options, group)
-        checkpoints.check_room(model)
+        if group.is_first:
+            checkpoints.check_room(model)
         n_train, n_validation = len(category.train), len(category.validation)
         log.info("reading the images: %d to train on, %d to validate with", n_train, n_validation)
         images = ImageStore([*category.train, *category.validation], options.image_size, bits=options.bits)
@@ -90,6 +92,7 @@ def train(
         return model, images, checkpoints
 
     model, images, checkpoints = group.agree(prepare)
+    check_same_training(category, options, checkpoints, group)
     train_indices = list(range(len(category.train)))
     with deterministic_convolutions():
         history = _fit(model, images, train_indices, options, report, checkpoints, group)

@@ -1,4 +1,4 @@
-"""Training in several processes, on the CPU: all but one test fork them, since importing PyTorch takes seconds."""
+"""Training in several processes, on the CPU: all but two tests fork them, since importing PyTorch takes seconds."""
 
 import json
 import os
@@ -14,10 +14,13 @@ import torch
 import dskd_fast.training.train as train_module
 from dskd_fast.cli import main
 from dskd_fast.data.layout import open_category
+from dskd_fast.errors import UserError
 from dskd_fast.files import load_tensors
 from dskd_fast.models import DSKD
 from dskd_fast.runs.folder import load_run
 from dskd_fast.training import distributed
+from dskd_fast.training.checkpoints import Checkpoints
+from dskd_fast.training.checks import check_same_training
 from dskd_fast.training.distributed import ALONE, Group
 from dskd_fast.training.trainer import Trainer
 
@@ -126,6 +129,93 @@ def test_ctrl_c_under_torchrun_saves(train, tmp_path):
     assert load_tensors(tmp_path / "run" / "checkpoint.safetensors")
 
 
+_NODE = """
+import os, signal, sys
+from dskd_fast.cli import main
+from dskd_fast.training.checkpoints import Checkpoints
+from dskd_fast.training.trainer import Trainer
+
+original, steps = Trainer.step, []
+
+def step(*arguments):
+    steps.append(1)
+    if len(steps) == 4 and os.environ["RANK"] == os.environ.get("KILLED_RANK"):
+        for process in (os.getppid(), os.getpid()):
+            os.kill(process, signal.SIGKILL)
+    return original(*arguments)
+
+Trainer.step, Checkpoints.is_due = step, lambda self: True
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_two_nodes_of_which_one_is_killed_end_with_the_bits_of_one(in_two, train, tmp_path):
+    """Two launchers on this machine, as torchrun is started on two; the reference are two processes of one."""
+    (tmp_path / "node.py").write_text(_NODE)
+
+    def in_two_nodes(*arguments, **environment):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        launcher = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id {port}"
+        launcher += f" --rdzv-endpoint localhost:{port} --local-addr localhost"
+        command = [sys.executable, *launcher.split(), str(tmp_path / "node.py"), *arguments]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        nodes = [subprocess.Popen(command, env=os.environ | environment, **streams) for _ in range(2)]
+        try:
+            texts = [node.communicate(timeout=240)[0] for node in nodes]
+        finally:
+            for node in nodes:
+                node.kill()
+        return dict(sorted((node.returncode, text) for node, text in zip(nodes, texts, strict=True)))
+
+    ends = in_two_nodes(*train(tmp_path / "two", "--epochs", "2"), KILLED_RANK="1")
+    assert [*ends] == [-signal.SIGKILL, 1]
+    assert ends[1].count("dskd-fast: another process of this training does not answer any more") == 1
+    assert [*in_two_nodes("train", "--resume", str(tmp_path / "two"))] == [0]
+    assert in_two(lambda: main(train(tmp_path / "one", "--epochs", "2")))[0] == [0, 0]
+    for name in ("weights.safetensors", "scores.safetensors", "calibration.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
+def test_a_machine_without_the_run_folder_is_refused_on_all(in_two, own_run, tmp_path):
+    (own_run / "calibration.json").unlink()  # as if its training had not finished
+
+    def work():
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        return main(["train", "--resume", str([own_run, tmp_path / "elsewhere"][int(os.environ["RANK"])])])
+
+    codes, (first, second) = in_two(work)
+    assert codes == [1, 2]
+    assert first == "dskd-fast: another process of this training has ended, and says why on the machine where it ran\n"
+    assert second.startswith(f"dskd-fast: process 1 of 2 finds no run in {tmp_path / 'elsewhere'}: have all machines")
+    assert (own_run / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("different", "message"),
+    [
+        ("images", "the images in .* are not those of the training's first process"),
+        ("options", "lr is 0.1 here, and 0.005 in the training's first process"),
+        ("state", "checkpoint.safetensors is not here what it is for the training's first process"),
+    ],
+)
+def test_machines_that_would_train_different_things_are_refused(data_root, tiny_options, tmp_path, different, message):
+    category, checkpoints = open_category(data_root, "screw_bag"), Checkpoints(tmp_path / "checkpoint.safetensors")
+    first = {"images": category.fingerprint, "options": tiny_options(), "state": None}
+    options = tiny_options(lr=0.1) if different == "options" else tiny_options(device="cuda")
+    if different != "options":
+        first[different] = "another"
+
+    class Second(Group):
+        of_first = staticmethod(lambda _: tuple(first.values()))
+        agree = staticmethod(lambda work: work())
+
+    with pytest.raises(UserError, match=message):
+        check_same_training(category, options, checkpoints, Second(1, 2))
+
+
 @pytest.fixture
 def all_categories(data_root, tiny_arguments, tmp_path):
     """The command line but for the folder of the runs; the category `bad` has an image that is none."""
@@ -174,7 +264,7 @@ def test_each_process_trains_on_its_share_of_a_batch_with_the_weight_of_it(data_
     """Three images of five count for three fifths of the mean over two processes."""
 
     class Second(Group):
-        add = staticmethod(lambda values: values)
+        add = of_first = staticmethod(lambda values: values)
         agree = staticmethod(lambda work: work())
 
     steps = []
