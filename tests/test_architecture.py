@@ -22,6 +22,7 @@ CSRC = KERNELS.parent / "csrc"
 ROOMS = {
     "__main__": "python -m dskd_fast",
     "cli": "arguments, progress, printing; demo and doctor",
+    "integrations": "a detector inside other programs, each with the extra of its name",
     "paper": "the paper's tables and figures, beside its published numbers",
     "station": "images as they come: a folder that is watched, a service",
     "evaluation": "test images -> figures and the HTML page",

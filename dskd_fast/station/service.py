@@ -6,7 +6,6 @@ What a request may take is bounded: the bytes of its body, the pixels of its ima
 
 import asyncio
 import base64
-import io
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +28,8 @@ from torch import Tensor
 import dskd_fast
 from dskd_fast.data.images import ImageError, decode_image
 from dskd_fast.detection.detector import Detector
-from dskd_fast.detection.overlay import colour_range, overlay
-from dskd_fast.detection.pictures import ENCODING, check_jpeg_size, drawable
+from dskd_fast.detection.overlay import colour_range
+from dskd_fast.detection.pictures import drawable, overlay_file
 from dskd_fast.detection.prediction import Prediction, caption, judge, map_to_draw
 from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.errors import UserError
@@ -224,14 +223,13 @@ class _Service:
 
     def _draw(self, image: NDArray[np.uint8], prediction: Prediction, anomaly_map: NDArray[np.float32]) -> str:
         small = drawable(self.detector, anomaly_map, image.shape[:2])
-        drawn = overlay(image, small, caption(prediction), *colour_range(self.threshold))
         try:
-            check_jpeg_size(drawn, "ask for none")
+            data = overlay_file(
+                image, small, caption(prediction), colour_range(self.threshold), "jpg", what_to_do="ask for none"
+            )
         except UserError as error:
             raise HTTPException(422, str(error)) from None
-        file = io.BytesIO()
-        drawn.save(file, "JPEG", **ENCODING["jpg"])
-        return base64.b64encode(file.getvalue()).decode("ascii")
+        return base64.b64encode(data).decode("ascii")
 
     def _values(self, size: tuple[int, int], anomaly_map: NDArray[np.float32]) -> str:
         return base64.b64encode(map_file(self.detector.localisation_map(anomaly_map, size))).decode("ascii")
