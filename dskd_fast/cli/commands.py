@@ -52,8 +52,8 @@ from dskd_fast.files import load_tensors, printable
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.folder import find_category
 from dskd_fast.runs.options import TrainingOptions, recipe_options
-from dskd_fast.training.distributed import ALONE, NEVER, Group, group, is_launched, use_gpu
-from dskd_fast.training.session import CHANGEABLE, ensure_run, resume_run, start_run
+from dskd_fast.training.distributed import ALONE, NEVER, Group, group, use_gpu
+from dskd_fast.training.session import CHANGEABLE, device_of, ensure_run, resume_run, start_run
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -108,10 +108,7 @@ def _resume(given: dict[str, Any], options: dict[str, Any]) -> int:
             f"--{others[0].replace('_', '-')} belongs to a new training: with --resume only "
             f"{', '.join('--' + name.replace('_', '-') for name in ('data_root', *CHANGEABLE))} can be given"
         )
-    if is_launched() and not (folder / runs.CONFIG).is_file():
-        device = options.get("device", TrainingOptions.device)  # in the group `resume_run` says it to all processes
-    else:
-        device = options.get("device") or runs.read_options(folder, runs.read_config(folder))[0].device
+    device = options.get("device") or device_of(folder)
     with group(resolve_device(device)) as processes, training_progress() as report:
         console.quiet = not processes.is_first
         detector = resume_run(folder, options, data_root=given.get("data_root"), report=report, group=processes)

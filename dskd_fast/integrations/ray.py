@@ -61,9 +61,9 @@ class Predict:
     Each image gives one row, with a column for each field of `Prediction` but `skipped`, and a column part_NAME for
     each part of the score, as in predictions.csv. An image that cannot be read has its reason in `error` and no score.
     Other columns of the batch are left out. Scores are those of `predict` but for rounding, which depends on the images
-    that go through the networks together and on the number of threads: with a small network they, or a part, differed
-    by up to 4e-5 (1 + |value|), and the threshold is raised by fifty times that. A worker has as many threads as
-    `num_cpus` of `map_batches` says, or one, since Ray sets OMP_NUM_THREADS to it.
+    that go through the networks together and on the number of threads: with a small network scores differed by up to
+    3e-5 (1 + |score|), where the threshold is raised by 2e-3 of that, and parts by up to 2e-4. A worker has as many
+    threads as `num_cpus` of `map_batches` says, or one, since Ray sets OMP_NUM_THREADS to it.
 
     Args:
         run: a folder that `train` wrote, at this path on every machine.

@@ -15,7 +15,7 @@ from dskd_fast.runs import folder as runs
 from dskd_fast.runs.folder import find_category
 from dskd_fast.runs.history import TrainingState
 from dskd_fast.runs.options import CHANGEABLE, TrainingOptions
-from dskd_fast.training.distributed import ALONE, Group
+from dskd_fast.training.distributed import ALONE, Group, is_launched
 from dskd_fast.training.train import train
 
 Report = Callable[[TrainingState], None]
@@ -46,6 +46,17 @@ def start_run(
 
         group.agree(claim)
         return _train_and_save(folder, category, options, report, group)
+
+
+def device_of(folder: Path) -> str:
+    """The device of a run that is to go on, before the processes that do it have met.
+
+    Raises:
+        UserError: there is no run. One process of several leaves that to `resume_run`, which tells all of them.
+    """
+    if is_launched() and not (folder / runs.CONFIG).is_file():
+        return TrainingOptions.device
+    return runs.read_options(folder, runs.read_config(folder))[0].device
 
 
 def resume_run(
