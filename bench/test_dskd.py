@@ -124,7 +124,7 @@ def call_of(case: Case, device: torch.device, size: int = _SIZE, is_compiled: bo
     if case.mode == "training step":
         trainer = Trainer(model, options)
         if case.contestant == EAGER:
-            trainer.global_loss_fn = _summed(textbook)
+            trainer.losses.global_loss_fn = _summed(textbook)
         batch = to_float(images, device)
         return lambda: trainer.step(batch)
     if case.contestant in _ALL_OURS:

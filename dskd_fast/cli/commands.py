@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dskd_fast.choices import HOLDOUT, LITE
+from dskd_fast.choices import HOLDOUT
 from dskd_fast.cli import doctor as diagnosis
 from dskd_fast.cli import recalibration
 from dskd_fast.cli.demo import make_data, options_for_demo
@@ -51,7 +51,7 @@ from dskd_fast.evaluation.predictions import evaluate_saved
 from dskd_fast.files import load_tensors, printable
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.folder import find_category
-from dskd_fast.runs.options import TrainingOptions, recipe_options
+from dskd_fast.runs.options import TrainingOptions, default_recipe, recipe_options
 from dskd_fast.training.distributed import ALONE, NEVER, Group, group, use_gpu
 from dskd_fast.training.session import CHANGEABLE, device_of, ensure_run, resume_run, start_run
 
@@ -61,8 +61,7 @@ def train(arguments: argparse.Namespace) -> int:
     options = _options_in(given)
     if "resume" in given:
         return _resume(given, options)
-    default_recipe = "fast" if options.get("teacher", TrainingOptions.teacher) == LITE else "paper"
-    recipe = given.get("recipe", default_recipe)
+    recipe = given.get("recipe", default_recipe(options.get("teacher", TrainingOptions.teacher)))
     data_root, holdout = given.get("data_root") or default_data_root(), given.get("holdout", HOLDOUT)
     augment = given.get("augment", "auto")
 

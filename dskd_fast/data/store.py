@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,6 +12,16 @@ from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.data.images import ImageError, n_bytes_in_header, read_image_and_peak, resize_square
 from dskd_fast.progress import Progress, silent
 from dskd_fast.workers import Workers
+
+
+class Pixels(Protocol):
+    """Images of one size, uint8: an `ImageStore`, or what stands for one; see there."""
+
+    exposures: tuple[torch.Tensor, ...]
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Iterable[int]) -> torch.Tensor: ...
 
 
 class ImageStore:
@@ -133,7 +144,7 @@ class ImageStore:
 class Batches:
     """Batches of the images at `indices` of a store, uint8 (B, 3, S, S) each; may be gone through again."""
 
-    def __init__(self, store: ImageStore, indices: list[int], batch_size: int) -> None:
+    def __init__(self, store: Pixels, indices: list[int], batch_size: int) -> None:
         self.store = store
         self.indices = indices
         self.batch_size = batch_size

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dskd_fast.choices import FALSE_ALARMS
-from dskd_fast.data.store import Batches, ImageStore
+from dskd_fast.data.store import Batches, ImageStore, Pixels
 from dskd_fast.detection.detector import Detector, calibration_of
 
 
 def calibrate_on(
-    detector: Detector, images: ImageStore, n_training: int, batch_size: int, *, false_alarms: float = FALSE_ALARMS
+    detector: Detector, images: Pixels, n_training: int, batch_size: int, *, false_alarms: float = FALSE_ALARMS
 ) -> None:
     """Calibrate on the images that a training has used.
 

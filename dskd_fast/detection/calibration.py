@@ -1,7 +1,7 @@
 """What normal images decide: statistics, the threshold and the range of exposures, and the one rule of decisions."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -182,6 +182,23 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.precision not in SCORING_PRECISIONS:
             raise UserError(f"the precision {self.precision!r} is none of {', '.join(SCORING_PRECISIONS)}")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], students: Iterable[str]) -> "Calibration":
+        """What `dataclasses.asdict` gave, statistics of these students alone.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, UserError: it is something else.
+        """
+        threshold, exposure = content["threshold"], content.get("exposure")
+        return cls(
+            **{
+                **content,
+                "statistics": {name: Statistics(**content["statistics"][name]) for name in students},
+                "threshold": None if threshold is None else Threshold(**threshold),
+                "exposure": None if exposure is None else Exposure(**exposure),
+            }
+        )
 
 
 def threshold_from(

@@ -8,7 +8,7 @@ import importlib.util
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -241,12 +241,19 @@ def _check_size(detector: Detector) -> None:
         )
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
+def to_onnx(
+    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], teacher: str
+) -> torch.onnx.ONNXProgram:
+    """An exported program of images (B, 3, H, W) in ONNX, with these names of inputs and outputs.
+
+    Raises:
+        UserError: the teacher, of this name, holds what ONNX cannot express.
+    """
     try:
         onnx_program = torch.onnx.export(
             program,
-            input_names=list(metadata["inputs"]),
-            output_names=list(metadata["outputs"]),
+            input_names=inputs,
+            output_names=outputs,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -254,7 +261,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dic
     except torch.onnx.OnnxExporterError as error:
         reason = error.__cause__ or error
         raise UserError(
-            f"the teacher {metadata['teacher']} holds what ONNX or PyTorch's exporter cannot express "
+            f"the teacher {teacher} holds what ONNX or PyTorch's exporter cannot express "
             f"({str(reason).splitlines()[0][:200]}): use --format torch"
         ) from error
     assert onnx_program is not None  # only exporters of another kind return none
@@ -270,6 +277,12 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dic
         for i, symbol in enumerate(value.shape):
             if str(symbol) in names:
                 value.shape[i] = names[str(symbol)]
+    return onnx_program
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
+    onnx_program = to_onnx(program, [*metadata["inputs"]], [*metadata["outputs"]], metadata["teacher"])
+    graph = onnx_program.model.graph
     # Runtimes name the node that fails.
     value = graph.inputs[0]
     for side in ("height", "width"):

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 import dskd_fast
 from dskd_fast.data.category import Category
 from dskd_fast.data.layout import open_category
-from dskd_fast.detection.calibration import Calibration, Exposure, Statistics, Threshold
+from dskd_fast.detection.calibration import Calibration
 from dskd_fast.detection.detector import Detector, calibration_of
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import UserError
@@ -279,22 +279,28 @@ def load_run(
     Raises:
         UserError: the folder is not a complete run.
     """
+    detector, options, config = read_run(folder, device)
+    detector.model.fold()
+    detector.model.eval()  # what fold made, too
+    detector.precision = precision or detector.precision
+    if detector.precision == "bf16":
+        round_weights(detector.model, torch.bfloat16)
+    return detector, options, config
+
+
+def read_run(folder: Path, device: str = "auto") -> tuple[Detector, TrainingOptions, dict[str, Any]]:
+    """As `load_run`, with the networks as they were trained: not folded, in float32, and fit to be saved again."""
     config = read_finished(folder)
     options, _ = read_options(folder, config)
     students = branches_of(options.students)
     try:
         content = read_json(folder / CALIBRATION)
-        threshold, exposure = content.pop("threshold"), content.pop("exposure", None)
         of_weights = content.pop("weights", None)  # which earlier versions did not record
         of_scores = content.pop("scores", None)
         if isinstance(of_scores, dict):
             # Earlier versions did not record it, and calibrated again by other images alone.
             content.setdefault("by_other_images", of_scores.get("file", SCORES) != SCORES)
-        calibration = Calibration(
-            **content | {"statistics": {name: Statistics(**content["statistics"][name]) for name in students}},
-            threshold=None if threshold is None else Threshold(**threshold),
-            exposure=None if exposure is None else Exposure(**exposure),
-        )
+        calibration = Calibration.from_dict(content, students)
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(
             f"{folder / CALIBRATION} was not written by this program ({error}): train again, or restore the file"
@@ -319,12 +325,9 @@ def load_run(
         ) from None
     # torch states no types for both at once.
     model = model.to(resolve_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.fold()
     detector = options.detector(model)
     detector.calibration = calibration
-    detector.precision = precision or calibration.precision
-    if detector.precision == "bf16":
-        round_weights(model, torch.bfloat16)
+    detector.precision = calibration.precision
     if detector.calibrated is not None:
         _load_scores(folder, of_scores, detector)
     return detector, options, config

@@ -9,6 +9,7 @@ from dskd_fast.choices import (
     BITS_RANGE,
     DEFAULT_TEACHER,
     DEVICES,
+    LITE,
     LOSSES,
     PRECISIONS,
     SCHEDULES,
@@ -186,6 +187,11 @@ RECIPE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 FAST_STEPS = 400
 """Training steps of the recipe "fast", rounded up to whole epochs."""
+
+
+def default_recipe(teacher: str) -> str:
+    """The recipe of who names none: the paper's teacher is for a GPU, "lite" for minutes."""
+    return "fast" if teacher == LITE else "paper"
 
 
 def recipe_options(recipe: str, n_images: int, given: dict[str, Any]) -> dict[str, Any]:

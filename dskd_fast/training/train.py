@@ -33,6 +33,7 @@ from dskd_fast.training.checks import (
 )
 from dskd_fast.training.distributed import ALONE, Group
 from dskd_fast.training.teacher import KeptFeatures
+from dskd_fast.training.recipe import first_networks
 from dskd_fast.training.trainer import Trainer
 
 
@@ -76,9 +77,7 @@ def train(
     def prepare() -> tuple[DSKD, ImageStore, Checkpoints]:
         checkpoints = Checkpoints(checkpoint, *owners(category, options))
         log.info("building the networks with the teacher %s", options.teacher)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            model = options.networks(pretrained=checkpoints.found is None)
+        model = first_networks(options, pretrained=checkpoints.found is None)
         # torch states no types for both at once.
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_batches(model, len(category.train), options, group)

@@ -1,7 +1,6 @@
 """One training step: the students' losses and their optimiser."""
 
 import functools
-import math
 import warnings
 from collections.abc import Callable
 
@@ -9,10 +8,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dskd_fast.device import numerics
-from dskd_fast.losses import make_loss
 from dskd_fast.models import DSKD, Features
 from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.distributed import ALONE, Group, synchronise_batch_norm
+from dskd_fast.training.recipe import ADAM_BETAS, StudentLosses, WeightAverages, learning_rate
 from dskd_fast.training.teacher import FrozenTeacher
 
 
@@ -28,8 +27,7 @@ class Trainer:
     def __init__(self, model: DSKD, options: TrainingOptions, group: Group = ALONE) -> None:
         self.model = model.train()
         self.options = options
-        self.local_loss_fn = make_loss(options.local_loss, options.temperature)
-        self.global_loss_fn = make_loss(options.global_loss, options.temperature)
+        self.losses = StudentLosses(options)
         self._forward: Callable[[torch.Tensor, list[torch.Tensor]], Features] = model
         if group.size > 1:
             for part in (*model.local_branch, *model.global_branch):
@@ -45,15 +43,8 @@ class Trainer:
         # On a CPU the fused optimiser copies what does not lie in the order of its dimensions, as channels_last weights
         # do not: a fifth of a step. To Adam all numbers are alike, so it gets views that lie in order.
         self._views = [_in_order(p.detach()) for p in self._parameters]
-        self.optimizer = torch.optim.Adam(self._views, lr=options.lr, betas=(0.5, 0.999), fused=True)
-        # Of batch norm the statistics are averaged along: they belong to the weights of many steps, too.
-        self._averaged = {
-            name: tensor
-            for name, tensor in model.state_dict().items()
-            if options.averaging and tensor.is_floating_point() and not name.startswith("teacher.")
-        }
-        self._averages = {name: tensor.clone() for name, tensor in self._averaged.items()}
-        self._n_averaged = 0
+        self.optimizer = torch.optim.Adam(self._views, lr=options.lr, betas=ADAM_BETAS, fused=True)
+        self.averages = WeightAverages(model, options.averaging)
 
     @functools.cached_property
     def teacher(self) -> FrozenTeacher:
@@ -62,11 +53,8 @@ class Trainer:
 
     def set_progress(self, done: float, step: float) -> None:
         """Set the learning rate of a step that is the share `step` of a training of which the share `done` is over."""
-        scale = (1 + math.cos(math.pi * done)) / 2 if self.options.schedule == "cosine" else 1.0
-        if done + step < self.options.warmup:
-            scale *= (done + step) / self.options.warmup
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self.options.lr * scale
+            parameters["lr"] = learning_rate(self.options, done, step)
 
     def step(
         self, batch: torch.Tensor, weight: float = 1.0, of_teacher: list[torch.Tensor] | None = None
@@ -88,42 +76,25 @@ class Trainer:
         if of_teacher is None:
             of_teacher = self.teacher(batch)
         with numerics(self.options.precision, batch.device):
-            features = self._forward(batch, of_teacher)
-            losses = [
-                loss_fn(student, features.teacher)
-                for loss_fn, student in (
-                    (self.local_loss_fn, features.local_student),
-                    (self.global_loss_fn, features.global_student),
-                )
-                if student is not None
-            ]
+            losses = self.losses(self._forward(batch, of_teacher))
             loss = sum(losses) * weight
         loss.backward()
         for view, parameter in zip(self._views, self._parameters, strict=True):
             view.grad = None if parameter.grad is None else _in_order(parameter.grad)
         self.optimizer.step()
-        if self._averages:
-            # The first weights are random: the average forgets them sooner than it will forget later ones.
-            decay = min(self.options.averaging, (1 + self._n_averaged) / (10 + self._n_averaged))
-            torch._foreach_lerp_([*self._averages.values()], [*self._averaged.values()], 1 - decay)
-            self._n_averaged += 1
+        self.averages.update()
         return torch.stack(losses).detach()
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Give the model the averages of its weights, if there are any: they are the training's result."""
-        for name, average in self._averages.items():
-            self._averaged[name].copy_(average)
+        self.averages.apply()
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that a later training needs to go on: weights, statistics of batch norm, moments of Adam."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
-        if self._averages:
-            tensors |= {f"average.{name}": tensor for name, tensor in self._averages.items()}
-            tensors["averaged"] = torch.tensor(self._n_averaged)
-        return tensors
+        return tensors | self.averages.state()
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over what `state` gave.
@@ -138,17 +109,12 @@ class Trainer:
             kind, _, name = key.partition(".")
             if kind == "model":
                 of_model[name] = tensor
-            elif kind == "average":
-                averages[name] = tensor
-            elif kind == "averaged":
-                self._n_averaged = int(tensor)
+            elif kind in ("average", "averaged"):
+                averages[key] = tensor
             else:
                 index, name = name.split(".")
                 moments.setdefault(int(index), {})[name] = tensor
-        if averages.keys() != self._averages.keys():
-            raise RuntimeError("it has averages of other weights than this training")
-        for name, average in averages.items():
-            self._averages[name].copy_(average)
+        self.averages.load_state(averages)
         self.model.load_state_dict(of_model)
         self.__dict__.pop("teacher", None)  # made of the weights before
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})

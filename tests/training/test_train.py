@@ -19,7 +19,7 @@ from dskd_fast.errors import UserError
 from dskd_fast.functional import cosine_distance
 from dskd_fast.models import DSKD
 from dskd_fast.runs.options import TrainingOptions
-from dskd_fast.training import trainer as trainer_module
+from dskd_fast.training import recipe as recipe_module
 from dskd_fast.training.checks import notice_on_bits
 from dskd_fast.training.train import train
 from dskd_fast.training.trainer import Trainer
@@ -222,7 +222,7 @@ def test_the_result_is_the_moving_average_of_weights_and_batch_norm(tiny_options
 @pytest.fixture
 def losses(monkeypatch):
     """Replaces losses by known values that depend on the number of images alone: losses(cosine=float)."""
-    original = trainer_module.make_loss
+    original = recipe_module.make_loss
 
     def replace(**values):
         def make(name, t):
@@ -231,7 +231,7 @@ def losses(monkeypatch):
                 return original(name, t)
             return lambda student, teacher: sum(s.sum() for s in student) * 0 + value(len(student[0]))
 
-        monkeypatch.setattr(trainer_module, "make_loss", make)
+        monkeypatch.setattr(recipe_module, "make_loss", make)
 
     return replace
 
