@@ -1,1 +1,1 @@
-"""A trained detector inside other programs, each with the extra of its name."""
+"""DSKD inside other programs, each in its own module, with the extra of its name."""
