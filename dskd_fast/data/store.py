@@ -17,7 +17,7 @@ from dskd_fast.workers import Workers
 class Pixels(Protocol):
     """Images of one size, uint8: an `ImageStore`, or what stands for one; see there."""
 
-    exposures: tuple[torch.Tensor, ...]
+    exposures: tuple[torch.Tensor, torch.Tensor]
 
     def __len__(self) -> int: ...
 
@@ -72,7 +72,8 @@ class ImageStore:
         self.bits = bits
         self.in_memory = len(self.paths) * 3 * size * size <= memory_limit
         self._images = torch.empty((len(self.paths), 3, size, size), dtype=torch.uint8) if self.in_memory else None
-        self.exposures = tuple(torch.empty((2, len(self.paths)), dtype=torch.float64))
+        brightness, contrast = torch.empty((2, len(self.paths)), dtype=torch.float64)
+        self.exposures = (brightness, contrast)
         decoded = self._decode_all(progress, besides)
         self.native_sizes: tuple[tuple[int, int], ...] = tuple(size for size, _ in decoded)
         self.peaks: tuple[int | None, ...] = tuple(peak for _, peak in decoded)

@@ -195,6 +195,8 @@ class Dskd(AnomalibModule):
             )
         check_batches(self.model.networks, n, options, ALONE)
         self.trainer.fit_loop.max_epochs = options.epochs
+        if self.model.detector.calibration is not None and self.trainer.current_epoch >= options.epochs:
+            return  # the checkpoint is of a training that has finished
         root = Path(os.path.commonpath([path.parent for path in (*train.paths, *validation.paths)]))
         category = Category(name, root, "folder", train.paths, validation.paths, "folder", (), None)
         if self._resumed is None:

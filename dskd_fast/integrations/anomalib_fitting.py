@@ -129,8 +129,8 @@ class NormalImages:
             )
             batches += [to_pixels(batch.image.as_subclass(Tensor)) for batch in loader]
         self._images = torch.cat(batches)
-        measured = [measure_exposure(batch) for batch in batches]
-        self.exposures = tuple(torch.cat(values) for values in zip(*measured, strict=True))
+        brightness, contrast = zip(*(measure_exposure(batch) for batch in batches), strict=True)
+        self.exposures = (torch.cat(brightness), torch.cat(contrast))
 
     def __len__(self) -> int:
         return len(self._images)

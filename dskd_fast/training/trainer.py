@@ -77,7 +77,7 @@ class Trainer:
             of_teacher = self.teacher(batch)
         with numerics(self.options.precision, batch.device):
             losses = self.losses(self._forward(batch, of_teacher))
-            loss = sum(losses) * weight
+            loss = torch.stack(losses).sum() * weight
         loss.backward()
         for view, parameter in zip(self._views, self._parameters, strict=True):
             view.grad = None if parameter.grad is None else _in_order(parameter.grad)

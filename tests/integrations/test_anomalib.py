@@ -106,18 +106,11 @@ def test_the_same_images_in_the_same_order_give_the_same_detector_as_train(
     theirs, history = train(open_category(data_root, "screw_bag"), tiny_options(**RECIPE, epochs=2))
     ours = model.model.record["history"]
     assert [epoch["local_loss"] for epoch in ours] == pytest.approx([epoch.local_loss for epoch in history], rel=1e-4)
-    assert model.model.threshold == pytest.approx(theirs.calibration.threshold.value, rel=1e-2)
+    assert model.model.threshold == pytest.approx(theirs.calibration.threshold.value, rel=2e-3)
     scores, labels, _ = predicted(model, test_images)
     expected = theirs.predict(test_images)
     raw = model.post_processor.raw(scores).numpy()
-    print(
-        "DIFF",
-        np.abs(raw - [found.score for found in expected]).max(),
-        raw,
-        model.model.threshold,
-        theirs.calibration.threshold.value,
-    )
-    np.testing.assert_allclose(raw, [found.score for found in expected], rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(raw, [found.score for found in expected], rtol=2e-3, atol=2e-3)
     assert labels.tolist() == [found.anomalous for found in expected]
 
 
@@ -188,6 +181,18 @@ def test_batch_norm_learns_and_the_teacher_does_not(fitted, make):
     assert any("running_mean" in name for name in changed)
 
 
+def test_the_recipe_says_how_many_epochs_and_a_finished_training_stays_finished(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("dskd_fast.runs.options.FAST_STEPS", 4)
+    model, data, engine = make(tmp_path, recipe="fast", epochs=None)
+    engine.fit(model, datamodule=data)
+    assert (engine.trainer.current_epoch, engine.trainer.global_step) == (2, 6)
+    path = engine.trainer.checkpoint_callback.best_model_path
+    again, data, engine = make(tmp_path / "again", recipe="fast", epochs=None)
+    engine.fit(again, datamodule=data, ckpt_path=path)
+    assert engine.trainer.global_step == 6
+    assert again.model.get_extra_state() == model.model.get_extra_state()
+
+
 def test_what_anomalib_tests_and_logs(make, tmp_path):
     model, data, engine = make(tmp_path, data=MVTecLOCO, logger=CSVLogger(tmp_path / "logs"), epochs=1)
     engine.fit(model, datamodule=data)
@@ -235,7 +240,10 @@ def test_scaled_scores_keep_their_order_and_their_threshold():
     torch.testing.assert_close(post_processor.raw(scaled), scores, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["torch", "onnx", "openvino"])
+# Marked for the minute that each takes.
+@pytest.mark.parametrize(
+    "kind", ["torch", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("onnx", "openvino"))]
+)
 def test_an_exported_file_gives_what_the_model_gives(kind, fitted, test_images, tmp_path, monkeypatch):
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     model, _, engine = fitted
