@@ -1,4 +1,4 @@
-"""`Dskd` inside anomalib; `tests/anomalib.sh VERSION` makes the environment for it."""
+"""`Dskd` inside anomalib; `tests/anomalib.sh` makes environments for it."""
 
 import copy
 import subprocess
@@ -16,9 +16,7 @@ from dskd_fast.data.layout import open_category
 from dskd_fast.errors import UserError
 from dskd_fast.training.train import train
 
-anomalib = pytest.importorskip(
-    "anomalib", reason="no anomalib: bash tests/anomalib.sh VERSION has an environment for it"
-)
+pytest.importorskip("anomalib", reason="no anomalib: bash tests/anomalib.sh FOLDER makes environments with it")
 
 from anomalib.callbacks import ModelCheckpoint  # noqa: E402
 from anomalib.data import Folder, MVTecLOCO  # noqa: E402
