@@ -32,8 +32,8 @@ from dskd_fast.training.checks import (
     warning_on_copies,
 )
 from dskd_fast.training.distributed import ALONE, Group
-from dskd_fast.training.teacher import KeptFeatures
 from dskd_fast.training.recipe import first_networks
+from dskd_fast.training.teacher import KeptFeatures
 from dskd_fast.training.trainer import Trainer
 
 

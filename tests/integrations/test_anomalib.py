@@ -18,14 +18,14 @@ from dskd_fast.training.train import train
 
 pytest.importorskip("anomalib", reason="no anomalib: bash tests/anomalib.sh FOLDER makes environments with it")
 
-from anomalib.callbacks import ModelCheckpoint  # noqa: E402
-from anomalib.data import Folder, MVTecLOCO  # noqa: E402
-from anomalib.deploy import OpenVINOInferencer, TorchInferencer  # noqa: E402
-from anomalib.engine import Engine  # noqa: E402
-from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import Folder, MVTecLOCO
+from anomalib.deploy import OpenVINOInferencer, TorchInferencer
+from anomalib.engine import Engine
+from lightning.pytorch.loggers import CSVLogger
 
-from dskd_fast.integrations.anomalib import Dskd  # noqa: E402
-from dskd_fast.integrations.anomalib_parts import DskdPostProcessor, DskdPreProcessor  # noqa: E402
+from dskd_fast.integrations.anomalib import Dskd
+from dskd_fast.integrations.anomalib_parts import DskdPostProcessor, DskdPreProcessor
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
