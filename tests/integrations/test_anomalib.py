@@ -1,4 +1,4 @@
-"""`Dskd` inside anomalib; `tests/anomalib.sh` makes environments for it."""
+"""`Dskd` inside anomalib; `tests/integrations.sh` makes environments for it."""
 
 import copy
 import subprocess
@@ -16,7 +16,7 @@ from dskd_fast.data.layout import open_category
 from dskd_fast.errors import UserError
 from dskd_fast.training.train import train
 
-pytest.importorskip("anomalib", reason="no anomalib: bash tests/anomalib.sh FOLDER makes environments with it")
+pytest.importorskip("anomalib", reason="no anomalib: bash tests/integrations.sh FOLDER anomalib makes one with it")
 
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder, MVTecLOCO
