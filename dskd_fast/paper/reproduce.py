@@ -39,6 +39,7 @@ from dskd_fast.evaluation.evaluate import evaluate, threshold_of
 from dskd_fast.files import write_file
 from dskd_fast.models.teacher import WeightsUnavailable
 from dskd_fast.paper.baselines.measure import Measured, measure
+from dskd_fast.paper.baselines.of_anomalib import check_installed
 from dskd_fast.paper.comparison import FIGURES, MEASURES, Results, notes_on, tables_of
 from dskd_fast.paper.figures import draw_examples, plot_temperatures, stack
 from dskd_fast.paper.kept import check_recipe, fingerprint, record_of
@@ -146,7 +147,14 @@ class _Work:
         self._measured: Measured | None = None
 
     def check_networks(self) -> None:
-        """Raise UserError for a device, a teacher, a size or weights that no training can use, unless all are done."""
+        """Raise UserError for what no training can use, unless all are done.
+
+        That is a device, a teacher, a size or weights, or a model of anomalib where anomalib is not installed.
+        """
+        for method in self.plan.methods:
+            places = [self._of_method(part, method, i) for i in range(self.plan.seeds) for part in self.plan.parts]
+            if not all((place / runs.METRICS).is_file() for place in places):
+                check_installed(method)
         folders = {
             self._run(part, student, seed)
             for seed in range(self.plan.seeds)
@@ -205,6 +213,9 @@ class _Work:
             return self._run(part, pair.local, seed)
         return self.out / "pairs" / part.name / pair.run / f"seed-{seed}"
 
+    def _of_method(self, part: Part, method: str, seed: int) -> Path:
+        return self.out / "baselines" / part.name / method.replace(":", "-") / f"seed-{seed}"
+
     def _train(self, title: str, part: Part, student: Student, recipe: TrainingOptions) -> None:
         assert part.category is not None  # see `do`
         folder = self._run(part, student, recipe.seed)
@@ -253,7 +264,7 @@ class _Work:
         assert part.category is not None  # see `do`
         if self._measured is None or self._measured.of != (part.category, recipe):
             self._measured = Measured(part.category, recipe)
-        place = self.out / "baselines" / part.name / method.replace(":", "-") / f"seed-{recipe.seed}"
+        place = self._of_method(part, method, recipe.seed)
         with self._evaluation(title) as progress:
             metrics, is_new = measure(method, self._measured, place, fingerprint(part.category, ()), progress)
         self._keep(part, method, recipe.seed, metrics)

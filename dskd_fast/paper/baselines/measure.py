@@ -5,6 +5,7 @@ FOLDER/metrics.json         its figures
 FOLDER/scores.csv           the score of each test image
 """
 
+import contextlib
 import csv
 import dataclasses
 import math
@@ -31,7 +32,7 @@ from dskd_fast.models.teacher import Teacher
 from dskd_fast.paper.baselines import make_baseline
 from dskd_fast.paper.baselines.fitting import Fitting
 from dskd_fast.paper.baselines.protocol import Baseline, Images
-from dskd_fast.progress import Progress
+from dskd_fast.progress import Progress, log
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.options import TrainingOptions
 from dskd_fast.training.checkpoints import stopping_signal
@@ -128,7 +129,7 @@ def measure(
     """
     identity = _identity(name, measured)
     found = None
-    if (folder / runs.METRICS).is_file():
+    with contextlib.suppress(UserError):  # missing or damaged: they are computed again
         found = runs.read_json(folder / runs.METRICS)
     if isinstance(found, dict) and found.get("evaluated") == fingerprint and found.get("fitted") == identity:
         return found, False
@@ -158,10 +159,14 @@ def _fitted(
         torch.manual_seed(recipe.seed)
         method = make_baseline(name, recipe.image_size, measured.teacher, recipe.teacher_weights).to(measured.device)
         if file.is_file():
-            arrays, state = load_tensors(file)
-            if state["identity"] == identity:
-                method.restore(arrays)
-                return method, state["seconds"]
+            try:
+                arrays, state = load_tensors(file)
+            except UserError as error:
+                log.info("%s, so %s is fitted anew", error, name)
+            else:
+                if state["identity"] == identity:
+                    method.restore(arrays)
+                    return method, state["seconds"]
         started = time.perf_counter()
         steps = recipe.epochs * math.ceil(len(train) / recipe.batch_size)
         fitting = Fitting(steps, recipe.batch_size, recipe.seed, progress, stopped)

@@ -1,10 +1,12 @@
 """MNAD: reconstruction through a memory of few normal patterns, and the distance from them.
 
 Park et al., "Learning Memory-guided Normality for Anomaly Detection" (CVPR 2020), the form that reconstructs. Theirs:
-ten items, to which each position's query attends; losses of compactness and separateness, weighted 0.1; items move
-towards the queries that are nearest to them; reconstruction counts 0.7 and distance 0.3. Ours: a smaller network;
-images in place of frames of a video; both maps in deviations over validation images, where they take the range over a
-video; no update of the items while testing.
+ten items, to which each position's query attends; losses of compactness and separateness, as in the published code: the
+mean over all numbers and a triplet margin of distances, each weighted 0.01 beside the mean squared error (the paper
+prints 0.1 beside sums); items move towards the queries that are nearest to them; a frame's score is of the peak
+signal-to-noise ratio of its reconstruction, which counts 0.7, and of the mean distance of its queries, 0.3. Ours: a
+smaller network; images in place of frames of a video; a map, of errors and distances with the same weights; all of them
+in deviations over validation images, where they take the range over a video; no update of the items while testing.
 """
 
 from collections.abc import Sequence
@@ -27,7 +29,7 @@ from dskd_fast.paper.baselines.protocol import Images
 
 ITEMS = 10
 CHANNELS = 128
-_COMPACTNESS = _SEPARATENESS = 0.1
+_COMPACTNESS = _SEPARATENESS = 0.01
 _MARGIN = 1.0
 _OF_RECONSTRUCTION = 0.7
 
@@ -46,15 +48,25 @@ class Mnad(OfPixels):
         self.decoder = nn.Sequential(up(2 * CHANNELS, 64), up(64, 32), nn.ConvTranspose2d(32, 3, 4, 2, 1))
         self.register_buffer("items", nnf.normalize(torch.rand(ITEMS, CHANNELS), dim=1))
         self.of_errors, self.of_distances = Normaliser(), Normaliser()
+        self.of_ratio, self.of_mean_distance = Normaliser(), Normaliser()
 
     def fit(self, images: Images, validation: Images, fitting: Fitting) -> None:
         train_networks(self, images, fitting, self._loss)
         fit_normalisers(validation, self._errors_and_distances, self.of_errors, self.of_distances)
+        fit_normalisers(validation, self._of_images, self.of_ratio, self.of_mean_distance)
 
     def maps(self, images: Images) -> Tensor:
         errors, distances = self._errors_and_distances(images).unbind(1)
-        share = _OF_RECONSTRUCTION
-        return share * self.of_errors(errors) + (1 - share) * self.of_distances(distances)
+        return _weighted(self.of_errors(errors), self.of_distances(distances))
+
+    def score(self, images: Images, maps: Tensor) -> Tensor:
+        ratio, distance = self._of_images(images).unbind(1)
+        return _weighted(self.of_ratio(ratio), self.of_mean_distance(distance))
+
+    def _of_images(self, images: Images) -> Tensor:
+        """(B, 2): minus the signal-to-noise ratio but for its unit and zero, which deviations have not; the distance."""
+        errors, distances = self._errors_and_distances(images).mean((2, 3)).unbind(1)
+        return torch.stack([errors.log(), distances], 1)
 
     def _errors_and_distances(self, images: Images) -> Tensor:
         """(B, 2, S, S)."""
@@ -81,11 +93,10 @@ class Mnad(OfPixels):
         queries = self._queries(inputs)
         error = squared_error(self._recalled(queries), inputs).mean()
         first, second = self._similarities(queries).topk(2, -1).indices.unbind(-1)
-        to_first = (queries - self.items[first]).square().sum(-1)
-        to_second = (queries - self.items[second]).square().sum(-1)
-        separateness = (to_first - to_second + _MARGIN).clamp(min=0)
+        compactness = nnf.mse_loss(queries, self.items[first])
+        separateness = nnf.triplet_margin_loss(queries, self.items[first], self.items[second], _MARGIN)
         self._update(queries.detach().flatten(0, 2))
-        return error + _COMPACTNESS * to_first.mean() + _SEPARATENESS * separateness.mean()
+        return error + _COMPACTNESS * compactness + _SEPARATENESS * separateness
 
     def _update(self, queries: Tensor) -> None:
         """Move each item towards the queries (n, CHANNELS) whose nearest it is, by their share of its attention."""
@@ -95,3 +106,7 @@ class Mnad(OfPixels):
         is_nearest = nnf.one_hot(similarities.argmax(1), ITEMS)
         # Not in place: the loss still needs the items that it was computed with.
         self.items = nnf.normalize(self.items + (weights * is_nearest).mT @ queries, dim=1)
+
+
+def _weighted(reconstruction: Tensor, distance: Tensor) -> Tensor:
+    return _OF_RECONSTRUCTION * reconstruction + (1 - _OF_RECONSTRUCTION) * distance

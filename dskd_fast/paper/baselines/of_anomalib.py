@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from dskd_fast.choices import LITE
+from dskd_fast.choices import ANOMALIB, LITE
 from dskd_fast.errors import TrainingStopped, UserError
 from dskd_fast.models.teacher import Teacher, select_weights
 from dskd_fast.paper.baselines.fitting import Fitting
@@ -51,10 +51,7 @@ class OfAnomalib(Baseline):
         super().__init__(size, [level.channels for level in teacher.levels])
         self.name = name
         self._last: tuple[Images | None, Any] = (None, None)
-        if importlib.util.find_spec("anomalib") is None:
-            raise UserError(
-                f'anomalib:{name} needs anomalib, which is not installed: pip install "dskd-fast[baselines]"'
-            )
+        check_installed(ANOMALIB + name)
         logging.getLogger("anomalib").setLevel(logging.CRITICAL)
         from anomalib.models import AnomalibModule
         from anomalib.pre_processing import PreProcessor
@@ -138,6 +135,12 @@ class OfAnomalib(Baseline):
         if self._last[0] is not images:  # maps and scores come together
             self._last = images, self.module(images.pixels)
         return self._last[1]
+
+
+def check_installed(method: str) -> None:
+    """Raise UserError for a model of anomalib, "anomalib:NAME", where anomalib is not installed."""
+    if method.startswith(ANOMALIB) and importlib.util.find_spec("anomalib") is None:
+        raise UserError(f'{method} needs anomalib, which is not installed: pip install "dskd-fast[baselines]"')
 
 
 def _backbone_of(teacher: Teacher) -> tuple[str, tuple[str, ...]]:

@@ -1,6 +1,7 @@
 """`reproduce --methods`: rows, what is kept, and what a user may do wrong."""
 
 import csv
+import importlib.util
 import json
 import shutil
 import signal
@@ -73,6 +74,24 @@ def test_what_is_there_is_kept_and_a_half_done_table_goes_on(first, out, command
     (out / "baselines/screw_bag/vm/seed-0/metrics.json").unlink()
     assert main([*command, str(out)]) == 0
     assert (out / "table-loco.csv").read_bytes() == (first / "table-loco.csv").read_bytes()
+
+
+def test_what_is_damaged_is_made_again(first, out, command):
+    place = out / "baselines/screw_bag/vm/seed-0"
+    (place / "metrics.json").write_text("{")
+    with (place / "arrays.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert main([*command, str(out)]) == 0
+    assert (out / "table-loco.csv").read_bytes() == (first / "table-loco.csv").read_bytes()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("anomalib") is not None, reason="anomalib is installed")
+def test_without_anomalib_nothing_is_fitted(command, tmp_path, capsys):
+    methods = ["vm" if x == "rd" else x for x in command]
+    methods[-1:-1] = ["anomalib:Padim"]
+    assert main([*methods, str(tmp_path / "out")]) == 2
+    assert "anomalib:Padim needs anomalib, which is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_test_images_are_evaluated_and_other_training_images_fitted_anew(out, command, data_root, tmp_path):

@@ -152,6 +152,37 @@ def test_memory_items_are_used_and_of_length_1(fitted, toy):
     assert not torch.allclose(untrained.items, method.items, atol=0.1)
 
 
+def test_memory_losses_weigh_little_beside_the_reconstruction(toy):
+    """As in the published code: 0.01 times a mean over all numbers, and 0.01 times a triplet margin of distances."""
+    torch.manual_seed(0)
+    method = MAKERS["mnad"][0]()
+    inputs = method.inputs(toy.train)
+    with torch.no_grad():
+        queries = method._queries(inputs).flatten(0, 2)
+        distances = torch.cdist(queries, method.items).topk(2, largest=False).values
+        error = (method._recalled(method._queries(inputs)) - inputs).square().mean()
+        compactness = distances[:, 0].square().mean() / queries.shape[1]
+        separateness = (distances[:, 0] - distances[:, 1] + 1).clamp(min=0).mean()
+        expected = error + 0.01 * (compactness + separateness)
+    # In training mode, as the expected one: batch statistics.
+    torch.testing.assert_close(method._loss(toy.train).detach(), expected, rtol=1e-4, atol=0)
+
+
+@torch.no_grad()
+def test_a_score_of_mnad_is_of_the_whole_image(fitted, toy):
+    """0.7 of the signal-to-noise ratio and 0.3 of the mean distance, each in deviations over validation images."""
+    method = fitted("mnad")
+
+    def of(images):
+        errors, distances = method._errors_and_distances(images).double().mean((2, 3)).unbind(1)
+        return -10 * (4 / errors).log10(), distances
+
+    pairs = zip(of(toy.bad), of(toy.validation), strict=True)
+    ratio, distance = ((found - normal.mean()) / normal.std() for found, normal in pairs)
+    expected = 0.7 * ratio + 0.3 * distance
+    torch.testing.assert_close(method.score(toy.bad, method.maps(toy.bad)).double(), expected, rtol=1e-3, atol=1e-3)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "both", "normalisers"),
