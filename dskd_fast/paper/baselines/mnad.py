@@ -64,7 +64,7 @@ class Mnad(OfPixels):
         return _weighted(self.of_ratio(ratio), self.of_mean_distance(distance))
 
     def _of_images(self, images: Images) -> Tensor:
-        """(B, 2): minus the signal-to-noise ratio but for its unit and zero, which deviations have not; the distance."""
+        """(B, 2): minus the signal-to-noise ratio, in another unit, which deviations do not see; the mean distance."""
         errors, distances = self._errors_and_distances(images).mean((2, 3)).unbind(1)
         return torch.stack([errors.log(), distances], 1)
 
