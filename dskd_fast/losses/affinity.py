@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from dskd_fast import functional
 from dskd_fast.backends.common import PreparedKeys
 from dskd_fast.losses.distillation import REDUCTIONS, check_reduction
+from dskd_fast.ops import arguments
 
 
 class AffinityDistillationLoss(nn.Module):
@@ -46,9 +47,9 @@ class AffinityDistillationLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_reduction(reduction)
-        functional.check_temperature(student_temperature, "student_temperature")
+        arguments.check_temperature(student_temperature, "student_temperature")
         if teacher_temperature is not None:
-            functional.check_temperature(teacher_temperature, "teacher_temperature")
+            arguments.check_temperature(teacher_temperature, "teacher_temperature")
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.normalize = normalize

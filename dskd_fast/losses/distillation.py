@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dskd_fast import functional
 from dskd_fast.choices import LOSSES
+from dskd_fast.ops import arguments
 
 Levels = Tensor | Sequence[Tensor]
 
@@ -53,7 +54,7 @@ class ContextualAffinityLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_reduction(reduction)
-        functional.check_temperature(temperature)
+        arguments.check_temperature(temperature)
         self.temperature = temperature
         self.reduction = reduction
         self.precision = precision

@@ -68,6 +68,23 @@ def test_errors_at_a_real_size(backend, keys_truth, make_features, request, t, n
         assert np.linalg.norm(got.double().numpy() - true) <= promised * np.linalg.norm(true)
 
 
+@pytest.mark.parametrize(("precision", "kind", "noise"), [("bf16", "normal", 0.1), ("bf16", "clustered", 0.01),
+                                                          ("fp16", "normal", 0.01)])  # fmt: skip
+def test_keys_that_all_but_repeat_the_rows(backend, keys_truth, make_features, request, precision, kind, noise):
+    """Each row's weight lies on one key: its logits' roundings do not average, and 1.5 and 3 of them are promised."""
+    if backend.is_interpreted:
+        request.getfixturevalue("set_tiles")(128, 128)
+    student, teacher = make_features(128, 64, noise, kind)
+    near = teacher + 0.1 * teacher.square().mean().sqrt() * normal(1, 128, 64, seed=2)
+    call = student, teacher, torch.cat((near, make_features(1000, 64, 0, kind, seed=1)[1]), 1)
+    exact = keys_truth(*call, **temperatures(0.1))
+    result = backend.distillation(*call, precision=precision, **temperatures(0.1))
+    keys_truth.check(result, exact, keys_truth.limits(*call, precision=precision, **temperatures(0.1)))
+    roundoff = {"bf16": 2.0**-8, "fp16": 2.0**-11}[precision]
+    for got, true, promised in zip(result, exact, (1.5 * roundoff, 3 * roundoff), strict=True):
+        assert np.linalg.norm(got.double().numpy() - true) <= promised * np.linalg.norm(true)
+
+
 @pytest.mark.parametrize("k", range(4))
 def test_masks_leave_out_keys_and_rows(backend, keys_truth, make_features, k):
     """Of keys: a few in the middle, whole tiles at the beginning, all but one, all."""
