@@ -100,16 +100,15 @@ def affinity_distillation(
         teacher: same shape and device, any floating dtype. Must not require grad.
         keys: (B, K, C), or (K, C) shared by all images, any floating dtype; or what `prepare_keys` made of them; or
             None for the teacher's own vectors. K from 1 to 2^20. Must not require grad.
-        student_temperature: T_s, from 0.005 to 100, a number or a floating tensor () as in `contextual_affinity`, whose
-            range a tensor on another device than the CPU, or in compiled code, has where this is that function's case.
+        student_temperature: T_s, from 0.005 to 100, a number or a floating tensor () as in `contextual_affinity`.
         teacher_temperature: T_t, likewise; None for T_s.
         key_mask: bool, (B, K), or (K,) for all images alike, True for keys that take part. Masked ones must be finite.
         row_mask: bool, of the result's shape, True for rows that take part; the others give 0 whatever they hold.
         normalize: whether vectors are divided by their length. Otherwise logits are what they are; up to 300 in size
             they keep their digits.
-        precision: as in `contextual_affinity`; None with prepared keys stands for theirs. From T of 0.1 up bf16 is off by
-            at most 2e-3 of the map and 5e-3 of the gradient (L2 norms, features with 32 channels or more) where a row's
-            weight is spread over many keys. Where keys all but repeat the rows, so that one key has most of it, a
+        precision: as in `contextual_affinity`; None with prepared keys stands for theirs. From T of 0.1 up bf16 is off
+            by at most 2e-3 of the map and 5e-3 of the gradient (L2 norms, features with 32 channels or more) where a
+            row's weight is spread over many keys. Where keys all but repeat the rows, so that one key has most of it, a
             single logit's rounding is not averaged: then by at most 6e-3 and 1.2e-2. tf32 and fp16: an eighth of all.
         backend: as in `contextual_affinity`; prepared keys stay with the backend that made them.
 
@@ -179,12 +178,16 @@ def prepare_keys(
     """Keys as `affinity_distillation` reads them, for those that do not change between calls: a queue, a memory.
 
     Args:
-        keys: (K, C), shared by all images, or (B, K, C), floating; finite, those that are to be replaced, too.
+        keys: (K, C), shared by all images, or (B, K, C), floating. One that is not finite makes rows NaN until it is
+            replaced.
         normalize, precision, backend: as in `affinity_distillation`, which takes them from here.
 
     Returns:
         What `affinity_distillation` takes as keys, about as large as they are in the precision's type (twice that on a
-        CPU). Not differentiable; made and updated outside of compiled code; for this machine alone: save the keys.
+        CPU). Not differentiable; made and updated outside of compiled code. It may be copied, pickled to other
+        processes, saved by torch.save and, once dskd_fast.functional is imported, loaded by torch.load with
+        weights_only=True, to be used on the same kind of device by the same version; elsewhere it is an error that says
+        so, and the keys are to be prepared again.
 
     Example:
         >>> queue = prepare_keys(torch.randn(4096, 128), precision="bf16")
@@ -203,7 +206,8 @@ def prepare_keys(
         resolved = dispatch.ambient_precision(keys.device.type)
     name = dispatch.choose(backend, one, one, resolved, keys).name
     packed = dispatch.load(name).prepare_keys(keys, normalize, resolved)
-    return PreparedKeys(packed, (len(keys), keys.shape[1], keys.shape[2]), normalize, resolved, name)
+    layout = dispatch.layout(name, keys.device)
+    return PreparedKeys(packed, (len(keys), keys.shape[1], keys.shape[2]), normalize, resolved, name, layout)
 
 
 @torch.no_grad()
@@ -218,6 +222,7 @@ def update_keys(prepared: PreparedKeys, keys: Tensor, start: int) -> None:
     """
     if not isinstance(prepared, PreparedKeys):
         raise TypeError(f"prepared is a {type(prepared).__name__}: pass what prepare_keys returns")
+    arguments.check_layout(prepared)
     batch, count, channels = prepared.shape
     keys = arguments.as_keys(keys)
     if keys.shape[0] != batch or keys.shape[2] != channels or keys.shape[1] > count:

@@ -188,6 +188,9 @@ void affinity_distillation(const Tensor& student, const Tensor& teacher, at::Ten
   STD_TORCH_CHECK((keys[3].size(0) == 1 || keys[3].size(0) == call.shape.batch) &&
                       keys[3].size(1) == call.shape.channels && round_up(key_count, kPad) == keys[2].size(1),
                   "the prepared keys must fit the images, the channels and the number of keys");
+  const int64_t size = keys[2].numel() * round_up(call.shape.channels, kPad);
+  STD_TORCH_CHECK(keys[0].numel() == size && (keys[1].numel() == size || keys[1].numel() == 0),
+                  "the prepared keys must be whole, as prepare_keys made them");
   call.use_brgemm = dskd::uses_brgemm(call.operand);
   call.n_pad = keys[2].size(1);
   call.c_pad = round_up(call.shape.channels, kPad);

@@ -1,6 +1,6 @@
 """What the backends share."""
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +20,21 @@ class PreparedKeys(NamedTuple):
     normalize: bool
     precision: str
     backend: str
+    layout: str = ""
+    """Which kernels can read `packed`: those of another kind of device, or of another version, cannot."""
+
+    def to(self, *_: object, **__: object) -> NoReturn:
+        """Refused: what one device's kernels read, another's may not."""
+        raise TypeError("prepared keys stay on their device: move the keys, and prepare them again there")
+
+
+# So that torch.load reads them with weights_only=True.
+torch.serialization.add_safe_globals([PreparedKeys])
+
+
+def finite_centre(centre: Tensor) -> Tensor:
+    """0 in place of what is not finite: such a key may be replaced, the centre stays, and any centre is right."""
+    return centre.nan_to_num(0.0, 0.0, 0.0)
 
 
 def accumulation_dtype(student: Tensor, teacher: Tensor, precision: str) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dskd_fast.backends import native_build, slabs
-from dskd_fast.backends.common import PreparedKeys, dtype_refusal, outputs
+from dskd_fast.backends.common import PreparedKeys, dtype_refusal, finite_centre, outputs
 
 # Sums over more positions could leave float32's range at the lowest temperatures (kernels/README.md).
 MAX_POSITIONS = 1 << 17
@@ -122,7 +122,7 @@ def centre_of(keys: Tensor, normalize: bool) -> Tensor:
     count = keys.shape[1]
     if count > SAMPLE:
         keys = keys[:, torch.arange(SAMPLE, device=keys.device) * count // SAMPLE]
-    return (slabs.normalise(keys)[0] if normalize else keys.double()).mean(1)
+    return finite_centre((slabs.normalise(keys)[0] if normalize else keys.double()).mean(1))
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:

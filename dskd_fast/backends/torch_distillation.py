@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from dskd_fast.backends import slabs
-from dskd_fast.backends.common import DISTILLATION_TEMPERATURE_LIMITS, PreparedKeys, accumulation_dtype, outputs
+from dskd_fast.backends.common import (
+    DISTILLATION_TEMPERATURE_LIMITS,
+    PreparedKeys,
+    accumulation_dtype,
+    finite_centre,
+    outputs,
+)
 
 # A row whose student's weights sum to more than this many times the teacher's has a KL of 10 or more, and takes it from
 # two log-sum-exps, whose difference has digits enough.
@@ -100,7 +106,7 @@ def update_keys(packed: list[Tensor], keys: Tensor, start: int, normalize: bool,
 def _prepare(keys: Tensor, normalize: bool, product: slabs.Product, centre: Tensor | None) -> list[Tensor]:
     unit, _ = _vectors(keys, normalize)
     if centre is None:
-        centre = unit.mean(dim=1)
+        centre = finite_centre(unit.mean(dim=1))
     operand, scale = product.operand((unit - centre.unsqueeze(1)).to(product.dtype), (1, 2))
     if scale is None:
         scale = torch.ones((len(keys), 1, 1), dtype=product.dtype, device=keys.device)

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dskd_fast.backends.common import PreparedKeys, dtype_refusal, outputs
+from dskd_fast.backends.common import PreparedKeys, dtype_refusal, finite_centre, outputs
 from dskd_fast.kernels import affinity, configs, cosine, distillation, prepare, prepare_distillation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -160,9 +160,9 @@ def prepare_keys(keys: Tensor, normalize: bool, precision: str, centre: Tensor |
                 BLOCK_C=prepare.CENTRE_BLOCK_C, NORMALIZE=normalize, **prepare.EXACT,
             )  # fmt: skip
         if centre is None:
-            centre = mean.sum(1)[:, :channels]
+            centre = finite_centre(mean.sum(1)[:, :channels])
         if precision == "fp16":
-            exponent = torch.log2(length.amax(1).clamp(2.0**-60, 2.0**60)).ceil()
+            exponent = torch.log2(length.nan_to_num(0.0, 0.0).amax(1).clamp(2.0**-60, 2.0**60)).ceil()
             key_scale = torch.exp2(prepare_distillation.KEY_EXPONENT - exponent)
     operands = torch.empty((images, configs.padded_rows(count), c_pad), dtype=_operand_dtype(precision), device=device)
     packed = [operands, key_scale, centre.to(torch.float32).contiguous()]

@@ -87,10 +87,10 @@ def as_maps(student: Tensor, teacher: Tensor, dims: tuple[int, ...] = (3, 4)) ->
 
 
 def has_own_keys_range(temperature: float | Tensor) -> bool:
-    """Whether `contextual_affinity` takes it; a tensor that cannot be read without a wait or a graph break must be."""
+    """Whether `contextual_affinity` takes it; of a tensor that cannot be read without a wait or a graph break, no."""
     if isinstance(temperature, Tensor):
         if torch.compiler.is_compiling() or operators.is_transforming() or temperature.device.type != "cpu":
-            return True
+            return False
         temperature = temperature.item()
     return TEMPERATURE_LIMITS[0] <= temperature <= TEMPERATURE_LIMITS[1]
 
@@ -121,6 +121,7 @@ def check_prepared(keys: PreparedKeys, maps: Tensor, precision: str | None, norm
             f"keys were prepared from shape {keys.shape} and student has {maps.shape[0]} images of {maps.shape[1]} "
             "channels: they must have as many, or (K, C)"
         )
+    check_layout(keys)
     if keys.packed[-1].device != maps.device:
         raise ValueError(f"keys were prepared on {keys.packed[-1].device} and student is on {maps.device}")
     wanted = keys.precision if precision is None else dispatch.current_name(precision)
@@ -131,6 +132,15 @@ def check_prepared(keys: PreparedKeys, maps: Tensor, precision: str | None, norm
     ):
         if given != prepared:
             raise ValueError(f"{name}={given!r}, but the keys were prepared with {prepared!r}: prepare them again")
+
+
+def check_layout(keys: PreparedKeys) -> None:
+    """Raise ValueError if they come from another machine, device or version, whose kernels read another form."""
+    if torch.compiler.is_compiling():
+        return  # it cannot trace the question
+    here = dispatch.layout(keys.backend, keys.packed[-1].device)
+    if keys.layout != here:
+        raise ValueError(f"keys were prepared in {keys.layout}, and this is {here}: prepare the keys again")
 
 
 def check_mask(name: str, mask: Tensor, device: torch.device, shapes: tuple[tuple[int, ...], ...]) -> None:

@@ -104,6 +104,15 @@ def choose(
     raise BackendError(f"no backend can serve this call: {passed_over}")
 
 
+def layout(name: str, device: torch.device) -> str:
+    """What `PreparedKeys` of a backend on a device are marked with; the number rises when a backend's form changes."""
+    kind = device.type
+    if kind in ("cpu", "cuda"):
+        of_cpu = torch.backends.cpu.get_cpu_capability
+        kind += f" ({of_cpu() if kind == 'cpu' else torch.cuda.get_device_name(device)})"
+    return f"layout 1 of backend {name!r} on {kind}"
+
+
 def check_backend(backend: str) -> None:
     """Raise ValueError unless `backend` is "auto" or one of `BACKENDS`."""
     if backend != "auto" and backend not in BACKENDS:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+import dskd_fast.ops.distillation
 import dskd_fast.ops.operators  # noqa: F401 - registers what is replaced
 
 # Rows are traced in slabs of at most so many entries, whose arrays take 8 MiB per image each. Every slab adds its
@@ -23,6 +24,8 @@ _SERIES_RADIUS = 0.5
 _SERIES_END = 8
 # Largest logit, relative to the teacher's own position, that is exponentiated as it is (dskd_fast/backends/torch.py).
 _LOGIT_LIMIT = 30.0
+# Logits of keys that take no part: finite, as differences of infinities are not numbers.
+_EXCLUDED = -1e30
 # Of the largest entry of a vector that is scaled once: int64 holds the powers of two that are looked up.
 _MAX_EXPONENT = 30
 # Products of numbers with so many bits after the point, and few before it, are exact in float32.
@@ -57,6 +60,50 @@ def contextual_affinity(
     return kl.unflatten(1, student.shape[2:]), kl.new_empty(0)
 
 
+def affinity_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    keys: list[Tensor],
+    count: int | None,
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+    key_mask: Tensor | None,
+    row_mask: Tensor | None,
+    normalize: bool,
+    precision: str,
+    backend: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """(B, C, H, W) twice and keys (B or 1, K, C), float32 -> KL (B, H, W), float32, and an empty tensor."""
+    _refuse_gradient(with_gradient)
+    if count is not None:
+        raise NotImplementedError("an exported file cannot read prepared keys: export with the keys themselves")
+    k = keys[0]
+    if normalize:
+        t, difference, _ = _directions(student, teacher)
+        k, _, _ = _directions(*(k.mT.unsqueeze(-1),) * 2)
+    else:
+        t, difference = (x.flatten(2).mT for x in (teacher, student - teacher))
+    k = (k - k.mean(dim=1, keepdim=True)).mT
+    of_student, of_teacher = student_temperature.float(), teacher_temperature.float()
+    # Where both are the same, the second term is exactly 0.
+    delta = difference / of_student + t * ((of_teacher - of_student) / (of_student * of_teacher))
+    t = t / of_teacher
+    n, count = t.shape[1], k.shape[2]
+    rows = max(_SLAB_ELEMENTS // count, math.ceil(n / _MAX_SLABS))
+    slabs = []
+    for r in range(0, n, rows):
+        a, c = (x[:, r : r + rows] @ k for x in (t, delta))
+        if key_mask is not None:
+            a = torch.where(key_mask.unsqueeze(1), a, _EXCLUDED)
+        slabs.append(_rows(a - a.amax(-1, keepdim=True), c))
+    kl = torch.cat(slabs, dim=1)
+    if key_mask is not None:
+        kl = torch.where(key_mask.any(-1, keepdim=True), kl, 0.0)
+    kl = kl.unflatten(1, student.shape[2:])
+    return kl if row_mask is None else torch.where(row_mask, kl, 0.0), kl.new_empty(0)
+
+
 def cosine_distance(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
     """(B, C, H, W) twice, float32 -> distance (B, H, W), float32."""
     _, delta, has_direction = _directions(student, teacher)
@@ -67,6 +114,7 @@ def cosine_distance(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
 DECOMPOSITIONS = {
     torch.ops.dskd_fast.contextual_affinity.tensor: contextual_affinity,
     torch.ops.dskd_fast.contextual_affinity.default: contextual_affinity,
+    torch.ops.dskd_fast.affinity_distillation.default: affinity_distillation,
     torch.ops.dskd_fast.cosine_distance.map: cosine_distance,
 }
 

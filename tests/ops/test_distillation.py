@@ -1,5 +1,7 @@
 """The distillation against any keys: what its operator promises to PyTorch, and the arguments of its function."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -105,6 +107,66 @@ def test_a_queue_outlives_inference_mode_and_takes_any_dtype(rows, place):
     got = affinity_distillation(student, teacher, queue, student_temperature=0.5)
     exact = dense(*(x.double() for x in (student, teacher, expected)), 0.5, 0.5)
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("carry", ["save", "deepcopy", "pickle"])
+def test_a_queue_is_saved_copied_and_sent_to_other_processes(rows, place, tmp_path, carry):
+    student, teacher, keys = (x.detach().to(place.device) for x in rows)
+    queue = prepare_keys(keys, precision="bf16", backend=place.backend)
+    if carry == "save":
+        torch.save({"queue": queue, "start": 3}, tmp_path / "queue.pt")
+        other = torch.load(tmp_path / "queue.pt", weights_only=True)["queue"]
+    else:
+        other = copy.deepcopy(queue) if carry == "deepcopy" else pickle.loads(pickle.dumps(queue))
+    expected, got = (affinity_distillation(student, teacher, k, student_temperature=0.5) for k in (queue, other))
+    assert torch.equal(got, expected)
+    update_keys(other, keys[:5] + 1, 3)
+    assert torch.equal(affinity_distillation(student, teacher, queue, student_temperature=0.5), expected)
+
+
+def test_a_queue_of_another_machine_or_device_is_refused(rows, place):
+    student, teacher, keys = (x.detach().to(place.device) for x in rows)
+    queue = prepare_keys(keys, backend=place.backend)
+    foreign = queue._replace(layout=queue.layout.replace("layout 1", "layout 0"))
+    with pytest.raises(
+        ValueError, match=r"prepared in layout 0 of .* and this is layout 1 of .*: prepare the keys again"
+    ):
+        affinity_distillation(student, teacher, foreign, student_temperature=0.5)
+    with pytest.raises(ValueError, match="prepare the keys again"):
+        update_keys(foreign, keys[:2], 0)
+    with pytest.raises(TypeError, match="move the keys, and prepare them again there"):
+        queue.to("cpu")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_keys_that_are_not_finite_leave_nothing_behind_when_they_are_replaced(rows, place, precision, normalize):
+    student, teacher, keys = (x.detach().to(place.device) for x in rows)
+    spoilt = keys.clone()
+    spoilt[3, 2], spoilt[20, 5] = float("nan"), float("inf")
+    options = {"normalize": normalize, "precision": precision}
+    queue = prepare_keys(spoilt, backend=place.backend, **options)
+    assert affinity_distillation(student, teacher, queue, student_temperature=0.5, normalize=normalize).isnan().all()
+    for start in (3, 20):
+        update_keys(queue, keys[start : start + 1], start)
+    got = affinity_distillation(student, teacher, queue, student_temperature=0.5, normalize=normalize)
+    exact = dense(*(x.double() for x in (student, teacher, keys)), 0.5, 0.5, normalize)
+    torch.testing.assert_close(got.double(), exact, rtol=2e-2 if precision == "fp16" else 1e-4, atol=1e-6)
+
+
+def test_a_temperature_that_cannot_be_read_has_the_range_of_any_keys(rows):
+    """In a compiled graph and under torch.func, of the teacher's own keys, too."""
+    student, teacher, _ = (x.detach() for x in rows)
+    temperature = torch.tensor(0.006)
+
+    def loss(s, t):
+        return affinity_distillation(s, teacher, student_temperature=t).sum()
+
+    expected = loss(student, 0.006)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")(student, temperature)
+    _, transformed = torch.func.grad_and_value(loss)(student, temperature)
+    torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(transformed, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.006, 0.01, 0.3])

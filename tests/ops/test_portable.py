@@ -8,6 +8,7 @@ from torch import nn
 
 from dskd_fast import functional
 from dskd_fast.backends import torch as torch_tiled
+from dskd_fast.backends import torch_distillation
 from dskd_fast.ops import portable
 
 
@@ -77,13 +78,36 @@ def test_gradients_are_refused():
         portable.contextual_affinity(student, teacher, 1.0, "fp32", "auto", True)
 
 
+@pytest.mark.parametrize("noise", [1, 1e-3])
+@pytest.mark.parametrize(("temperatures", "limit"), [((0.1, 0.1), 1e-6), ((0.07, 0.01), 1e-5)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_distillation_keeps_its_digits(noise, temperatures, limit, normalize):
+    student, teacher = features(noise, size=6)
+    keys = torch.randn(1, 70, 24, generator=torch.Generator().manual_seed(1)).relu()
+    if not normalize:
+        student, teacher, keys = (x / 8 for x in (student, teacher, keys))
+    key_mask, row_mask = torch.arange(70)[None] % 3 > 0, torch.arange(72).view(2, 6, 6) % 5 > 0
+    masks = torch.cat((key_mask, key_mask & False)), row_mask
+    call = (student.double(), teacher.double(), keys.double())
+    expected, _ = torch_distillation.affinity_distillation(*call, *temperatures, *masks, normalize, "fp32", False)
+    of_tensors = (torch.tensor(t, dtype=torch.float64) for t in temperatures)
+    call = student, teacher, [keys], None, *of_tensors, *masks, normalize, "fp32", "auto", False
+    found, _ = portable.affinity_distillation(*call)
+    assert found.dtype == torch.float32
+    assert (found[1] == 0).all()
+    assert relative_error(found, expected) < limit
+    with pytest.raises(NotImplementedError, match="export with the keys themselves"):
+        portable.affinity_distillation(*call[:3], 70, *call[4:])
+
+
 def test_an_exported_program_holds_no_operator_of_ours_and_takes_any_batch():
-    class Both(nn.Module):
+    class All(nn.Module):
         def forward(self, student, teacher):
-            return functional.contextual_affinity(student, teacher), functional.cosine_distance(student, teacher)
+            kl = functional.affinity_distillation(student, teacher, student_temperature=0.1, teacher_temperature=0.2)
+            return functional.contextual_affinity(student, teacher), functional.cosine_distance(student, teacher), kl
 
     free = {0: torch.export.Dim("batch")}
-    program = torch.export.export(Both(), features(1), dynamic_shapes=(free, free))
+    program = torch.export.export(All(), features(1), dynamic_shapes=(free, free))
     assert "dskd_fast" in str(program.graph)
     program = program.run_decompositions(portable.DECOMPOSITIONS)
     assert "dskd_fast" not in str(program.graph)
@@ -95,7 +119,7 @@ def test_an_exported_program_holds_no_operator_of_ours_and_takes_any_batch():
     student, teacher = (torch.cat([x, x[:1].flip(1)]) for x in features(1))
     for batch in (1, 3):
         found = program.module()(student[:batch], teacher[:batch])
-        torch.testing.assert_close(found, Both()(student[:batch], teacher[:batch]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(found, All()(student[:batch], teacher[:batch]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
