@@ -132,7 +132,7 @@ class Lab:
         """Benchmark a contestant on a work, or note why not."""
         contestant, shape, mode = case.contestant, case.work.shape, case.mode
         info = case.row()
-        if reason := contestant.refusal(shape, self.device, self._free_memory()):
+        if reason := contestant.refusal(shape, self.device, self.free_memory()):
             self.leave_out(info, case.group, reason)
         self.leave_out_of_quick(case)
         # The gate makes calls with the gradient, whatever the mode.
@@ -228,6 +228,10 @@ class Lab:
         _, seconds, label = self._longest[key]
         return f"it would take about {_duration(expected)} a call (from {_duration(seconds)} for {label})"
 
+    def is_slow(self, key: tuple, cost: float) -> bool:
+        """Whether a call of `cost` is known to take so long that nothing takes turns with it."""
+        return self._expected(key, cost) > _SLOW
+
     def _expected(self, key: tuple, cost: float) -> float:
         """Seconds of a call of `cost`, 0 where nothing is known."""
         known, seconds, _ = self._longest.get(key, (1, 0.0, ""))
@@ -236,9 +240,9 @@ class Lab:
     def _reference(self, case: Comparison, student: Tensor, teacher: Tensor) -> Callable[[], object] | None:
         """A warm call of the reference to take turns with, None with itself and where it would take too long."""
         reference, shape = case.reference, case.work.shape
-        if reference == case or reference.contestant.refusal(shape, self.device, self._free_memory()):
+        if reference == case or reference.contestant.refusal(shape, self.device, self.free_memory()):
             return None
-        if self._expected(reference.key, reference.cost(shape)) > _SLOW:
+        if self.is_slow(reference.key, reference.cost(shape)):
             return None
         call = functools.partial(run, reference.contestant.make(), student, teacher, case.mode)
         call()
@@ -284,7 +288,7 @@ class Lab:
             self._verdicts[key] = (function, found, accuracy.complaint(case.contestant, found, case.work.shape))
         return self._verdicts[key]
 
-    def _free_memory(self) -> int:
+    def free_memory(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         return psutil.virtual_memory().available

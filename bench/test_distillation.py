@@ -1,18 +1,14 @@
 """The distillation against any keys: a queue, a memory of pixels, masked tokens."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 
 from bench import memory
-from bench.distillation import CONTESTANTS, MODES, UNITS, WORKS, Contestant, Work, call_of, errors
+from bench.distillation import CONTESTANTS, MODES, UNITS, WORKS, Contestant, Work, call_of, complaint, errors
 from bench.lab import row
-
-# Largest errors of the map and of the gradient at 100 % noise with which a contestant passes; at T = 0.01 the rounding
-# of bf16 operands alone comes to a hundredth.
-_ALLOWED = {"fp32": 1e-4, "bf16": 3e-2}
-_OTHERS_ALLOWED = 0.1
 
 
 class Case(NamedTuple):
@@ -23,6 +19,11 @@ class Case(NamedTuple):
     @property
     def contestant(self) -> Contestant:
         return CONTESTANTS[self.index]
+
+    @property
+    def cost(self) -> int:
+        """What its time is in proportion to."""
+        return UNITS[self.mode] * math.prod(self.work.shape)
 
     @property
     def id(self) -> str:
@@ -53,22 +54,25 @@ def cases(is_full: bool) -> list[Case]:
 
 def test_distillation(benchmark, lab, case):
     work, contestant, info = case.work, case.contestant, case.row()
-    if reason := contestant.refuse(work.shape, lab.device):
+    if reason := contestant.refusal(work, lab.device, lab.free_memory()):
         lab.leave_out(info, case.group, reason)
-    if work.keys is None and contestant.name.endswith("keys prepared"):
-        lab.leave_out(info, case.group, "the keys are the teacher's own, new in every call")
-    if work.masked and contestant.name == "as published":
-        lab.leave_out(info, case.group, "no published code that masks is known")
     lab.leave_out_of_quick(case)
-    info["errors"] = _errors(case.work, case.index, lab.device)
-    allowed = _ALLOWED[contestant.precision] if contestant.ours else _OTHERS_ALLOWED
-    worst = max(error for error in info["errors"]["100 %"] if error is not None)
-    if not worst <= allowed:
-        lab.leave_out(info, case.group, f"it is wrong: off by {worst:.2g} at 100 % noise, {allowed:.2g} allowed")
-    info["extra_bytes"], info["extra_bytes_note"] = memory.extra_bytes(call_of, case, lab.device)
-    call, reference = (call_of(work, case.mode, index, lab.device) for index in (case.index, 0))
-    seconds = lab.time(benchmark, case.group, info, call, reference=None if case.index == 0 else _warm(reference))
-    lab.note_time(("distillation", case.index), 1, seconds, work.label)
+    key, reference = ("distillation", case.index), ("distillation", 0)
+    if reason := lab.too_long(key, case.cost):
+        lab.leave_out(info, case.group, reason)
+    info["errors"] = _errors(work, case.index, lab.device)
+    if reason := complaint(work, contestant, info["errors"]):
+        lab.leave_out(info, case.group, reason)
+    info["extra_bytes"], info["extra_bytes_note"] = memory.extra_bytes(
+        call_of, (work, case.mode, case.index), lab.device
+    )
+    call = call_of(work, case.mode, case.index, lab.device)
+    turns = None
+    if case.index and not lab.is_slow(reference, case.cost):
+        turns = call_of(work, case.mode, 0, lab.device)
+        turns()
+    seconds = lab.time(benchmark, case.group, info, call, reference=turns)
+    lab.note_time(key, case.cost, seconds, f"{work.label}, {case.mode}")
     product = lab.product_seconds(work.shape, contestant.precision)
     info["percent_of_product"] = 100 * UNITS[case.mode] * product / benchmark.stats.stats.median
 
@@ -76,8 +80,3 @@ def test_distillation(benchmark, lab, case):
 @functools.cache
 def _errors(work: Work, index: int, device: torch.device) -> dict[str, list[float]]:
     return errors(work, CONTESTANTS[index], device)
-
-
-def _warm(call):
-    call()
-    return call

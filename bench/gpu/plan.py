@@ -28,13 +28,15 @@ class Step(NamedTuple):
 BUILD = Step("build", "C++ and CUDA C++ libraries", 0, processes=2)
 STEPS = (
     Step("device", "Versions and device", 45),
-    Step("correct", "Errors against float64", 110, processes=8),
-    Step("warm", "Compiling ahead for the next steps", 110, processes=4, beside=True),
-    Step("times", "Times of the losses", 115),
-    Step("model", "The whole model", 80),
-    Step("train", "Training on the demo's images", 50, processes=3),
-    Step("blocks", "Block sizes of level 1", 40),
-    Step("tests", "pytest -m gpu", 60, processes=12),
+    Step("correct", "Errors against float64", 100, processes=8),
+    Step("warm", "Compiling ahead for the next steps", 100, processes=4, beside=True),
+    Step("times", "Times of the losses", 100),
+    Step("keys", "Distillation against any keys: errors", 45, processes=8),
+    Step("key_times", "Distillation against any keys: times", 50),
+    Step("model", "The whole model", 65),
+    Step("train", "Training on the demo's images", 40, processes=3),
+    Step("blocks", "Block sizes of level 1", 35),
+    Step("tests", "pytest -m gpu", 50, processes=12),
 )
 
 
@@ -46,6 +48,7 @@ class Plan(NamedTuple):
         backends: of this library; the last is built at first use.
         shapes: (B, C, H, W) of the paper's three levels.
         odd_shapes: others, that fill no block.
+        key_sizes: (B, N, K, C) of the distillation's errors, that fill no block.
         batches: for the times.
         square: side of the matrix product that times are related to.
         seconds, warm_up, rounds: for about so long a time is measured, after so many calls, in at least and at most so
@@ -60,6 +63,7 @@ class Plan(NamedTuple):
     backends: tuple[str, ...]
     shapes: tuple[tuple[int, int, int, int], ...]
     odd_shapes: tuple[tuple[int, int, int, int], ...]
+    key_sizes: tuple[tuple[int, int, int, int], ...]
     batches: tuple[int, ...]
     square: int
     seconds: float
@@ -77,6 +81,7 @@ REAL = Plan(
     backends=("triton", "torch", "cuda"),
     shapes=((2, 256, 64, 64), (2, 512, 32, 32), (2, 1024, 16, 16)),
     odd_shapes=((2, 24, 1, 7), (1, 65, 9, 7), (2, 130, 13, 5), (1, 300, 17, 15), (3, 48, 23, 29)),
+    key_sizes=((2, 131, 4099, 130), (3, 65, 257, 48), (1, 300, 20011, 257), (2, 17, 63, 600)),
     batches=(2, 16),
     square=8192,
     seconds=0.2,
@@ -85,6 +90,7 @@ REAL = Plan(
     tests=(
         *("-m", "gpu", "--continue-on-collection-errors"),
         *("tests/backends/test_backends.py", "tests/backends/test_triton.py", "tests/ops"),
+        *("tests/backends/test_distillation.py", "tests/backends/test_triton_distillation.py"),
         "tests/bench/test_triton_tune.py",
     ),
 )
@@ -93,6 +99,7 @@ REHEARSAL = Plan(
     backends=("triton", "torch", "cpu"),
     shapes=((1, 40, 6, 6),),
     odd_shapes=((2, 24, 1, 7), (1, 20, 5, 3)),
+    key_sizes=((2, 19, 70, 40),),
     batches=(1,),
     square=128,
     seconds=0.01,

@@ -67,8 +67,10 @@ def _errors(found: list[Result]) -> str:
     worst: dict[tuple, list[float]] = {}
     for r in judged:
         if "errors" in r:
-            share = [max(float(e) for e in pair) for pair in r["errors"].values()]
-            worst.setdefault((r["kind"], r["backend"], r["precision"]), []).append(max(share) / float(r["limit"]))
+            # One limit, or the map's and the gradient's.
+            limits = r["limit"] if isinstance(r["limit"], list) else [r["limit"]] * 2
+            share = [float(e) / float(x) for pair in r["errors"].values() for e, x in zip(pair, limits, strict=True)]
+            worst.setdefault((r["kind"], r["backend"], r["precision"]), []).append(max(share))
     rows = [(*key, str(len(v)), significant(100 * max(v), 2)) for key, v in worst.items()]
     heads = ("loss", "backend", "precision", "cases", "worst, % of the limit")
     notes = [f"- {_name(r)}: {_reason(r)}" for r in bad]
@@ -188,6 +190,8 @@ _SECTIONS: dict[str, Callable[[list[Result]], str]] = {
     "device": _facts,
     "correct": _errors,
     "times": _times,
+    "keys": _errors,
+    "key_times": _times,
     "model": _models,
     "train": _training,
     "blocks": _trials,

@@ -15,6 +15,8 @@ _MODULES = {
     "correct": "losses",
     "warm": "ahead",
     "times": "losses",
+    "keys": "keys",
+    "key_times": "keys",
     "model": "networks",
     "train": "networks",
     "blocks": "losses",
