@@ -1,4 +1,6 @@
-"""Opt-in autotuning of the Triton kernels: `python -m bench.triton_tune 4096x256 1024x512`.
+"""Opt-in autotuning of the Triton kernels: `python -m bench.triton_tune 4096x256 1024x512 256x65536x128`.
+
+NxC is the contextual affinity of N positions, NxKxC the distillation of N rows against K keys, with C channels.
 
 The fixed table of `dskd_fast.kernels.configs` was made without running anything. This times its entries, those made for
 other architectures too, on the GPU that is there. It never happens by itself: not in a training step, not at import.
@@ -15,6 +17,7 @@ import triton
 from torch import Tensor
 
 from dskd_fast.backends import triton as triton_fused
+from dskd_fast.backends.common import PreparedKeys
 from dskd_fast.kernels import configs
 from dskd_fast.kernels.configs import Blocks, Config
 
@@ -37,6 +40,7 @@ def tune(
     clock: Callable[[Callable[[], object]], float] = triton.testing.do_bench,
     besides: Iterable[Config] = (),
     note: Callable[[Trial], object] = lambda trial: None,
+    keys: Tensor | None = None,
 ) -> tuple[Config, list[Trial]]:
     """Put the fastest blocks for inputs like these into the table, for the rest of this process.
 
@@ -46,6 +50,7 @@ def tune(
         clock: gives the milliseconds that a function takes, which returns the map and, of the gradient kernel, it.
         besides: entries to try that are not in the table.
         note: is told each trial, in case the next one never ends.
+        keys: (B or 1, K, C), of the distillation, whose kernels are then tuned; None for the contextual affinity's.
 
     Returns:
         The new entry of the table and all trials.
@@ -57,16 +62,32 @@ def tune(
         raise RuntimeError(f"the triton backend cannot serve these inputs: {reason}")
     architecture = triton_fused.architecture(student.device)
     width = configs.padded_channels(student.shape[1])
-    entries = configs.TABLE[architecture][configs.operand_class(precision)]
-    before = entries[min(width, configs.WIDE)]
+    operands, widest = configs.operand_class(precision), min(width, configs.WIDE)
+    entries = configs.TABLE[architecture][operands]
+    before = (configs.config if keys is None else configs.distillation_config)(architecture, precision, width)
     candidates = [*_candidates(precision, width), *besides]
     trials: list[Trial] = []
+    prepared = keys
+    if keys is not None:
+        packed = triton_fused.prepare_keys(keys, True, precision)
+        prepared = PreparedKeys(packed, tuple(keys.shape), True, precision, "triton")
+
+    def put(entry: Config) -> None:
+        if keys is None:
+            entries[widest] = entry
+        else:
+            configs.DISTILLATION[architecture, operands, widest] = entry._asdict()
 
     def attempt(kernel: str, entry: Config, chunk: int | None) -> None:
-        entries[min(width, configs.WIDE)] = entry
+        put(entry)
+        with_gradient = kernel == "gradient"
 
         def call() -> object:
-            return triton_fused.contextual_affinity(student, teacher, temperature, precision, kernel == "gradient")
+            if keys is None:
+                return triton_fused.contextual_affinity(student, teacher, temperature, precision, with_gradient)
+            return triton_fused.affinity_distillation(
+                student, teacher, prepared, temperature, temperature, None, None, True, precision, with_gradient
+            )
 
         blocks = getattr(entry, kernel)
         try:
@@ -96,7 +117,7 @@ def tune(
         gradient = fastest("gradient")
         chosen = Config(forward, gradient.blocks, gradient.chunk)
     finally:
-        entries[min(width, configs.WIDE)] = chosen or before
+        put(chosen or before)
     return chosen, trials
 
 
@@ -108,11 +129,12 @@ def _candidates(precision: str, width: int) -> Iterable[Config]:
                 yield entry
 
 
-def _level(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"0*[1-9]\d*x0*[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NxC, two whole numbers from 1 up as in 4096x256")
-    n, c = text.split("x")
-    return int(n), int(c)
+def _level(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"0*[1-9]\d*(x0*[1-9]\d*){1,2}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NxC or NxKxC, two or three whole numbers from 1 up as in 4096x256"
+        )
+    return tuple(map(int, text.split("x")))
 
 
 def _batch(text: str) -> int:
@@ -124,19 +146,22 @@ def _batch(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Time each level given as NxC and print what is fastest."""
     parser = argparse.ArgumentParser(prog="python -m bench.triton_tune", description=__doc__)
-    parser.add_argument("levels", nargs="+", type=_level, metavar="NxC", help="positions and channels, as in 4096x256")
+    parser.add_argument(
+        "levels", nargs="+", type=_level, metavar="NxC", help="or NxKxC: positions, keys if any, channels"
+    )
     parser.add_argument("--batch", type=_batch, default=8, metavar="B", help="images per call (default: 8)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="bf16")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("triton_tune: torch finds no usable GPU here, and there is nothing to time without one", file=sys.stderr)
         return 2
-    for n, c in arguments.levels:
-        level = f"{n}x{c}"
+    for n, *counts, c in arguments.levels:
+        level = "x".join(map(str, (n, *counts, c)))
+        keys = torch.randn((1, counts[0], c), device="cuda") if counts else None
         teacher, noise = torch.randn((2, arguments.batch, c, n, 1), device="cuda")
         student = teacher + 0.1 * noise  # as in training, once it has begun to converge
         try:
-            chosen, trials = tune(student, teacher, precision=arguments.precision)
+            chosen, trials = tune(student, teacher, precision=arguments.precision, keys=keys)
         except RuntimeError as error:
             print(f"triton_tune: {level}: {error}", file=sys.stderr)
             return 2

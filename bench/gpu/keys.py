@@ -113,7 +113,7 @@ def key_times(session: Session) -> None:
             },
             functools.partial(_time, session, work, c, mode),
         )
-        for work, c, mode in timed(session)
+        for work, c, mode in list(timed(session))[:: session.plan.every]
     )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def timed(session: Session) -> Iterator[tuple[Work, Contestant, str]]:
 def _works(session: Session) -> list[Work]:
     if not session.plan.is_rehearsal:
         return list(WORKS)
-    return [w._replace(batch=min(2, w.batch), rows=9, keys=w.keys and 70, channels=16) for w in WORKS]
+    return [w._replace(batch=min(2, w.batch), rows=9, keys=w.keys and 70, channels=40) for w in WORKS]
 
 
 def _time(session: Session, work: Work, contestant: Contestant, mode: str) -> dict[str, Any]:

@@ -44,8 +44,27 @@ def test_the_fastest_blocks_that_run_take_the_tables_place(monkeypatch, capsys):
     assert "no usable GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the kernels are not interpreted")
+@pytest.mark.usefixtures("interpreter")
+def test_the_distillation_has_an_entry_of_its_own(monkeypatch):
+    student, teacher = torch.randn(2, 1, 64, 3, 1, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(configs, "TABLE", copy.deepcopy(configs.TABLE))
+    monkeypatch.setattr(configs, "DISTILLATION", dict(configs.DISTILLATION))
+    table = copy.deepcopy(configs.TABLE)
+    before = configs.distillation_config(triton_fused.architecture(student.device), "bf16", 64)
+    call = {"precision": "bf16", "keys": torch.randn(1, 20, 64)}
+    with pytest.raises(RuntimeError, match="no blocks"):
+        triton_tune.tune(student, teacher, clock=lambda call: 1 / 0, **call)
+    assert configs.distillation_config(triton_fused.architecture(student.device), "bf16", 64) == before
+    chosen, _ = triton_tune.tune(student, teacher, clock=lambda call: float(call()[0].sum() > 0), **call)
+    assert configs.distillation_config(triton_fused.architecture(student.device), "bf16", 64) == chosen
+    assert table == configs.TABLE
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_command_on_a_gpu(capsys):
-    assert triton_tune.main(["256x64", "--batch", "2"]) == 0
+@pytest.mark.parametrize("level", ["256x64", "256x4096x64"])
+def test_the_command_on_a_gpu(capsys, level):
+    assert triton_tune.main([level, "--batch", "2"]) == 0
     assert "Config(forward=" in capsys.readouterr().out
