@@ -100,7 +100,7 @@ class Contestant(NamedTuple):
         needed = self.matrices * 4 * batch * rows * keys
         if needed > 0.9 * free:
             return f"out of memory: it takes about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-        if (self.name, self.precision, device.type) == ("torch", "bf16", "cpu"):
+        if (self.name.split(",")[0], self.precision, device.type) == ("torch", "bf16", "cpu"):
             return "there it multiplies in float32 what it has rounded"
         return self.unfit(work) or self.refuse(work.shape, device)
 
