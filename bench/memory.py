@@ -23,12 +23,12 @@ def give_back(device: torch.device) -> None:
         trim(0)
 
 
-def extra_bytes(prepare: Callable, arguments: tuple, device: torch.device) -> tuple:
+def extra_bytes(prepare: Callable, arguments: tuple, device: torch.device, is_warm: bool = True) -> tuple:
     """(bytes, None), or (None, why it was not measured), of the call that `prepare(*arguments, device)` returns.
 
     The call returns its outputs. On a CPU a process of its own makes it once to load what it needs, gives back all free
     memory, and makes it again: the highest resident size during that call, less that before it and the outputs' bytes.
-    On a GPU it is PyTorch's own count.
+    On a GPU it is PyTorch's own count. `is_warm` False leaves the first call out, of what is large and slow.
     """
     give_back(device)  # what this process keeps, the one that measures may need
     if device.type == "cuda":
@@ -37,7 +37,7 @@ def extra_bytes(prepare: Callable, arguments: tuple, device: torch.device) -> tu
         return None, "the peak of a process can be reset on Linux alone"
     # A pool of one: what a contestant leaves behind is gone with its process.
     with _context().Pool(1) as pool:
-        return pool.apply(_measure, (prepare, arguments, torch.get_num_threads())), None
+        return pool.apply(_measure, (prepare, arguments, torch.get_num_threads(), is_warm)), None
 
 
 def call_of(kind: str, index: int, shape: tuple[int, ...], mode: str, device: torch.device) -> Callable:
@@ -66,14 +66,15 @@ def _context():
     return context
 
 
-def _measure(prepare: Callable, arguments: tuple, threads: int) -> int:
+def _measure(prepare: Callable, arguments: tuple, threads: int, is_warm: bool) -> int:
     torch.set_num_threads(threads)
     call = prepare(*arguments, torch.device("cpu"))
-    outputs = sum(x.nbytes for x in call() if x is not None)
+    if is_warm:
+        call()
     give_back(torch.device("cpu"))
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    call()
+    outputs = sum(x.nbytes for x in call() if x is not None)
     return max(0, _status("VmHWM") - before - outputs)
 
 
