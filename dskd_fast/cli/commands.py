@@ -162,6 +162,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def evaluate_maps(arguments: argparse.Namespace) -> int:
+    if arguments.out is not None and arguments.out.resolve() == arguments.maps.resolve():
+        raise UserError(f"--out {arguments.out} is what is scored, and would be replaced: name another file")
     category = open_category(arguments.data_root or default_data_root(), arguments.category)
     with counter("scoring maps") as progress:
         result = evaluate_saved(arguments.maps, category, progress=progress)

@@ -95,8 +95,9 @@ def make_parser() -> argparse.ArgumentParser:
         "map\nfirst, so its AUROC differs; sPRO is the same.)\n\n"
         "anomalib writes pictures alone, whose colours are no scores. Save its predictions of the whole test set:\n"
         "  torch.save(engine.predict(model, datamodule=datamodule), 'predictions.pt')\n"
-        "and give that file. The image score is then pred_score, and maps are enlarged to the images' size. Nothing "
-        "in the\nfile is executed, and anomalib need not be installed.",
+        "and give that file, or one of dictionaries with image_path, anomaly_map and pred_score (texts, tensors).\n"
+        "The image score is then pred_score, and maps are enlarged to the images' size. Nothing in the file is\n"
+        "executed, and anomalib need not be installed.",
     )
     maps.add_argument(
         "maps",

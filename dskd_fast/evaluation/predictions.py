@@ -4,11 +4,13 @@ anomalib is not imported: of its objects only attributes are read. It keeps pred
 writes of them are pictures, whose colours are no scores; so they come as objects, or in a file of `torch.save`.
 """
 
+import math
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,6 +28,7 @@ from dskd_fast.progress import Progress, silent
 
 _MAXIMUM = "maximum of the map"
 _SAVE = "save predictions with torch.save(engine.predict(...), 'predictions.pt')"
+_PLAIN = "dictionaries of tensors, numbers and texts"
 _N_NAMED = 3
 _FIELDS = ("image_path", "anomaly_map", "pred_score")
 # Masks that are compared, and how far from their place, relative to the image's middle, they may lie.
@@ -82,10 +85,16 @@ def evaluate_predictions(predictions: Any, category: Category, *, progress: Prog
     """
     if not category.test:
         raise UserError(f"category {category.name} has no test images, so there are no predictions to score")
-    found, left = _of_test_images(_images(predictions), category)
+    try:
+        found, left = _of_test_images(_images(predictions), category)
+    except RecursionError:  # a list may hold itself
+        raise UserError(f"the predictions are nested too deeply: pass one list of objects with {_FIELDS[0]}") from None
     truth = GroundTruth(category)
     maps = _of_all("anomaly_map", [image.anomaly_map for image in found])
     scores = _of_all("pred_score", [image.score for image in found])
+    for image, score in zip(found, scores, strict=False):
+        if not math.isfinite(score):
+            raise UserError(f"pred_score of {image.path} is {score}, which has no rank: check the model that gave it")
     if maps:
         _refuse_crops(found, truth)
         each = np.array(scores or [m.max() for m in maps], np.float64)
@@ -100,7 +109,10 @@ def evaluate_predictions(predictions: Any, category: Category, *, progress: Prog
             for item, score in zip(category.test, scores, strict=True)
         )
     else:
-        raise UserError("the predictions have neither anomaly_map nor pred_score: there is nothing to score")
+        raise UserError(
+            "the predictions have neither anomaly_map nor pred_score: there is nothing to score; rename what holds "
+            "them (anomaly_maps and pred_scores in anomalib 1)"
+        )
     result = _result(category, truth, figures, "pred_score of the predictions" if scores else _MAXIMUM, left)
     if not maps:
         result["absent"].append("no sPRO: the predictions have no anomaly_map")
@@ -108,11 +120,8 @@ def evaluate_predictions(predictions: Any, category: Category, *, progress: Prog
     return result
 
 
-class _Inert:
-    """Holds what was saved of an object of a class of anomalib, and does nothing."""
-
-
-_INERT = [(_Inert, f"anomalib.data.dataclasses.torch.image.{name}") for name in ("ImageBatch", "ImageItem")]
+# They hold what was saved of objects of anomalib, and do nothing.
+_INERT = [(type(name, (), {}), f"anomalib.data.dataclasses.torch.image.{name}") for name in ("ImageBatch", "ImageItem")]
 # What these are beside a tensor, image or mask, is of no use here.
 _TENSORS = [(torch.Tensor, f"torchvision.tv_tensors._{name.lower()}.{name}") for name in ("Image", "Mask")]
 
@@ -127,16 +136,18 @@ def load_predictions(path: Path) -> Any:
         UserError: it cannot be read, or holds objects of other classes.
     """
     try:
-        with torch.serialization.safe_globals([*_INERT, *_TENSORS]):
+        with torch.serialization.safe_globals([*_INERT, *_TENSORS]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other kinds of files, which are refused below
             # Mapped, since most of such a file are the images, which nothing reads.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = next((line for line in str(error).splitlines() if "GLOBAL" in line), "").split("GLOBAL ")[-1].split()
         other = f"objects of other classes than predictions have, such as {found[0]}" if found else "no predictions"
-        raise UserError(f"{path} holds {other}, and is not read: {_SAVE}") from None
+        raise UserError(f"{path} holds {other}, and is not read: {_SAVE}, or {_PLAIN}") from None
     # A broken file can make the reader fail in any way: OSError, EOFError, RuntimeError, KeyError.
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:120]
+        words = str(error).strip()
+        said = (words if " " in words else type(error).__name__).splitlines()[0].split(". ")[0][:120]
         raise UserError(f"{path} cannot be read as a file of torch.save ({said}): {_SAVE}") from None
 
 
@@ -159,7 +170,8 @@ def _images(predictions: Any) -> Iterator[_Predicted]:
     else:
         raise UserError(
             f"predictions hold {'None' if predictions is None else f'a {type(predictions).__name__}'}: give what "
-            f"Engine.predict returns (with return_predictions=True), or objects with {', '.join(_FIELDS)}"
+            "Engine.predict returns (with return_predictions=True), or objects or dictionaries with "
+            f"{', '.join(_FIELDS)}"
         )
 
 
@@ -177,14 +189,16 @@ def _images_of_batch(batch: Any) -> Iterator[_Predicted]:
         )
 
     def per_image(name: str) -> NDArray[np.float32] | None:
-        values = _array(name, _field(batch, name))
-        try:
-            return None if values is None else values.astype(np.float32).reshape(len(paths), *values.shape[-2:])
-        except ValueError:
-            raise _unfit(name, values, paths, "a map (h, w)") from None
+        values = _array(name, _field(batch, name), paths)
+        if values is None:
+            return None
+        if values.ndim < 2 or values.size == 0 or values.size != len(paths) * math.prod(values.shape[-2:]):
+            raise _unfit(name, values, paths, "a map (h, w)")
+        with np.errstate(over="ignore"):  # infinite ones are refused where they are scored
+            return values.astype(np.float32).reshape(len(paths), *values.shape[-2:])
 
     maps, masks = per_image("anomaly_map"), per_image("gt_mask")
-    scores = _array("pred_score", _field(batch, "pred_score"))
+    scores = _array("pred_score", _field(batch, "pred_score"), paths)
     if scores is not None and scores.size != len(paths):
         raise _unfit("pred_score", scores, paths, "a score")
     for i, path in enumerate(paths):
@@ -202,15 +216,22 @@ def _unfit(name: str, values: Any, paths: Sequence[Any], wanted: str) -> UserErr
     )
 
 
-def _array(name: str, values: Any) -> np.ndarray | None:
+def _array(name: str, values: Any, paths: Sequence[Any]) -> np.ndarray | None:
     if values is None:
         return None
-    if isinstance(values, torch.Tensor):
-        values = values.detach().double().cpu().numpy()  # NumPy has no bf16
     try:
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise UserError(f"{name} is a {type(values).__name__} that has no numbers: pass a tensor") from None
+        array = values
+        if isinstance(values, torch.Tensor):
+            array = values.detach().cpu()
+            array = (array.double() if array.is_floating_point() else array).numpy()  # NumPy has no bf16
+        array = np.asarray(array)
+        if array.dtype.kind in "biuf":
+            return array.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError):  # sparse, quantised, without memory; of several shapes
+        pass
+    raise UserError(
+        f"{name} of {paths[0]} is a {type(values).__name__} that is no array of real numbers: pass a dense tensor"
+    )
 
 
 def _of_test_images(images: Iterable[_Predicted], category: Category) -> tuple[list[_Predicted], list[str]]:
@@ -223,7 +244,8 @@ def _of_test_images(images: Iterable[_Predicted], category: Category) -> tuple[l
     found: dict[int, _Predicted] = {}
     left = []
     for image in images:
-        place = places.get(Path(image.path).parts[-4:])
+        # Which takes both separators, of a prediction that was made elsewhere.
+        place = places.get(PureWindowsPath(image.path).parts[-4:])
         place = places.get(Path(image.path).resolve()) if place is None else place
         if place is None:
             left.append(image.path)
@@ -236,7 +258,7 @@ def _of_test_images(images: Iterable[_Predicted], category: Category) -> tuple[l
         first = f", the first {left[0]}" if left else ""
         raise UserError(
             f"none of the {len(left)} predictions is of a test image in {category.root / 'test'}{first}: name the "
-            "data and the category that they were made of"
+            f"data and the category that they were made of; an image_path ends in {root.name}/test/TYPE/NAME"
         )
     if missing:
         named = ", ".join(missing[:_N_NAMED]) + (", ..." if len(missing) > _N_NAMED else "")

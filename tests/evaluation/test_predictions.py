@@ -94,6 +94,9 @@ def test_images_are_found_where_the_data_have_moved_and_others_are_named(predict
     found = evaluate_predictions([*predicted, other], category)
     assert found["auroc"] == expected["auroc"]
     assert found["unused"][-1]["first"] == [other.image_path]
+    for batch in predicted:
+        batch.image_path = ["C:" + path.replace("/", "\\") for path in batch.image_path]
+    assert evaluate_predictions(predicted, category) == expected
 
 
 def test_values_that_anomalib_has_cut_off_are_warned_of(predicted, category):
@@ -144,6 +147,18 @@ def spoil(batches):
     batches[0].pred_score[1] = torch.nan
 
 
+def empty_maps(batches):
+    batches[0].anomaly_map = batches[0].anomaly_map[:, :0]
+
+
+def sparse_maps(batches):
+    batches[0].anomaly_map = batches[0].anomaly_map.to_sparse()
+
+
+def imaginary_scores(batches):
+    batches[0].pred_score = batches[0].pred_score.to(torch.complex64)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -154,7 +169,11 @@ def spoil(batches):
         (drop_all, "neither anomaly_map nor pred_score"),
         (halve_maps, r"anomaly_map has shape \(2, 96, 120\) and image_path 4 images"),
         (halve_scores, r"pred_score has shape \(2, 1\) and image_path 4 images"),
-        (spoil, "not finite"),
+        (spoil, r"pred_score of .*\.png is nan"),
+        (empty_maps, r"anomaly_map has shape \(4, 0, 120\)"),
+        (sparse_maps, r"anomaly_map of .*\.png is a Tensor that is no array of real numbers"),
+        (imaginary_scores, r"pred_score of .*\.png is a Tensor that is no array of real numbers"),
+        (lambda batches: batches.insert(0, batches), "nested too deeply"),
         (lambda batches: batches.append(None), r"predictions hold None: .*return_predictions=True"),
     ],
 )
@@ -211,6 +230,14 @@ def test_the_command_takes_a_file(cli, predicted, category, tmp_path):
     assert (code, err) == (0, "")
     assert "image score: pred_score of the predictions" in out
     assert json.loads((tmp_path / "f.json").read_text()) == evaluate_predictions(predicted, category)
+
+
+def test_the_command_does_not_replace_what_it_scores(cli, tmp_path):
+    (tmp_path / "p.pt").write_bytes(b"predictions")
+    code, _, err = cli("evaluate-maps", tmp_path / "p.pt", "--category", "c", "--out", tmp_path / "." / "p.pt")
+    assert code == 2
+    assert "would be replaced: name another file" in err
+    assert (tmp_path / "p.pt").read_bytes() == b"predictions"
 
 
 def test_anomalibs_own_predictions_have_anomalibs_areas(category, tmp_path, monkeypatch):
