@@ -27,8 +27,9 @@ class ContextualAffinityLoss(nn.Module):
         temperature: T of the softmax, from 0.01 to 100, a number or a tensor () as in
             `dskd_fast.functional.contextual_affinity`. The attribute may change between calls, of compiled code, too.
             A tensor is neither a parameter nor a buffer: it stays where it is.
-        reduction: "mean" averages over images and positions, "sum" adds them up, "none" returns the map; levels are
-            then added (eq. 7). With "none" and a list of levels, whose maps differ in size, a list of maps is returned.
+        reduction: "mean" averages over images and positions (NaN where there are none, as PyTorch's mean), "sum" adds
+            them up, "none" returns the map; levels are then added (eq. 7). With "none" and a list of levels, whose maps
+            differ in size, a list of maps is returned.
         precision: "fp32", "tf32", "bf16", "fp16" or None, see `dskd_fast.functional.contextual_affinity`.
         backend: as in `dskd_fast.functional.contextual_affinity`.
 
@@ -106,6 +107,7 @@ class CosineDistanceLoss(nn.Module):
 
         def level(s: Tensor, t: Tensor) -> Tensor:
             if self.flatten:
+                arguments.as_maps(s, t)  # flattened, other shapes may look the same
                 s, t = s.flatten(1).unsqueeze(1), t.flatten(1).unsqueeze(1)
             return functional.cosine_distance(s, t, backend=self.backend)
 
@@ -139,7 +141,7 @@ def _over_levels(
     if any(isinstance(x, (Tensor, Mapping)) or not hasattr(x, "__len__") for x in (student, teacher)):
         kinds = " and ".join(f"{name} a {type(x).__name__}" for name, x in (("student", student), ("teacher", teacher)))
         raise TypeError(f"student and teacher must both be tensors or both be lists of levels, not {kinds}")
-    if len(student) != len(teacher) or not student:
+    if len(student) != len(teacher) or len(student) == 0:
         raise ValueError(
             f"student has {len(student)} levels and teacher {len(teacher)}: pass the same number, at least one"
         )

@@ -72,7 +72,8 @@ def as_maps(student: Tensor, teacher: Tensor, dims: tuple[int, ...] = (3, 4)) ->
     if student.shape != teacher.shape:
         raise ValueError(
             f"teacher has shape {tuple(teacher.shape)} and student {tuple(student.shape)}: they must be the same "
-            "(channels: a 1x1 convolution or nn.Linear; places: interpolate, or cut off class and register tokens)"
+            "(channels: a 1x1 convolution or nn.Linear; places: interpolate, or cut off class and register tokens; "
+            "a map (B, C, H, W) as tokens (B, N, C): x.flatten(2).mT)"
         )
     if student.device != teacher.device:
         raise ValueError(

@@ -354,6 +354,6 @@ def refuse_grad(**tensors: Any) -> None:
         if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
             remedy = "run the teacher under torch.no_grad() or " if name == "teacher" else ""
             raise ValueError(
-                f"{name} requires grad, but the loss is differentiable in the student alone: {remedy}"
-                f"pass {name}.detach()"
+                f"{name} requires grad, but the loss is differentiable in the student, its first argument, alone: "
+                f"{remedy}pass {name}.detach()"
             )

@@ -127,6 +127,10 @@ def test_levels_that_do_not_match(name):
         loss(dict(enumerate(student)), teacher)
     with pytest.raises(ValueError, match="must be the same"):
         loss(student, teacher[::-1])
+    with pytest.raises(ValueError, match="must be the same"):
+        loss(student[0], teacher[0].mT)  # with as many entries
+    with pytest.raises(TypeError, match="student is a ndarray: pass a floating-point tensor"):
+        loss(student[0].numpy(), teacher[0].numpy())
     with pytest.raises(ValueError, match="teacher requires grad"):
         loss(student, [teacher[0], teacher[1].requires_grad_()])
 
