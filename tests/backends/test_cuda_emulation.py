@@ -149,6 +149,10 @@ def emulation(request, made_once):
     return Emulation(folder / "driver", capability)
 
 
+# For what the prepare kernels decide: the two differ in how they multiply, and in how many tiles they keep.
+of_sm_80 = pytest.mark.parametrize("emulation", [80], indirect=True)
+
+
 def maps(rows, image=None):
     """(B, N, C) -> (B, C, H, W), of one column if not told."""
     return rows.mT.unflatten(2, image or (rows.shape[1], 1))
@@ -243,6 +247,7 @@ def test_student_equal_to_teacher_gives_exactly_zero(emulation, tmp_path, make_f
             assert torch.equal(x, torch.zeros_like(x))
 
 
+@of_sm_80
 def test_any_strides_and_types(emulation, tmp_path, truth, make_features, layouts):
     student, teacher = (maps(x, (4, 6)) for x in make_features(24, 5, 0.1, batch=2))
     student, teacher = layouts[0](student.contiguous()), layouts[1](teacher.contiguous())
@@ -261,6 +266,7 @@ def test_any_strides_and_types(emulation, tmp_path, truth, make_features, layout
             truth.check(as_rows(values, gradient), truth(s, t, 0.1), truth.limits(s, t, 0.1, "fp32"))
 
 
+@of_sm_80
 def test_a_temperature_in_memory_gives_the_same_bits_and_nan_out_of_range(emulation, tmp_path, make_features):
     """At the temperatures between which the kinds of kernels change."""
     student, teacher = make_features(65, 16, 0.5, "normal", batch=2)
@@ -362,6 +368,7 @@ def test_distillation_error_is_no_more_than_rounding_makes_it(
     check_distillations(emulation, tmp_path, keys_truth, calls)
 
 
+@of_sm_80
 def test_masks_strides_and_types_of_keys(emulation, tmp_path, keys_truth, make_features):
     """Keys of each image, under masks of each, or of all; masked ones few, whole tiles from the first on, or all."""
     student, teacher = (maps(x, (4, 5)) for x in make_features(20, 10, 0.3, "normal", batch=3))
@@ -452,7 +459,7 @@ def test_what_is_not_finite_in_a_distillation_spoils_no_more_than_it_must(emulat
 # The compiler
 
 
-@pytest.mark.parametrize("architecture", [80, 75, 120])
+@pytest.mark.parametrize("architecture", [75, 120])
 def test_nothing_spills_and_tensor_cores_are_used(tmp_path, architecture):
     """Of all instances: no stack, no spills; matrix and asynchronous copy instructions from sm_80 on; no atomics."""
     try:

@@ -33,7 +33,7 @@ from dskd_fast.detection.scoring.calibrated import PARTS, CalibratedScore
 from dskd_fast.errors import UserError
 from dskd_fast.models import DSKD
 
-FORMATS = ("torch", "onnx", "openvino")
+FORMATS = ("onnx", "openvino", "torch")
 
 
 def load(path):
@@ -84,21 +84,22 @@ def random_images(batch, height, width):
 
 
 @pytest.fixture(scope="module")
-def exports(tiny_detector, threshold, made_once):
-    """By format, what was exported of the run."""
+def exports(tiny_detector, threshold, made_once, pytestconfig):
+    """By format, what was exported of the run; PyTorch's, which is the program as it was traced, with --all alone."""
+    formats = FORMATS if pytestconfig.getoption("--all") else FORMATS[:2]
 
     def fill(folder):
-        (folder / "done").write_bytes(pickle.dumps(export_all(tiny_detector, folder, "screw_bag", threshold)))
+        (folder / "done").write_bytes(pickle.dumps(export_all(formats, tiny_detector, folder, "screw_bag", threshold)))
 
     return pickle.loads((made_once("exported", fill) / "done").read_bytes())
 
 
-def export_all(detector, folder, category, threshold):
+def export_all(formats, detector, folder, category, threshold):
     """Traced once for all formats, since that takes longest, and written as ONNX once, of which OpenVINO's is made."""
     program, done = export_module._program(detector, threshold), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_module, "_program", lambda *_: program)
-        for file_format in FORMATS:
+        for file_format in formats:
             if file_format == "openvino":
                 patch.setattr(
                     export_module, "_write_onnx", lambda program, path, metadata: shutil.copy(done["onnx"].path, path)
@@ -113,7 +114,7 @@ def threshold(tiny_detector):
     return tiny_detector.calibration.threshold.value
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+@pytest.fixture(scope="module", params=[*FORMATS[:2], pytest.param("torch", marks=pytest.mark.slow)])
 def exported(request, exports):
     return exports[request.param]
 
