@@ -16,7 +16,7 @@ all_cases = report.cases
 
 
 def some_cases(architectures, precisions):
-    """A quarter of all: the table's entries with one kind of row each, so that in every precision each kind has its turn.
+    """A quarter of all: entries of the table with one kind of row each, so that in every precision each has its turn.
 
     Without fp16, which has bf16's blocks, and with fewer of the kernels over positions, but for two architectures.
     """
