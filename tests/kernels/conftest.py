@@ -19,7 +19,7 @@ def environment():
 
 
 def begin_report(config):
-    """(process, its output, its JSON) of the one report of this session: of a quarter of all cases, or without --all few."""
+    """(process, its output, its JSON) of the one report of this session, without --all of few cases."""
     if not _RUNNING:
         # Tests may run in several processes, which share one report.
         session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
