@@ -155,8 +155,8 @@ def _device_refusal(device: torch.device) -> str | None:
         if torch.cuda.is_current_stream_capturing():
             return None  # what can be found out waits for the next call
         try:
-            one = torch.ones((1, 1, 1, 1), device=device)
-            cosine_distance(one, one, one[:, 0])
+            one, map_ = torch.ones((1, 1, 1, 1), device=device), torch.ones((1, 1, 1), device=device)
+            cosine_distance(one, one, map_)
             torch.cuda.synchronize(device)
             _REFUSALS[device] = None
         except torch.OutOfMemoryError:

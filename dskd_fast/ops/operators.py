@@ -112,7 +112,7 @@ def _(student, teacher, weights, backend):
 
 def _save_gradient(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
-    ctx.others = [[None] * len(x) if isinstance(x, list | tuple) else None for x in inputs[1:]]
+    ctx.others = [[None] * len(x) if isinstance(x, (list, tuple)) else None for x in inputs[1:]]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
@@ -172,8 +172,7 @@ def _transformed(operator: Any, names: Sequence[str], joins: Callable[..., bool]
         @staticmethod
         def setup_context(ctx, inputs, output):
             spec, *leaves = inputs
-            arguments = zip(names, tree_unflatten(leaves, spec), strict=False)
-            ctx.names = [name for name, x in arguments for _ in tree_leaves(x)]
+            ctx.spec = spec
             ctx.dtype = leaves[0].dtype
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(output[1])
@@ -186,8 +185,8 @@ def _transformed(operator: Any, names: Sequence[str], joins: Callable[..., bool]
 
         @staticmethod
         def jvp(ctx, _, *tangents):
-            for name, tangent in zip(ctx.names, tangents, strict=False):
-                refuse_tangents(**{name: tangent})
+            for name, tangent in zip(names, tree_unflatten(tangents, ctx.spec), strict=False):
+                refuse_tangents(**{name: next((x for x in tree_leaves(tangent) if x is not None), None)})
 
         @staticmethod
         def vmap(info, in_dims, spec, *leaves):
@@ -274,7 +273,7 @@ def _fold(function, names, joins, info, in_dims, *inputs):
 
 def _entry(x, dim, i):
     """The i-th of what is mapped over."""
-    if isinstance(x, list | tuple):
+    if isinstance(x, (list, tuple)):
         return [_entry(part, d, i) for part, d in zip(x, dim or [None] * len(x), strict=True)]
     return x if dim is None else x.select(dim, i)
 
@@ -350,7 +349,7 @@ def refuse_tangents(**tangents: Tensor | None) -> None:
 def refuse_grad(**tensors: Any) -> None:
     """Raise ValueError if one of the inputs, tensors or lists of them by name, requires grad."""
     for name, x in tensors.items():
-        parts = x if isinstance(x, list | tuple) else (x,)
+        parts = x if isinstance(x, (list, tuple)) else (x,)
         if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
             remedy = "run the teacher under torch.no_grad() or " if name == "teacher" else ""
             raise ValueError(
