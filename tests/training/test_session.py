@@ -19,7 +19,7 @@ from dskd_fast.errors import TrainingStopped, UserError
 from dskd_fast.files import load_tensors, save_tensors
 from dskd_fast.runs.folder import load_run
 from dskd_fast.runs.options import ADDED_OPTIONS
-from dskd_fast.training import trainer as trainer_module
+from dskd_fast.training import recipe
 from dskd_fast.training.checkpoints import Checkpoints
 from dskd_fast.training.session import ensure_run, resume_run, start_run
 
@@ -347,7 +347,7 @@ class _NanFrom:
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(start, tmp_path, always_due, monkeypatch):
-    monkeypatch.setattr(trainer_module, "make_loss", lambda *_: _NanFrom(4))
+    monkeypatch.setattr(recipe, "make_loss", lambda *_: _NanFrom(4))
     kept = rf"\(the last good state is kept in {tmp_path}/run/checkpoint\.safetensors\)"
     with pytest.raises(UserError, match=rf"no longer finite .* at epoch 2, step 2 {kept}: lower --lr \(now 0\.005\)$"):
         start()
