@@ -26,7 +26,7 @@ from dskd_fast.detection.calibrate import calibrate_on
 from dskd_fast.detection.detector import calibration_of
 from dskd_fast.device import numerics
 from dskd_fast.errors import UserError
-from dskd_fast.integrations.anomalib_fitting import Fitting, NormalImages, train_and_validation
+from dskd_fast.integrations.anomalib_fitting import Fitting, NormalImages, check_callbacks, train_and_validation
 from dskd_fast.integrations.anomalib_parts import (
     DskdNetwork,
     DskdPostProcessor,
@@ -177,6 +177,7 @@ class Dskd(AnomalibModule):
         """Find out what depends on the images: epochs, batches, augmentation, which validation images are normal."""
         if not self.model.has_weights:
             raise UserError("the model was made with pre_trained=False and has no weights: leave that out to train")
+        check_callbacks(self.trainer)
         data = self.trainer.datamodule
         train, validation = train_and_validation(data)
         batch_size = self.trainer.train_dataloader.batch_size

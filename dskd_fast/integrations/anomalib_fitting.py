@@ -97,6 +97,18 @@ def train_and_validation(data: Any) -> tuple[Subset, Subset]:
     return train, validation
 
 
+def check_callbacks(trainer: Any) -> None:
+    """Refuse those that wait for a figure of validation, which there is none of: Lightning tells it an epoch later."""
+    for callback in (*trainer.early_stopping_callbacks, *trainer.checkpoint_callbacks):
+        monitor = callback.monitor or ""
+        if monitor.startswith(("image_", "pixel_", "val_")):
+            name = type(callback).__name__
+            way = (
+                "use ModelCheckpoint() without monitor" if callback in trainer.checkpoint_callbacks else "leave it out"
+            )
+            raise UserError(f"{name} monitors {monitor}, but Dskd validates nothing while it trains: {way}")
+
+
 def _normal(dataset: Any, excluded: set[str]) -> Subset:
     samples = dataset.samples
     paths, labels = samples.image_path.tolist(), samples.label_index.tolist()

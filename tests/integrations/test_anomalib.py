@@ -22,6 +22,7 @@ from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder, MVTecLOCO
 from anomalib.deploy import OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 
 from dskd_fast.integrations.anomalib import Dskd
@@ -214,6 +215,13 @@ def test_only_normal_validation_images_that_are_no_test_images_set_the_threshold
     assert (calibration.source, calibration.n_images) == ("validation", 2)
     tested = set(data.test_data.samples.image_path)
     assert tested.isdisjoint(data.val_data.samples.image_path)
+
+
+@pytest.mark.parametrize("callback", [EarlyStopping, ModelCheckpoint])
+def test_what_waits_for_a_figure_of_validation_is_refused(callback, make, tmp_path):
+    model, data, engine = make(tmp_path, callbacks=[callback(monitor="image_AUROC")])
+    with pytest.raises(UserError, match=f"{callback.__name__} monitors image_AUROC"):
+        engine.fit(model, datamodule=data)
 
 
 def test_images_are_resized_to_the_bit_and_not_normalised(test_images):
