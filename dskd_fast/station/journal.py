@@ -53,6 +53,9 @@ class Journal:
     Args:
         path: of the file. It is made, with its folder, if it is not there; else what it holds counts as judged.
 
+    Attributes:
+        thresholds: of all decisions in it.
+
     Raises (on entering):
         UserError: another process writes it, it cannot be written, or a line in it is none of ours.
     """
@@ -62,6 +65,7 @@ class Journal:
         self._lock = FileLock(path.with_name(_LOCK))
         self._file = -1
         self._length = self._n_judged = 0
+        self.thresholds: set[float] = set()
         self._states: set[tuple[str, int, int]] = set()
         self._contents: dict[tuple[str, str], str] = {}
         self._files: dict[tuple[int, int, int], tuple[str, str]] = {}
@@ -141,6 +145,8 @@ class Journal:
 
     def _note(self, state: FileState, sha256: str | None, content: dict[str, Any]) -> None:
         self._n_judged += JUDGED_AS not in content
+        if content.get("threshold") is not None:
+            self.thresholds.add(content["threshold"])
         self._states.add(state[:3])
         if sha256 is not None:
             first = content.get(JUDGED_AS, state.name)

@@ -105,6 +105,12 @@ def watch(
 
     with Journal(out / DECISIONS) as journal, Workers() as workers:
         log.info("watching %s, decisions in %s, %d of them from before", folder, journal.path, len(journal))
+        if journal.thresholds - {threshold}:
+            log.warning(
+                "warning: %s has decisions of another run or threshold, whose images are not judged again: choose "
+                "another --out if they should be",
+                journal.path,
+            )
         inbox = Inbox(folder, is_left_out, journal.knows, poll)
         station = _Station(detector, out, journal, inbox, threshold, overlays, overlay_format, patience, is_stopped)
         try:

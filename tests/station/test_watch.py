@@ -210,6 +210,14 @@ def test_a_file_that_is_not_ours_or_in_use_is_refused(watched, out, inbox, tmp_p
         watched(0)
 
 
+@pytest.mark.parametrize(("threshold", "n"), [(1.0, 0), (2.0, 1)])
+def test_decisions_at_another_threshold_are_named(threshold, n, watched, inbox, caplog):
+    save(inbox / "a.png")
+    watched(1)
+    watched(0, threshold=threshold)
+    assert caplog.text.count("another run or threshold") == n
+
+
 def test_a_full_disk_is_waited_out_with_one_message(watched, inbox, out, monkeypatch, caplog):
     monkeypatch.setattr(module, "_RETRY", POLL)
     save(inbox / "1.png", 1)
