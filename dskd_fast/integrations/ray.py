@@ -4,7 +4,7 @@
     from dskd_fast.integrations.ray import Predict
 
     images = ray.data.read_binary_files("/data/archive", include_paths=True)
-    workers = ray.data.ActorPoolStrategy(size=8)
+    workers = ray.data.ActorPoolStrategy(min_size=1, max_size=8)
     found = images.map_batches(Predict, fn_constructor_args=["/data/my_run"], batch_size=32, compute=workers)
     found.write_parquet("/data/scores", mode="overwrite")
 
