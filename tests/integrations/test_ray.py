@@ -27,12 +27,12 @@ from dskd_fast.integrations.ray import Predict
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Two workers at a time on this machine."""
+    """Two workers at a time on this machine, and a core for reading, without which they may wait for ever."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # or it keeps a token in the home folder
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         memory = 100 * 2**20
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=memory)
+        ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=memory)
         yield ray.data.ActorPoolStrategy(size=2)
         ray.shutdown()
 
