@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dskd_fast.choices import OVERLAY_FORMATS
 from dskd_fast.detection.detector import Detector
@@ -124,9 +123,9 @@ def write_overlay(
     Raises:
         UserError: a JPEG cannot be so large, or the file cannot be written; the latter is caused by an OSError.
     """
-    overlay_format = path.suffix[1:]
-    drawn = _drawn(image, anomaly_map, caption, limits, overlay_format, "draw overlays as png (--overlay-format)")
-    write_file(path, lambda temporary: drawn.save(temporary, **_ENCODING[overlay_format]))
+    what_to_do = "draw overlays as png (--overlay-format)"
+    content = overlay_file(image, anomaly_map, caption, limits, path.suffix[1:], what_to_do)
+    write_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def overlay_file(
@@ -142,27 +141,15 @@ def overlay_file(
     Raises:
         UserError: a JPEG cannot be so large; it ends with `what_to_do`.
     """
-    file = io.BytesIO()
-    drawn = _drawn(image, anomaly_map, caption, limits, overlay_format, what_to_do)
-    drawn.save(file, **_ENCODING[overlay_format])
-    return file.getvalue()
-
-
-def _drawn(
-    image: NDArray[np.uint8],
-    anomaly_map: NDArray[np.float32],
-    caption: str,
-    limits: tuple[float, float],
-    overlay_format: str,
-    what_to_do: str,
-) -> Image.Image:
     drawn = overlay(image, anomaly_map, caption, *limits)
     if overlay_format == "jpg" and max(drawn.size) > _JPEG_MAX_SIDE:
         raise UserError(
             f"its overlay has {drawn.width} x {drawn.height} pixels, and a JPEG at most {_JPEG_MAX_SIDE} on a "
             f"side: {what_to_do}"
         )
-    return drawn
+    file = io.BytesIO()
+    drawn.save(file, **_ENCODING[overlay_format])
+    return file.getvalue()
 
 
 def _all_of(jobs: list[Callable[[], dict[str, Any]]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -393,15 +394,15 @@ def test_a_full_disk_while_overlays_are_drawn_loses_no_score_and_leaves_nothing_
     paths = [write_images(tmp_path / str(width), 1, size=(width, 64))[0] for width in (80, 90, 81)]
     expected = [p.score for p in predicted(*paths, overlays="none")]
     predicted(paths[0])
-    before, save = (out / "overlays" / "000.jpg").read_bytes(), Image.Image.save
+    before, write = (out / "overlays" / "000.jpg").read_bytes(), Path.write_bytes
 
-    def save_on_full_disk(picture, path, **options):
-        save(picture, path, **options)
-        if picture.width < 2 * 90:
+    def write_on_full_disk(path, content):
+        write(path, content)
+        if Image.open(path).width < 2 * 90:
             os.truncate(path, 100)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Image.Image, "save", save_on_full_disk)
+    monkeypatch.setattr(Path, "write_bytes", write_on_full_disk)
     predict(tiny_detector, paths, out, threshold=1.0)
     found = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()][:3]
     assert [row["score"] for row in found] == pytest.approx(expected, rel=1e-4, abs=1e-4)
