@@ -60,16 +60,21 @@ def test_objects_dictionaries_single_images_and_files_give_the_figures_of_maps_o
     assert evaluate_saved(tmp_path / "p.pt", category) == expected
 
 
+def marked(batch, category):
+    """The defects of a batch's images, (B, H, W), bool."""
+    truth, of = GroundTruth(category), {str(item.path): item for item in category.test}
+    none = np.zeros(SIZE, bool)
+    masks = [np.any([none, *(d.mask for d in truth.defects(of[path]))], axis=0) for path in batch.image_path]
+    return torch.tensor(np.array(masks))
+
+
 def test_the_score_is_the_predictions_own_and_smaller_maps_are_enlarged(predicted, category):
     """A map of the defects themselves finds them; scores that say the opposite do not change that."""
-    truth = GroundTruth(category)
-    of = {str(item.path): item for item in category.test}
+    is_good = {str(item.path): item.kind == "good" for item in category.test}
     for batch in predicted:
-        items = [of[path] for path in batch.image_path]
-        marked = [np.any([np.zeros(SIZE, bool), *(d.mask for d in truth.defects(item))], axis=0) for item in items]
-        maps = torch.tensor(np.array(marked)).float()[:, None]
+        maps = marked(batch, category).float()[:, None]
         batch.anomaly_map = torch.nn.functional.interpolate(maps, (48, 60), mode="area").bfloat16()
-        batch.pred_score = torch.tensor([float(item.kind == "good") for item in items]).half()
+        batch.pred_score = torch.tensor([float(is_good[path]) for path in batch.image_path]).half()
     figures = evaluate_predictions(predicted, category)
     assert figures["auroc"] == {"structural": 0, "logical": 0, "mean": 0}
     assert figures["image_score"] == "pred_score of the predictions"
@@ -109,12 +114,8 @@ def test_values_that_anomalib_has_cut_off_are_warned_of(predicted, category):
 
 
 def test_maps_of_cropped_images_are_refused(predicted, category):
-    truth = GroundTruth(category)
-    of = {str(item.path): item for item in category.test}
     for batch in predicted:
-        items = [of[path] for path in batch.image_path]
-        marked = [np.any([np.zeros(SIZE, bool), *(d.mask for d in truth.defects(item))], axis=0) for item in items]
-        batch.gt_mask = torch.tensor(np.array(marked))
+        batch.gt_mask = marked(batch, category)
     evaluate_predictions(predicted, category)
     for batch in predicted:
         batch.gt_mask = batch.gt_mask[:, 6:-6, 8:-8]
