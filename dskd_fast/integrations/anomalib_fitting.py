@@ -18,6 +18,7 @@ from dskd_fast.errors import UserError
 from dskd_fast.integrations.anomalib_parts import DskdNetwork, to_pixels
 from dskd_fast.runs.history import Epoch
 from dskd_fast.runs.options import TrainingOptions
+from dskd_fast.training.checkpoints import Position
 from dskd_fast.training.checks import grown_loss
 from dskd_fast.training.recipe import StudentLosses, WeightAverages
 from dskd_fast.training.teacher import FrozenTeacher
@@ -59,14 +60,13 @@ class Fitting:
 
     def end_epoch(self, model: DskdNetwork) -> None:
         """Record the epoch, unless its losses show that the training has failed, which is an error."""
-        means = (torch.stack(self._totals).sum(0) / self._seen).tolist()
-        by_name = dict(zip(model.networks.students, means, strict=True))
-        speed = self._seen / (time.perf_counter() - self._started)
-        epoch = Epoch(by_name.get("local"), by_name.get("global"), speed)
+        totals = torch.stack(self._totals).sum(0).tolist()
+        at = Position(totals, seen=self._seen, seconds=time.perf_counter() - self._started)
+        epoch = at.epoch([*model.networks.students])
         history = model.record["history"]
         growth = grown_loss(Epoch(**history[0]), epoch) if history else None
-        if not all(map(math.isfinite, means)):
-            growth = f"the loss is no longer finite ({means})"
+        if not all(map(math.isfinite, totals)):
+            growth = f"the loss is no longer finite ({[total / self._seen for total in totals]})"
         if growth is not None:
             raise UserError(f"{growth} in epoch {len(history) + 1}: lower lr of the options (now {self.options.lr:g})")
         history.append(dataclasses.asdict(epoch))
