@@ -17,7 +17,7 @@ import torch
 
 from dskd_fast.data.category import Category
 from dskd_fast.errors import UserError
-from dskd_fast.files import checksum_of, in_shell, load_tensors, save_tensors
+from dskd_fast.files import in_shell, load_tensors, save_tensors
 from dskd_fast.runs.history import Epoch
 from dskd_fast.runs.options import ADDED_OPTIONS, CHANGEABLE, TrainingOptions
 from dskd_fast.training.distributed import is_launched
@@ -77,7 +77,6 @@ class Checkpoints:
 
     Attributes:
         found: what the file held at the start; None if there was none.
-        checksum: of that; None likewise.
 
     Raises:
         UserError: the file is damaged.
@@ -88,13 +87,11 @@ class Checkpoints:
         self.owner = owner
         self.former_owner = former_owner
         self.found: tuple[dict[str, torch.Tensor], Any] | None = None
-        self.checksum: str | None = None
         self._saved = time.monotonic()
         self._cost = 0.0
         if path is not None:
             try:
                 self.found = load_tensors(path)
-                self.checksum = checksum_of(path)
             except FileNotFoundError:
                 pass
             except UserError as error:

@@ -11,6 +11,7 @@ from dskd_fast.data.category import Category
 from dskd_fast.data.contents import copies
 from dskd_fast.device import is_out_of_memory, numerics
 from dskd_fast.errors import UserError
+from dskd_fast.files import checksum_of
 from dskd_fast.models import DSKD
 from dskd_fast.runs.history import Epoch
 from dskd_fast.runs.options import TrainingOptions
@@ -94,7 +95,12 @@ def check_same_training(category: Category, options: TrainingOptions, checkpoint
         UserError: in the first process that has others.
         PeerFailed: in the others.
     """
-    images, of_first, state = group.of_first((category.fingerprint, options, checkpoints.checksum))
+    if group.size == 1:
+        return
+    # Nothing has been saved since it was read.
+    path = None if checkpoints.found is None else checkpoints.path
+    own_state = group.agree(lambda: None if path is None else checksum_of(path))
+    images, of_first, state = group.of_first((category.fingerprint, options, own_state))
 
     def compare() -> None:
         if category.fingerprint != images:
@@ -109,7 +115,7 @@ def check_same_training(category: Category, options: TrainingOptions, checkpoint
                     f"{name} is {mine!r} here, and {others!r} in the training's first process: start all processes "
                     "with the same options"
                 )
-        if checkpoints.checksum != state:
+        if own_state != state:
             raise UserError(
                 f"{checkpoints.path} is not here what it is for the training's first process: have all machines see "
                 "the same run folder, or copy it to this place on each of them"
