@@ -16,17 +16,9 @@ from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
 from dskd_fast.files import load_tensors, save_tensors
 from dskd_fast.models.teacher import Teacher
-from dskd_fast.runs.folder import (
-    begin_run,
-    claimed,
-    load_run,
-    read_config,
-    save_run,
-)
+from dskd_fast.runs.folder import begin_run, claimed, load_run, read_config, save_run
 from dskd_fast.runs.options import ADDED_OPTIONS
 from dskd_fast.training.train import train
-
-# ------------------------------------------------------------------------------------------------- new folders
 
 
 def test_a_folder_is_made_and_locked_while_a_training_has_it_and_may_be_an_empty_one_behind_a_link(tmp_path, below):
@@ -68,15 +60,21 @@ def test_after_an_error_the_state_of_a_training_or_a_finished_run_is_left_or_not
     assert below(tmp_path) == ["run"] * (existed or left != []) + [f"run/{name}" for name in left]
 
 
-def test_a_folder_with_content_a_file_and_a_dead_link_are_not_replaced(tmp_path, below):
-    (tmp_path / "full").mkdir()
-    for name in (".7.csv", ".lock", "notes.txt"):
+def test_what_is_there_already_is_not_replaced_and_the_way_out_is_named(tmp_path, below):
+    for name in (".7.csv", ".lock", "notes.txt", "begun/config.json", "done/config.json", "done/calibration.json"):
+        (tmp_path / "full" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "full" / name).touch()
-    (tmp_path / "file").write_text("mine")
     (tmp_path / "dead").symlink_to("nowhere")
     before = below(tmp_path)
-    for name in ("full", "file", "dead"):
-        with pytest.raises(UserError, match=f"{name} already exists"), claimed(tmp_path / name, is_new=True):
+    for name, message in {
+        "full": "full already exists: choose another name, or move it away$",
+        "full/notes.txt": "txt already exists: .* move it away$",
+        "dead": "dead already exists",
+        "full/begun": "move it away, or go on with it by --resume .*begun$",
+        "full/done": "move it away$",
+        "full/notes.txt/run": "choose a writable place",
+    }.items():
+        with pytest.raises(UserError, match=message), claimed(tmp_path / name, is_new=True):
             pytest.fail("too late")
     assert below(tmp_path) == before
 
@@ -94,17 +92,6 @@ def test_a_second_process_is_refused(tmp_path, fork, is_new):
         (tmp_path / "run" / "config.json").touch()
         assert fork(second)() == 0
         assert (tmp_path / "run" / "config.json").exists()
-
-
-def test_a_run_in_the_way_may_be_gone_on_with_until_it_has_finished_and_a_file_is_none(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "file").touch()
-    for name, way_out in (("config.json", r"or go on with it by --resume .*run"), ("calibration.json", "move it away")):
-        (tmp_path / "run" / name).touch()
-        with pytest.raises(UserError, match=f"{way_out}$"), claimed(tmp_path / "run", is_new=True):
-            pytest.fail("too late")
-    with pytest.raises(UserError, match="writable place"), claimed(tmp_path / "file" / "run", is_new=True):
-        pytest.fail("too late")
 
 
 def test_the_lock_of_a_killed_process_does_not_hold(tmp_path, fork, below):
@@ -128,13 +115,8 @@ def test_what_is_loaded_is_what_was_saved(data_root, tiny_options, tmp_path, bel
     begin_run(tmp_path / "run", options, category, 0.1)
     (tmp_path / "run" / "checkpoint.safetensors").touch()
     save_run(tmp_path / "run", detector, options, history)
-    assert below(tmp_path / "run") == [
-        "calibration.json",
-        "config.json",
-        "history.json",
-        "scores.safetensors",
-        "weights.safetensors",
-    ]
+    names = ["calibration.json", "config.json", "history.json", "scores.safetensors", "weights.safetensors"]
+    assert below(tmp_path / "run") == names
 
     loaded, loaded_options, config = load_run(tmp_path / "run", "cpu")
     assert loaded_options == options
@@ -183,6 +165,9 @@ def test_a_missing_or_damaged_file_is_named(own_run, name):
             (own_run / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"{name}|not finished" if content is None else name):
             load_run(own_run, "cpu")
+    for folder in (own_run.parent, own_run / "nowhere"):
+        with pytest.raises(UserError, match=r"is not a run folder \(it has no config.json\)"):
+            load_run(folder, "cpu")
 
 
 def test_weights_are_never_unpickled(own_run, tmp_path):
@@ -260,9 +245,3 @@ def test_a_run_of_an_earlier_version_gives_the_same_scores(own_run, data_root, e
     assert found.decided_by == expected.decided_by
     assert (detector.calibrated is None) == (scoring == "paper")
     assert detector.bits is options.bits is detector.calibration.exposure is detector.calibration.threshold is None
-
-
-def test_any_other_folder_is_not_a_run(tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=r"is not a run folder \(it has no config.json\)"):
-            load_run(folder, "cpu")
