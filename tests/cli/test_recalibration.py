@@ -8,22 +8,12 @@ import pytest
 import torch
 
 from dskd_fast.cli import recalibration
+from dskd_fast.cli.values import rate
 from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.calibrate import Caught
 from dskd_fast.detection.calibration import threshold_from
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.folder import load_run
-
-BAD = "test/structural_anomalies"
-
-
-@pytest.fixture
-def papers_run(own_run, edit):
-    """The same networks by the paper's scoring."""
-    edit(own_run / "config.json", lambda config: config["options"].update(scoring="paper"))
-    edit(own_run / "calibration.json", lambda calibration: calibration.pop("scores"))
-    (own_run / "scores.safetensors").unlink()
-    return own_run
 
 
 @pytest.fixture
@@ -34,7 +24,19 @@ def good(write_images, tmp_path):
 
 @pytest.fixture
 def bad(data_root):
-    return data_root / "screw_bag" / BAD
+    return data_root / "screw_bag" / "test/structural_anomalies"
+
+
+@pytest.fixture
+def recalibrated(cli, own_run):
+    """Calibrates the run anew: recalibrated("--good", folder, ...) -> what is printed."""
+
+    def run(*arguments):
+        code, out, err = cli("recalibrate", own_run, *arguments)
+        assert (code, err) == (0, "")
+        return out
+
+    return run
 
 
 def state(folder):
@@ -51,10 +53,11 @@ def found_in(own_run, folder):
     return found.scores["combined"].tolist(), found.decided_by
 
 
-def test_new_good_images_change_statistics_and_threshold_and_not_the_weights(cli, own_run, good):
-    before, old = state(own_run), calibration(own_run)
-    code, out, err = cli("recalibrate", own_run, "--good", good)
-    assert (code, err) == (0, "")
+def test_new_good_images_change_the_calibration_alone_and_the_old_one_counts_where_it_is_copied_back(
+    recalibrated, own_run, good, bad
+):
+    before, old, scores = state(own_run), calibration(own_run), found_in(own_run, bad)
+    out = recalibrated("--good", good)
     new = calibration(own_run)
     for name in ("statistics", "threshold", "exposure", "scores"):
         assert new[name] != old[name]
@@ -64,57 +67,49 @@ def test_new_good_images_change_statistics_and_threshold_and_not_the_weights(cli
     assert {name for name, content in before.items() if after[name] != content} == {"calibration.json"}
     value, was = (content["threshold"]["value"] for content in (new, old))
     assert f"threshold {value:.4g} (it was {was:.4g}) from 6 good images, expected false alarms 14.29%" in out
+    assert found_in(own_run, bad) != scores
+    (kept,) = own_run.glob("calibration-*.json")
+    assert out.endswith(f"the calibration that was there is kept as {kept.name}\n")
+    shutil.copy(kept, own_run / "calibration.json")
+    assert found_in(own_run, bad) == scores
 
 
-def test_by_its_own_images_a_run_is_calibrated_for_another_precision_in_which_it_then_scores(cli, own_run, bad):
+def test_by_its_own_images_a_run_is_calibrated_for_another_precision_in_which_it_then_scores(
+    recalibrated, own_run, bad
+):
     in_fp32, old = found_in(own_run, bad)[0], calibration(own_run)
-    code, _, err = cli("recalibrate", own_run, "--precision", "bf16")
+    recalibrated("--precision", "bf16")
     new = calibration(own_run)
-    assert (code, err, old["precision"], new["precision"]) == (0, "", "fp32", "bf16")
-    assert new["source"] == "validation"
-    assert new["n_images"] == old["n_images"]
-    detector = load_run(own_run, "cpu")[0]
-    weights = [p for name, p in detector.model.named_parameters() if "student" in name and p.dim() == 4]
+    assert (old["precision"], new["precision"]) == ("fp32", "bf16")
+    assert (new["source"], new["n_images"]) == ("validation", old["n_images"])
+    model = load_run(own_run, "cpu")[0].model
+    weights = [p for name, p in model.named_parameters() if "student" in name and p.dim() == 4]
     assert {p.dtype for p in weights} == {torch.bfloat16}
     in_bf16 = found_in(own_run, bad)[0]
     assert in_bf16 != in_fp32
     assert in_bf16 == pytest.approx(in_fp32, rel=0.2, abs=0.5)  # a network trained for three steps
-    code, _, err = cli("export", own_run, "--format", "torch")
-    assert (code, "recalibrate" in err) == (2, True)
     # The networks are the same as ever, and so is what they were calibrated to.
-    assert cli("recalibrate", own_run, "--precision", "fp32").code == 0
+    recalibrated("--precision", "fp32")
     assert found_in(own_run, bad)[0] == pytest.approx(in_fp32, rel=1e-3, abs=1e-3)
-    code, _, err = cli("recalibrate", own_run)
-    assert (code, "--good" in err) == (2, True)
 
 
-def test_for_another_precision_new_good_images_are_not_given_up_for_the_runs_own(cli, cli_error, own_run, good, edit):
-    assert cli("recalibrate", own_run, "--good", good).code == 0
+def test_for_another_precision_new_good_images_are_not_given_up_for_the_runs_own(
+    recalibrated, cli_error, own_run, good, edit
+):
+    recalibrated("--good", good)
     before, message = state(own_run), "is calibrated by other images: pass their folder with --good, too"
     assert message in cli_error("recalibrate", own_run, "--precision", "fp32")
     assert state(own_run) == before
     # As versions wrote it that did not record which images they were.
     edit(own_run / "calibration.json", lambda content: content.pop("by_other_images"))
     assert message in cli_error("recalibrate", own_run, "--precision", "fp32")
-    code, out, _ = cli("recalibrate", own_run, "--precision", "bf16", "--good", good)  # within the same second, perhaps
-    assert (code, "scores are in bf16 from now on" in out) == (0, True)
+    # Within the same second, perhaps.
+    assert "scores are in bf16 from now on" in recalibrated("--precision", "bf16", "--good", good)
     assert len([*own_run.glob("calibration-*.json")]) == 2
 
 
-def test_the_old_calibration_is_kept_and_counts_again_where_it_is_copied_back(cli, own_run, good, bad):
-    scores, old = found_in(own_run, bad), state(own_run)["calibration.json"]
-    out = cli("recalibrate", own_run, "--good", good).out
-    (kept,) = own_run.glob("calibration-*.json")
-    assert out.endswith(f"the calibration that was there is kept as {kept.name}\n")
-    assert json.loads(kept.read_bytes()) == json.loads(old)
-    assert found_in(own_run, bad) != scores
-    shutil.copy(kept, own_run / "calibration.json")
-    assert found_in(own_run, bad) == scores
-
-
-def test_killed_before_the_calibration_is_written_the_run_is_the_old_one(own_run, good, bad, cli, monkeypatch):
-    scores, old = found_in(own_run, bad), state(own_run)
-    write = runs.write_json
+def test_killed_before_the_calibration_is_written_the_run_is_the_old_one(own_run, good, cli, monkeypatch):
+    old, write = state(own_run), runs.write_json
 
     def killed(path, content):
         if path.name == "calibration.json":
@@ -125,18 +120,21 @@ def test_killed_before_the_calibration_is_written_the_run_is_the_old_one(own_run
     assert cli("recalibrate", own_run, "--good", good).code == "killed"
     assert len(list(own_run.glob("scores-*.safetensors"))) == 1
     assert state(own_run).items() > old.items()
-    assert found_in(own_run, bad) == scores
+    load_run(own_run, "cpu")
 
 
-@pytest.mark.parametrize(("text", "rate"), [("0.5%", "0.005"), ("0.005", "0.005"), ("20 %", "0.2")])
-def test_the_rate_of_false_alarms_is_a_share_or_a_percentage(cli, own_run, good, text, rate):
-    out = " ".join(cli("recalibrate", own_run, "--good", good, "--false-alarms", text).out.split())
-    assert calibration(own_run)["threshold"]["rule"].count(f"at most {100 * float(rate):g} %") == 1
-    assert (f"not {rate}, for which 199 are needed" in out) == (rate == "0.005")
+def test_the_rate_of_false_alarms_is_a_share_or_a_percentage(recalibrated, own_run, good):
+    assert [rate(text) for text in ("0.5%", "0.005", "20 %")] == [0.005, 0.005, 0.2]
+    out = " ".join(recalibrated("--good", good, "--false-alarms", "0.5%").split())
+    assert calibration(own_run)["threshold"]["rule"].count("at most 0.5 %") == 1
+    assert "not 0.005, for which 199 are needed" in out
 
 
-def test_each_bad_image_is_reported_with_what_decided_and_each_part_with_what_it_would_find(cli, own_run, good, bad):
-    out = cli("recalibrate", own_run, "--good", good, "--bad", bad).out
+def test_each_bad_image_is_reported_with_what_decided_and_each_part_with_what_it_would_find(
+    recalibrated, own_run, good, bad
+):
+    out = recalibrated("--good", good, "--bad", bad, "--false-alarms", "20 %")
+    assert "are needed" not in out
     scores, decided_by = found_in(own_run, bad)
     threshold = calibration(own_run)["threshold"]["value"]
     lines = [line for line in out.splitlines() if line.startswith(("found ", "MISSED "))]
@@ -151,70 +149,67 @@ def test_each_bad_image_is_reported_with_what_decided_and_each_part_with_what_it
     assert out.count("% at 0.2 false alarms\n") == len(names)
 
 
+@pytest.fixture
+def bad_by_local(monkeypatch):
+    """Bad images whose local part has a value, and all others another: bad_by_local(detector -> value, other)."""
+
+    def replace(of_local, other):
+        def score_bad(detector, paths):
+            parts = {n: np.full(len(paths), of_local(detector) if n == "local" else other) for n in detector.parts}
+            return Caught(paths, parts, ["local"] * len(paths))
+
+        monkeypatch.setattr(recalibration, "score_bad", score_bad)
+
+    return replace
+
+
 def test_chosen_parts_alone_decide_and_the_run_says_so_until_it_is_calibrated_without_them(
-    cli, own_run, good, bad, monkeypatch
+    recalibrated, own_run, good, bad, bad_by_local
 ):
-    monkeypatch.setattr(recalibration, "score_bad", found_by_local_alone)
-    assert load_run(own_run, "cpu")[0].calibrated.used == load_run(own_run, "cpu")[0].parts
-    out = " ".join(cli("recalibrate", own_run, "--good", good, "--bad", bad, "--choose-parts").out.split())
+    def just_found(detector):
+        """What the other parts say of the good images raises the threshold of all above this."""
+        calibrated = detector.calibrated
+        return threshold_from(calibrated.left_out[:, 0], calibrated.rounding(), are_left_out=True).value + 1e-3
+
+    bad_by_local(just_found, -99.0)
+    parts = load_run(own_run, "cpu")[0].parts
+    out = " ".join(recalibrated("--good", good, "--bad", bad, "--choose-parts").split())
     assert "bad images found at the threshold: 3 of 3" in out
     content = calibration(own_run)
     (warning,) = (text for text in content["warnings"] if "decide" in text)
     chosen = content["chosen_parts"]
     assert "local" in chosen
-    assert set(chosen) < set(load_run(own_run, "cpu")[0].parts)
+    assert set(chosen) < set(parts)
     assert warning.startswith(f"only {', '.join(chosen)} decide: chosen by 3 known bad images")
     assert f"warning: {warning}" in out
-    detector = load_run(own_run, "cpu")[0]
-    assert detector.calibrated.used == tuple(content["chosen_parts"]) == tuple(detector.calibration.chosen_parts)
+    assert load_run(own_run, "cpu")[0].calibrated.used == tuple(chosen)
     assert set(found_in(own_run, bad)[1]) <= set(chosen)
 
-    monkeypatch.setattr(runs, "replace_calibration", lambda folder, detector, _: save(folder, detector))
-    assert cli("recalibrate", own_run, "--good", good).code == 0
-    assert load_run(own_run, "cpu")[0].calibrated.used == detector.parts
-    assert calibration(own_run)["chosen_parts"] is None
+    # Without bad images all decide, and where no choice of parts finds more of them.
+    bad_by_local(lambda _: 99.0, 99.0)
+    for more in ([], ["--bad", bad, "--choose-parts"]):
+        out = recalibrated("--good", good, *more)
+        assert ("all parts decide: no choice of them finds more of the bad images\n" in out) == (more != [])
+        content = calibration(own_run)
+        assert content["chosen_parts"] is None
+        assert not any("decide" in text for text in content["warnings"])
+        assert load_run(own_run, "cpu")[0].calibrated.used == parts
 
 
-def found_by_local_alone(detector, paths):
-    """What the other parts say of the good images raises the threshold of all above this."""
-    calibrated = detector.calibrated
-    value = threshold_from(calibrated.left_out[:, 0], calibrated.rounding(), are_left_out=True).value + 1e-3
-    parts = {name: np.full(len(paths), value if name == "local" else -99.0) for name in detector.parts}
-    return Caught(paths, parts, ["local"] * len(paths))
-
-
-def found_by_all(detector, paths):
-    return Caught(paths, {name: np.full(len(paths), 99.0) for name in detector.parts}, ["local"] * len(paths))
-
-
-def test_where_no_choice_of_parts_finds_more_all_decide_and_nothing_was_chosen(cli, own_run, good, bad, monkeypatch):
-    monkeypatch.setattr(recalibration, "score_bad", found_by_all)
-    out = cli("recalibrate", own_run, "--good", good, "--bad", bad, "--choose-parts").out
-    assert "all parts decide: no choice of them finds more of the bad images\n" in out
-    content = calibration(own_run)
-    assert content["chosen_parts"] is None
-    assert not any("decide" in text for text in content["warnings"])
-    detector = load_run(own_run, "cpu")[0]
-    assert detector.calibrated.used == detector.parts
-
-
-def save(folder, detector):
-    """Two calibrations within a second have no names of their own."""
-    runs.save_calibration(folder, detector, "scores-later.safetensors")
-    return "calibration-later.json"
-
-
-def test_the_papers_scoring_is_calibrated_as_well(cli, papers_run, good, bad):
-    old = calibration(papers_run)
-    code, out, _ = cli("recalibrate", papers_run, "--good", good, "--bad", bad)
-    assert code == 0
-    new = calibration(papers_run)
+def test_the_papers_scoring_is_calibrated_as_well(recalibrated, cli_error, own_run, good, bad, edit):
+    edit(own_run / "config.json", lambda config: config["options"].update(scoring="paper"))
+    edit(own_run / "calibration.json", lambda content: content.pop("scores"))
+    (own_run / "scores.safetensors").unlink()
+    old = calibration(own_run)
+    assert "no parts: leave" in cli_error("recalibrate", own_run, "--good", good, "--bad", bad, "--choose-parts")
+    out = recalibrated("--good", good, "--bad", bad)
+    new = calibration(own_run)
     assert new["statistics"] != old["statistics"]
     assert new["threshold"]["value"] != old["threshold"]["value"]
     assert "scores" not in new
     assert "bad images found at the threshold: " in out
     assert "each part" not in out
-    scores, decided_by = found_in(papers_run, good)
+    scores, decided_by = found_in(own_run, good)
     assert max(scores) < new["threshold"]["value"]
     assert decided_by == [None] * 3
 
@@ -224,6 +219,7 @@ def test_what_does_not_fit_is_one_sentence_and_changes_nothing(cli_error, own_ru
     empty.mkdir()
     both = shutil.copytree(bad, good / "bad")
     for arguments, message in (
+        ([], "nothing to calibrate by: pass a folder of good images with --good, or another --precision"),
         (["--good", good, "--choose-parts"], "--choose-parts needs known bad images"),
         (["--good", empty], f"{empty} holds no images: pass a folder of images with --good"),
         (["--good", good, "--bad", empty], f"{empty} holds no images: pass a folder of images with --bad"),
