@@ -10,22 +10,15 @@ from dskd_fast.progress import log
 from dskd_fast.runs.history import TrainingState
 
 LIMITS = ("0.01", "0.05", "0.1", "0.3", "1.0")
+KINDS = ("structural", "logical", "mean")
 
 
 def figures(start):
     """Figures that are all different."""
-    values = iter(f"0.{i:03d}" for i in range(start, start + 100))
-
-    def three():
-        return {kind: next(values) for kind in ("structural", "logical", "mean")}
-
-    auroc, spro_at = three(), {limit: three() for limit in LIMITS}
-
-    def as_numbers(texts):
-        return {kind: float(text) for kind, text in texts.items()}
-
-    numbers = {limit: as_numbers(texts) for limit, texts in spro_at.items()}
-    return {"auroc": as_numbers(auroc), "spro": numbers["0.05"], "spro_at": numbers}
+    values = (i / 1000 for i in range(start, start + 100))
+    auroc, *spro = ({kind: next(values) for kind in KINDS} for _ in range(1 + len(LIMITS)))
+    spro_at = dict(zip(LIMITS, spro, strict=True))
+    return {"auroc": auroc, "spro": spro_at["0.05"], "spro_at": spro_at}
 
 
 @pytest.fixture
@@ -52,7 +45,7 @@ def test_each_figure_stands_in_its_row_and_column_and_no_terminal_is_too_narrow(
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     expected = {}
-    for kind in ("structural", "logical", "mean"):
+    for kind in KINDS:
         expected[f"AUROC {kind}"] = [f["auroc"][kind] for f in columns.values()]
         for limit in LIMITS:
             expected[f"sPRO@{float(limit):g} {kind}"] = [f["spro_at"][limit][kind] for f in columns.values()]
@@ -78,7 +71,7 @@ def test_each_part_has_a_row_with_its_areas_and_its_decisions_and_no_terminal_is
 
 
 def test_a_student_alone_has_one_column_unless_other_parts_are_scored_with_it(screen):
-    parts = {"parts": {"teacher-means": dict.fromkeys(("structural", "logical", "mean"), 0.5)}, "decided_by": None}
+    parts = {"parts": {"teacher-means": dict.fromkeys(KINDS, 0.5)}, "decided_by": None}
     said = {"category": "c", "n_images": {"good": 1}, "decisions": None, "suspects": {}, **parts}
     said |= {"absent": [], "warnings": [], "unused": [], "bad_masks": []}
     for scoring, names in (("paper", ["local alone"]), ("calibrated", ["all parts", "local alone"])):

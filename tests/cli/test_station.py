@@ -48,14 +48,13 @@ def background(fork, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_watch_writes_lines_for_programs_and_sentences_for_people_and_ends_with_0(
-    background, tiny_run, write_images, tmp_path, number
+    background, tiny_run, write_images, tmp_path
 ):
     write_images(tmp_path / "inbox", 2)
     end = background("watch", tiny_run, tmp_path / "inbox", "--out", tmp_path / "results", "--poll", "0.01")
     until(tmp_path / "out", r"001\.png.*\n")
-    assert end(number) == 0
+    assert end(signal.SIGTERM) == 0
     lines = (tmp_path / "out").read_text()
     assert lines == (tmp_path / "results" / "decisions.jsonl").read_text()
     assert [json.loads(line)["path"] for line in lines.splitlines()] == ["000.png", "001.png"]
@@ -84,8 +83,5 @@ def test_what_cannot_be_is_said_in_a_sentence(cli_error, tiny_run, tmp_path, mon
     monkeypatch.setattr(module, "_PACKAGES", ("fastapi", "no_such_package"))
     message = cli_error("serve", tiny_run)
     assert 'serve needs no_such_package, not installed here: run pip install "dskd-fast[serve]"' in message
-
-
-def test_without_a_threshold_watch_refuses(cli_error, tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "threshold_of", lambda *_: None)
     assert "pass --threshold" in cli_error("watch", tiny_run, tmp_path, "--out", tmp_path / "results")
