@@ -8,9 +8,9 @@ import dskd_fast.cli.demo as demo
 
 @pytest.fixture
 def tiny(monkeypatch, tiny_options):
-    """The demo with few images and the tiny teacher."""
+    """The demo with few small images and the tiny teacher."""
     counts = {"n_train": 4, "n_validation": 2, "n_test_good": 4, "n_structural": 2, "n_logical": 1}
-    monkeypatch.setattr(demo, "_COUNTS", counts)
+    monkeypatch.setattr(demo, "_COUNTS", counts | {"size": (120, 96)})
     monkeypatch.setattr(
         commands, "options_for_demo", lambda device, seed: tiny_options(device=device, seed=seed, image_size=32)
     )
