@@ -14,11 +14,15 @@ from dskd_fast.training.distributed import ALONE, Group
 from dskd_fast.training.teacher import FrozenTeacher
 
 
+@pytest.fixture
+def images(data_root):
+    return ImageStore(open_category(data_root, "screw_bag").train, 64)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_kept_features_are_the_teachers_and_none_are_kept_beyond_the_limit(
-    data_root, tiny_options, monkeypatch, precision
+    images, tiny_options, monkeypatch, precision
 ):
-    images = ImageStore(open_category(data_root, "screw_bag").train, 64)
     options = tiny_options(precision=precision)
     model = options.networks(pretrained=True).to(memory_format=torch.channels_last)
     state = {name: x.clone() for name, x in model.state_dict().items()}
@@ -43,10 +47,9 @@ def test_kept_features_are_the_teachers_and_none_are_kept_beyond_the_limit(
 
 
 def test_features_are_not_kept_where_the_memory_is_too_small_and_long_work_says_how_far_it_is(
-    data_root, tiny_options, monkeypatch, caplog
+    images, tiny_options, monkeypatch, caplog
 ):
     caplog.set_level(logging.INFO, "dskd_fast")
-    images = ImageStore(open_category(data_root, "screw_bag").train, 64)
     options = tiny_options()
     teacher = FrozenTeacher(options.networks(pretrained=True).teacher, options)
     monkeypatch.setattr(teacher_module, "PROGRESS_SECONDS", 0)
@@ -56,8 +59,7 @@ def test_features_are_not_kept_where_the_memory_is_too_small_and_long_work_says_
     class Two(Group):
         """Two processes, of which the other has room."""
 
-        def add(self, values):
-            return values
+        add = staticmethod(lambda values: values)
 
     too_large = "the teacher's features of the 12 images are too large to be kept, so it runs in every step"
     with monkeypatch.context() as patch:
