@@ -12,7 +12,8 @@ from dskd_fast.paper.baselines.f_anogan import FAnoGan
 from dskd_fast.paper.baselines.fitting import Fitting
 from dskd_fast.paper.baselines.gcad import Gcad
 from dskd_fast.paper.baselines.mnad import ITEMS, Mnad
-from dskd_fast.paper.baselines.patchcore import PatchCore, coreset
+from dskd_fast.paper.baselines.neighbours import nearest
+from dskd_fast.paper.baselines.patchcore import NEIGHBOURS, PatchCore, coreset, patches_of
 from dskd_fast.paper.baselines.protocol import Baseline
 from dskd_fast.paper.baselines.spade import Spade
 from dskd_fast.paper.baselines.us import UninformedStudents
@@ -105,9 +106,6 @@ def test_the_variation_model_is_mean_and_deviation_of_grey_values():
 @torch.no_grad()
 def test_a_patch_of_the_memory_has_no_distance_and_the_weight_of_a_score_is_equation_7(fitted, toy):
     method = fitted("patchcore-25")
-    from dskd_fast.paper.baselines.neighbours import nearest
-    from dskd_fast.paper.baselines.patchcore import NEIGHBOURS, patches_of
-
     assert nearest(method.memory, method.memory).distances.max() == 0
     patches = patches_of(toy.bad.features).flatten(1, 2).double()
     memory = method.memory.double()
