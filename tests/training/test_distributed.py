@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import dskd_fast.training.train as train_module
 from dskd_fast.cli import main
@@ -67,7 +69,7 @@ def test_gradients_and_batch_norm_are_those_of_one_process(in_two, tmp_path, tin
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(in_two, train, tmp_path, cli, below):
-    recipe = ["--epochs", "2", "--lr", "0.0001", "--batch-size", "5"]
+    recipe = ["--lr", "0.0001", "--batch-size", "5"]
     codes, (first, second) = in_two(lambda: main(train(tmp_path / "two", *recipe)))
     assert codes == [0, 0]
     # Only the first of them speaks.
@@ -75,12 +77,10 @@ def test_two_processes_train_what_one_trains(in_two, train, tmp_path, cli, below
     assert second == ""
     assert cli(*train(tmp_path / "one", *recipe)).code == 0
     assert below(tmp_path / "two") == below(tmp_path / "one")
-    histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two")]
-    assert len(histories[0]) == len(histories[1]) == 2
-    for one, two in zip(*histories, strict=True):
-        for loss in ("local_loss", "global_loss"):
-            # Adam divides gradients by their size: what rounds differently near zero moves a weight by up to lr a step.
-            assert two[loss] == pytest.approx(one[loss], rel=0.02)
+    (one,), (two,) = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two"))
+    for loss in ("local_loss", "global_loss"):
+        # Adam divides gradients by their size: what rounds differently near zero moves a weight by up to lr a step.
+        assert two[loss] == pytest.approx(one[loss], rel=0.02)
     assert load_run(tmp_path / "two", "cpu")[0].calibration.threshold.n_images == 4
 
 
@@ -130,52 +130,41 @@ def test_ctrl_c_under_torchrun_saves(train, tmp_path):
     assert load_tensors(tmp_path / "run" / "checkpoint.safetensors")
 
 
-_NODE = """
-import os, signal, sys
-from dskd_fast.cli import main
-from dskd_fast.training.checkpoints import Checkpoints
-from dskd_fast.training.trainer import Trainer
-
-original, steps = Trainer.step, []
-
-def step(*arguments):
-    steps.append(1)
-    if len(steps) == 4 and os.environ["RANK"] == os.environ.get("KILLED_RANK"):
-        for process in (os.getppid(), os.getpid()):
-            os.kill(process, signal.SIGKILL)
-    return original(*arguments)
-
-Trainer.step, Checkpoints.is_due = step, lambda self: True
-sys.exit(main())
-"""
-
-
 @pytest.mark.slow
-def test_two_nodes_of_which_one_is_killed_end_with_the_bits_of_one(in_two, train, tmp_path):
+def test_two_nodes_of_which_one_is_killed_end_with_the_bits_of_one(in_two, train, tmp_path, monkeypatch):
     """Two launchers on this machine, as torchrun is started on two; the reference are two processes of one."""
-    (tmp_path / "node.py").write_text(_NODE)
+    original, steps = Trainer.step, []
 
-    def in_two_nodes(*arguments, **environment):
+    def step(*arguments):
+        steps.append(1)
+        if len(steps) == 3 and os.environ["RANK"] == "1":
+            for process in (os.getppid(), os.getpid()):
+                os.kill(process, signal.SIGKILL)
+        return original(*arguments)
+
+    def in_two_nodes(*arguments):
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        launcher = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id {port}"
-        launcher += f" --rdzv-endpoint localhost:{port} --local-addr localhost"
-        command = [sys.executable, *launcher.split(), str(tmp_path / "node.py"), *arguments]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        nodes = [subprocess.Popen(command, env=os.environ | environment, **streams) for _ in range(2)]
-        try:
-            texts = [node.communicate(timeout=240)[0] for node in nodes]
-        finally:
-            for node in nodes:
-                node.kill()
-        return dict(sorted((node.returncode, text) for node, text in zip(nodes, texts, strict=True)))
+            endpoint = f"localhost:{free.getsockname()[1]}"
+        settings = {"rdzv_backend": "c10d", "rdzv_endpoint": endpoint, "run_id": "test", "local_addr": "localhost"}
+        settings |= {"max_restarts": 0, "start_method": "fork"}
 
-    ends = in_two_nodes(*train(tmp_path / "two", "--epochs", "2"), KILLED_RANK="1")
+        def node():
+            try:
+                elastic_launch(LaunchConfig(2, 2, 1, **settings), lambda: sys.exit(main([*arguments])))()
+            except ChildFailedError as error:
+                return error.get_first_failure()[1].exitcode
+
+        return dict(sorted(zip(*in_two(node), strict=True)))
+
+    monkeypatch.setattr(Checkpoints, "is_due", lambda self: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        ends = in_two_nodes(*train(tmp_path / "two"))
     assert [*ends] == [-signal.SIGKILL, 1]
     assert ends[1].count("dskd-fast: another process of this training does not answer any more") == 1
     assert [*in_two_nodes("train", "--resume", str(tmp_path / "two"))] == [0]
-    assert in_two(lambda: main(train(tmp_path / "one", "--epochs", "2")))[0] == [0, 0]
+    assert in_two(lambda: main(train(tmp_path / "one")))[0] == [0, 0]
     for name in ("weights.safetensors", "scores.safetensors", "calibration.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
