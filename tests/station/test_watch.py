@@ -170,6 +170,19 @@ def test_a_slow_writer_is_waited_for_and_holds_up_nobody(watched, inbox):
     assert [(line["path"], line["error"]) for line in found] == [("whole.png", None), ("slow.png", None)]
 
 
+def test_a_file_that_changes_while_it_is_read_is_read_again(watched, inbox, monkeypatch):
+    path, fstat = save(inbox / "1.png"), os.fstat
+
+    def changing(file):
+        found = fstat(file)
+        if found.st_ino == path.stat().st_ino:
+            os.utime(path, (1, 1))
+        return found
+
+    monkeypatch.setattr(os, "fstat", changing)
+    assert [line["mtime_ns"] for line in watched(1)] == [10**9]
+
+
 def test_a_file_that_cannot_be_decoded_is_tried_ever_more_rarely_until_its_last_try(inbox):
     path = save(inbox / "1.png")
     files = Inbox(inbox, lambda folder: False, lambda state: False, poll=1)
