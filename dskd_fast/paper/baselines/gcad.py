@@ -1,14 +1,15 @@
 """GCAD: a local branch that regresses descriptors, and a global one that does so through a narrow bottleneck.
 
 Bergmann et al., "Beyond Dents and Scratches: Logical Constraints in Unsupervised Anomaly Detection and Localization"
-(IJCV 2022). Theirs: the local network regresses a pretrained encoder's descriptors; the global encoder condenses the
-image to a vector of g numbers, an upsampling network makes the same descriptors of it, and a network without the
-bottleneck learns what the two make; each branch's squared error is normalised by mean and deviation over validation
-images, and the two are added. Its code is not public, and this was written from the description above. Ours: the
-descriptors, see `Descriptors`; one size of patches, 37 pixels, in place of 17 and 33, whose maps they average (of 128
-pixels that is far more of the image than of their 256); smaller networks with batch normalisation, all from random
-weights, of which the local one sees its patch alone; gradients of the third loss reach the network without the
-bottleneck alone; few steps, at the rate of all methods here.
+(IJCV 2022). Its code is not public; this was written from notes of readers of the paper. Theirs: the local network
+regresses a pretrained encoder's descriptors; the global encoder condenses the image to g = 32 numbers and makes maps
+of d = 10 channels of them, from which an upsampling network of three 1 x 1 convolutions makes the same descriptors; a
+network without the bottleneck learns the d maps. The regression networks are of U-Net's form and see the whole image.
+All losses are mean squares; maps are lengths of differences, each branch's in deviations over validation images, and
+the two are added. Ours: the descriptors, see `Descriptors`, one kind in place of two (patches of 17 and 33), whose maps
+they average; smaller networks with batch normalisation; the global encoder has no connections past the bottleneck,
+which theirs fades out; gradients of the third loss reach the network without the bottleneck alone, so that it may be
+trained from the start, where theirs joins after a tenth of the training; few steps, at the rate of all methods here.
 """
 
 from collections.abc import Sequence
@@ -16,13 +17,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dskd_fast.paper.baselines.blocks import Normaliser, down, fit_normalisers, squared_error, train_networks, up
-from dskd_fast.paper.baselines.descriptors import Descriptors, Regression, fitted_to
+from dskd_fast.paper.baselines.blocks import (
+    SLOPE,
+    Normaliser,
+    down,
+    fit_normalisers,
+    squared_error,
+    train_networks,
+    up,
+)
+from dskd_fast.paper.baselines.descriptors import Descriptors, fitted_to
 from dskd_fast.paper.baselines.fitting import Fitting
 from dskd_fast.paper.baselines.protocol import Baseline, Images
 
 BOTTLENECK = 32
 """g, the numbers that an image is condensed to."""
+DEPTH = 10
+"""d, the channels of the maps that are made of them."""
 _GRID = 4
 
 
@@ -35,21 +46,26 @@ class Gcad(Baseline):
         super().__init__(size, channels)
         n = self.channels[1]
         self.descriptors = Descriptors(n)
-        self.local = Regression(n)
-        self.encoder = nn.Sequential(
+        self.local = _Regression(n)
+        self.condensing = nn.Sequential(
             *(down(a, b) for a, b in ((3, 32), (32, 64), (64, 128), (128, 128), (128, 128))),
             nn.AdaptiveAvgPool2d(_GRID),
             nn.Flatten(),
             nn.Linear(128 * _GRID**2, BOTTLENECK),
-        )
-        self.upsampling = nn.Sequential(
             nn.Linear(BOTTLENECK, 128 * _GRID**2),
             nn.Unflatten(1, (128, _GRID, _GRID)),
             up(128, 128),
             up(128, 128),
-            nn.Conv2d(128, n, 3, padding=1),
+            nn.Conv2d(128, DEPTH, 3, padding=1),
         )
-        self.unconstrained = _Unconstrained(n)
+        self.upsampling = nn.Sequential(
+            nn.Conv2d(DEPTH, 128, 1),
+            nn.LeakyReLU(SLOPE),
+            nn.Conv2d(128, 128, 1),
+            nn.LeakyReLU(SLOPE),
+            nn.Conv2d(128, n, 1),
+        )
+        self.unconstrained = _Regression(DEPTH)
         self.of_local, self.of_global = Normaliser(), Normaliser()
 
     def fit(self, images: Images, validation: Images, fitting: Fitting) -> None:
@@ -62,29 +78,26 @@ class Gcad(Baseline):
         return self.at_size(self.of_local(local) + self.of_global(global_))
 
     def _outputs(self, images: Images) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Descriptors, and those of the local, the condensing and the unconstrained network."""
+        """Descriptors and the local network's; what is made of the condensed image, and the unconstrained network's."""
         wanted = self.descriptors(images)
         pixels = 2 * images.pixels - 1
-        size = wanted.shape[-2:]
-        condensed = self.upsampling(self.encoder(pixels))
-        return (
-            wanted,
-            *(fitted_to(found, size) for found in (self.local(pixels), condensed, self.unconstrained(pixels))),
-        )
+        networks = (self.local, self.condensing, self.unconstrained)
+        local, condensed, unconstrained = (fitted_to(network(pixels), wanted.shape[-2:]) for network in networks)
+        return wanted, local, condensed, unconstrained
 
     def _loss(self, images: Images) -> Tensor:
         wanted, local, condensed, unconstrained = self._outputs(images)
-        pairs = ((local, wanted), (condensed, wanted), (unconstrained, condensed.detach()))
+        pairs = ((local, wanted), (self.upsampling(condensed), wanted), (unconstrained, condensed.detach()))
         return torch.stack([squared_error(found, target).mean() for found, target in pairs]).sum()
 
     def _local_and_global(self, images: Images) -> Tensor:
-        """The squared errors of both branches, (B, 2, h, w)."""
+        """The lengths of the differences in both branches, (B, 2, h, w)."""
         wanted, local, condensed, unconstrained = self._outputs(images)
-        return torch.stack([squared_error(local, wanted), squared_error(unconstrained, condensed)], 1)
+        return torch.stack([squared_error(local, wanted), squared_error(unconstrained, condensed)], 1).sqrt()
 
 
-class _Unconstrained(nn.Module):
-    """Images (B, 3, S, S) -> descriptors (B, channels, S/8, S/8), from the whole image, past no bottleneck."""
+class _Regression(nn.Module):
+    """Images (B, 3, S, S) -> (B, channels, S/8, S/8), from the whole image, past no bottleneck."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
