@@ -41,15 +41,6 @@ NAMES = ["affinity", "cosine", "flattened"]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_single_tensor_is_a_single_level(name, reduction):
-    (student, _), (teacher, _) = levels(1), levels(2)
-    loss = make(name, reduction=reduction)
-    alone, listed = loss(student, teacher), loss([student], [teacher])
-    assert torch.equal(alone, listed[0] if reduction == "none" else listed)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_images_and_positions_are_reduced_and_levels_added(name, reduction):
     teacher = levels(2)
     leaves, double_leaves = ([x.to(d).requires_grad_() for x in levels(1)] for d in (torch.float32, torch.float64))
@@ -70,6 +61,9 @@ def test_images_and_positions_are_reduced_and_levels_added(name, reduction):
     expected.backward()
     for a, b in zip(leaves, double_leaves, strict=True):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-6)
+    # A single tensor is a single level.
+    alone, listed = (make(name, reduction=reduction)(*pair) for pair in ((a, teacher[-1]), ([a], [teacher[-1]])))
+    assert torch.equal(alone, listed[0] if reduction == "none" else listed)
 
 
 def test_flattening_weighs_positions_by_their_magnitude():
@@ -112,27 +106,27 @@ def test_the_backend_is_passed_on(monkeypatch, name):
         asked.clear()
 
 
+S, T = levels(1), levels(2)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "error", "message"),
+    [
+        (S, T[:1], ValueError, r"student has 2 levels and teacher 1: .*same number"),
+        ([], [], ValueError, r"student has 0 levels and teacher 0: .*at least one"),
+        (S[0], T, TypeError, "both be tensors or both be lists"),
+        (S, T[0], TypeError, "both be tensors or both be lists"),
+        (dict(enumerate(S)), T, TypeError, "lists of levels, not student a dict and teacher a list"),
+        (S, T[::-1], ValueError, "must be the same"),
+        (S[0], T[0].mT, ValueError, "must be the same"),  # with as many entries
+        (S[0].numpy(), T[0].numpy(), TypeError, "student is a ndarray: pass a floating-point tensor"),
+        (S, [T[0], T[1].clone().requires_grad_()], ValueError, "teacher requires grad"),
+    ],
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_levels_that_do_not_match(name):
-    loss, student, teacher = make(name), levels(1), levels(2)
-    with pytest.raises(ValueError, match=r"student has 2 levels and teacher 1: .*same number"):
-        loss(student, teacher[:1])
-    with pytest.raises(ValueError, match=r"student has 0 levels and teacher 0: .*at least one"):
-        loss([], [])
-    with pytest.raises(TypeError, match="both be tensors or both be lists"):
-        loss(student[0], teacher)
-    with pytest.raises(TypeError, match="both be tensors or both be lists"):
-        loss(student, teacher[0])
-    with pytest.raises(TypeError, match="lists of levels, not student a dict and teacher a list"):
-        loss(dict(enumerate(student)), teacher)
-    with pytest.raises(ValueError, match="must be the same"):
-        loss(student, teacher[::-1])
-    with pytest.raises(ValueError, match="must be the same"):
-        loss(student[0], teacher[0].mT)  # with as many entries
-    with pytest.raises(TypeError, match="student is a ndarray: pass a floating-point tensor"):
-        loss(student[0].numpy(), teacher[0].numpy())
-    with pytest.raises(ValueError, match="teacher requires grad"):
-        loss(student, [teacher[0], teacher[1].requires_grad_()])
+def test_levels_that_do_not_match(name, student, teacher, error, message):
+    with pytest.raises(error, match=message):
+        make(name)(student, teacher)
 
 
 def test_defaults_are_the_papers():

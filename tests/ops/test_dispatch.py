@@ -160,6 +160,8 @@ def test_a_backend_that_is_named_is_used_or_is_an_error_never_another_backend(ba
         with pytest.raises(BackendError) as raised:
             choose(asked, x, x, "fp32")
         assert str(raised.value) == f"{named} cannot serve this call: it has no time; {remedy}"
+    other = BACKENDS[0] if backend != BACKENDS[0] else BACKENDS[1]
+    assert choose(other, x, x, "fp32") == (other, {})  # whatever the variable says
     assert issubclass(BackendError, UserError)
     assert issubclass(BackendError, RuntimeError)
 
@@ -172,14 +174,6 @@ def test_an_unknown_backend_is_an_error(backend):
             call(backend)
         assert str(raised.value).startswith(f"backend={backend!r} ")
         assert all(repr(name) in str(raised.value) for name in BACKENDS)
-
-
-def test_the_argument_overrides_the_variable(backends, monkeypatch):
-    x = of(torch.float32)
-    monkeypatch.setenv(BACKEND_VARIABLE, BACKENDS[0])
-    backends[BACKENDS[0]] = "it has no time"
-    for named in BACKENDS[1:]:
-        assert choose(named, x, x, "fp32") == (named, {})
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -265,12 +259,17 @@ def test_importing_the_kernels_launches_nothing_and_a_cpu_has_the_interpreter_al
     assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_forced_precision_holds_whatever_the_inputs(precision):
-    for dtype in FLOATS:
-        assert resolve_precision(precision, of(dtype), of(dtype)) == precision
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert resolve_precision(precision, of(dtype), of(dtype)) == precision
+def test_precision_of_a_pair():
+    """A forced one holds; float64 is never rounded; autocast counts before the inputs' own half precision."""
+    halves = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    for student, teacher, cast in itertools.product(FLOATS, FLOATS, (None, *halves)):
+        expected = "fp32" if torch.float64 in (student, teacher) else halves.get(cast)
+        if expected is None:
+            expected = halves.get(student, AMBIENT) if student == teacher else AMBIENT
+        pair = of(student), of(teacher)
+        with torch.autocast("cpu", dtype=cast or torch.bfloat16, enabled=cast is not None):
+            assert resolve_precision(None, *pair) == expected
+            assert [resolve_precision(forced, *pair) for forced in PRECISIONS] == list(PRECISIONS)
 
 
 def test_the_former_name_of_fp32_is_understood():
@@ -287,26 +286,6 @@ def test_an_unknown_precision_is_an_error(precision):
     with pytest.raises(ValueError, match="is not known: use None or one of 'fp32', 'tf32', 'bf16', 'fp16'") as raised:
         resolve_precision(precision, of(torch.float32), of(torch.float32))
     assert str(raised.value).startswith(f"precision={precision!r} ")
-
-
-def test_precision_of_a_pair():
-    for student, teacher in itertools.product(FLOATS, FLOATS):
-        expected = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(student, AMBIENT)
-        if student != teacher:
-            expected = AMBIENT
-        if torch.float64 in (student, teacher):
-            expected = "fp32"
-        assert resolve_precision(None, of(student), of(teacher)) == expected
-
-
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
-def test_autocast_counts_before_the_inputs_but_not_before_float64(dtype, expected):
-    with torch.autocast("cpu", dtype=dtype):
-        for student in (torch.float16, torch.bfloat16, torch.float32):
-            assert resolve_precision(None, of(student), of(student)) == expected
-        assert resolve_precision(None, of(torch.float64), of(torch.float32)) == "fp32"
-        with torch.autocast("cpu", enabled=False):
-            assert resolve_precision(None, of(torch.float32), of(torch.float32)) == AMBIENT
 
 
 @pytest.mark.parametrize(
