@@ -1,241 +1,28 @@
-"""The backends, what their contextual affinity is compared with, and how far from it rounding alone may take it."""
+"""The backends, each on a device that it serves, and what goes into them."""
 
+import contextlib
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from dskd_fast.backends.common import accumulation_dtype
+from dskd_fast.backends.common import PreparedKeys, accumulation_dtype
 from dskd_fast.ops import dispatch
 
-UNIT_ROUNDOFF = {"fp32": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
-FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53
-
-
-class Truth:
-    """KL map and gradient in float64, by formulas that lose no digits however close the student is.
-
-    The textbook in float64 loses T^2 eps (log N + 1/T), which is more than the whole KL of a good student. Here, with
-    p = softmax(a) and c = d - sum_j p_j d_j,
-
-        KL / T^2 = log sum_j p_j exp(d_j) - sum_j p_j d_j = log1p(sum_j p_j (expm1(c_j) - c_j)),
-
-    a sum of positive terms. `test_truth_*` compare it with 120-digit arithmetic and with the textbook.
-    """
-
-    def __call__(self, student, teacher, temperature, rows=None):
-        """(B, N, C) tensors -> KL (B, N) and d KL_i / d student_i (B, N, C), numpy, float64; or of the first `rows`."""
-        pairs = [self._image(*self._directions(s, t, rows), temperature) for s, t in zip(student, teacher, strict=True)]
-        return tuple(np.stack(x) for x in zip(*pairs, strict=True))
-
-    def limits(self, student, teacher, temperature, precision, draws=8, rows=None):
-        """What rounding alone does to the two: root mean square errors, KL (B, N) and gradient (B, N).
-
-        A backend rounds the operands of its products (t_i or k_i, which give the same softmax; s_i - t_i, k_j, and the
-        weights p_s - p_t) to a unit roundoff u, and works in float32 from there on. So this evaluates the truth with
-        every operand off by the relative amount u, of random sign, and with the errors of float32: a product of C terms
-        is off by sqrt(C) u32 |x||y| (Higham and Mary's probabilistic bound), exp and the sums by a few u32. What the KL
-        and the gradient then change by is their conditioning at this very input, for any N, C and T; real rounding
-        errors lie within +-u, so they come to about half of it. No term depends on how a backend is written.
-        """
-        random = np.random.default_rng(0)
-        u = UNIT_ROUNDOFF[precision]
-        double = precision == "fp32" and torch.float64 in (student.dtype, teacher.dtype)
-        u, working = (FLOAT64, FLOAT64) if double else (u, FLOAT32)
-
-        def off(x, by):
-            return x + by * random.choice(np.array((-1.0, 1.0)), size=x.shape)
-
-        kl_limits, gradient_limits = [], []
-        for raw_s, raw_t in zip(student, teacher, strict=True):
-            s, t, keys, delta, inverse_norm = self._directions(raw_s, raw_t, rows)
-            kl, gradient = self._image(s, t, keys, delta, inverse_norm, temperature)
-            sizes = [np.linalg.norm(x, axis=1, keepdims=True) for x in (t, delta, keys)]
-            accumulation = math.sqrt(s.shape[1]) * working * sizes[2].T / temperature
-            squares = np.zeros((2, len(kl)))
-            for _ in range(draws):
-                # The subtractions s - t and t - mean t are themselves exact to a rounding of unit vectors in float64.
-                k = off(keys, u * np.abs(keys) + FLOAT64)
-                a = off(t, u * np.maximum(np.abs(t), np.abs(keys[:rows]))) @ k.T / temperature
-                a = off(a, 4 * working + accumulation * sizes[0])
-                d = off(delta, u * np.abs(delta) + FLOAT64) @ k.T / temperature
-                d = off(d, accumulation * sizes[1])
-                noisy_kl, weight = self._rows(a, d)
-                raw = temperature * off(weight, u * np.abs(weight)) @ k
-                tangent = raw - (raw * s).sum(1, keepdims=True) * s
-                noisy = off(tangent, working * np.linalg.norm(raw, axis=1, keepdims=True)) * inverse_norm
-                noisy_kl = off(temperature**2 * noisy_kl, 4 * working * kl)
-                squares += (noisy_kl - kl) ** 2, ((noisy - gradient) ** 2).sum(1)
-            kl_limit, gradient_limit = np.sqrt(squares / draws)
-            # Weights below float32's normal range have no digits left.
-            smallest = 0 if double else float(np.finfo(np.float32).tiny) * len(keys)
-            kl_limits.append(kl_limit + smallest * max(1, temperature**2))
-            gradient_limits.append(gradient_limit + smallest * max(1, temperature) * (1 + inverse_norm[:, 0]))
-        return np.stack(kl_limits), np.stack(gradient_limits)
-
-    @staticmethod
-    def check(result, exact, limits):
-        """Assert that (KL, gradient) are as close to the exact ones as rounding permits.
-
-        All positions together within twice the root mean square of `limits`; each alone within 12 times, since a limit
-        that is itself estimated from 8 draws can be far too small for one position in thousands.
-        """
-        kl, gradient = (np.abs(got.double().numpy() - true) for got, true in zip(result, exact, strict=True))
-        errors = kl, np.linalg.norm(gradient, axis=-1)
-        for name, error, limit in zip(("KL", "gradient"), errors, limits, strict=True):
-            assert np.linalg.norm(error) <= 2 * np.linalg.norm(limit), name
-            worst = np.unravel_index(np.argmax(error - 12 * limit), error.shape)
-            assert error[worst] <= 12 * limit[worst], f"{name} at {worst}"
-
-    @staticmethod
-    def _directions(student, teacher, rows):
-        s, inverse_norm = _normalise(student.detach().double().numpy())
-        t, _ = _normalise(teacher.double().numpy())
-        return s[:rows], t[:rows], t - t.mean(0), (s - t)[:rows], inverse_norm[:rows]
-
-    @classmethod
-    def _image(cls, s, t, keys, delta, inverse_norm, temperature):
-        kl, weight = cls._rows(t @ keys.T / temperature, delta @ keys.T / temperature)
-        raw = temperature * weight @ keys
-        return temperature**2 * kl, (raw - (raw * s).sum(1, keepdims=True) * s) * inverse_norm
-
-    @staticmethod
-    def _rows(a, d):
-        """KL / T^2 and p_s - p_t of each row, from the logits a and the differences d (both (N, N))."""
-        d = d - np.diagonal(d)[:, None]  # the largest p is there: its c is then the sum of the others' tiny parts
-        p, q = _softmax(a), _softmax(a + d)
-        mean = (p * d).sum(1, keepdims=True)
-        c = d - mean
-        small = np.minimum(c, 300)
-        tail = _expm1_tail(small)
-        v = (p * tail).sum(1, keepdims=True)
-        kl = np.log1p(v)
-        weight = p * (tail + small - v) / (1 + v)
-        far = c.max(1, keepdims=True) > 300  # exp(c) would overflow; a KL of hundreds has no digits to lose
-        kl = np.where(far, _logsumexp(a + d) - _logsumexp(a) - mean, kl)
-        return kl[:, 0], np.where(far, q - p, weight)
-
-
-def _normalise(x):
-    norm = np.linalg.norm(x, axis=-1, keepdims=True)
-    inverse_norm = np.divide(1, norm, out=np.zeros_like(norm), where=norm > 0)
-    return x * inverse_norm, inverse_norm
-
-
-def _logsumexp(x):
-    top = x.max(1, keepdims=True)
-    return top + np.log(np.exp(x - top).sum(1, keepdims=True))
-
-
-def _softmax(x):
-    return np.exp(x - _logsumexp(x))
-
-
-def _expm1_tail(x):
-    """expm1(x) - x, by its series where that cancels: 0.5^20 / 21! is below float64's roundoff."""
-    near = np.clip(x, -0.5, 0.5)
-    series = np.zeros_like(x)
-    for k in range(20, 1, -1):
-        series = series * near + 1 / math.factorial(k)
-    return np.where(np.abs(x) <= 0.5, series * near * near, np.expm1(x) - x)
-
-
-class KeysTruth:
-    """The same of the distillation against any keys, with the arguments of `functional.affinity_distillation`."""
-
-    def __call__(self, *call, **options):
-        """(B, N, C) twice and keys (B, K, C) -> KL (B, N) and d KL_i / d student_i (B, N, C), numpy, float64."""
-        images = [self._image(*image) for image in self._images(*call, **options)]
-        return tuple(np.stack(x) for x in zip(*images, strict=True))
-
-    def limits(self, *call, precision, draws=8, **options):
-        """What rounding alone does to the two, as `Truth.limits` has it: operands are t / T_t, delta, k, p_s - p_t."""
-        random = np.random.default_rng(0)
-        double = precision == "fp32" and torch.float64 in (call[0].dtype, call[1].dtype)
-        u, working = (FLOAT64, FLOAT64) if double else (UNIT_ROUNDOFF[precision], FLOAT32)
-
-        def off(x, by):
-            return x + by * random.choice(np.array((-1.0, 1.0)), size=x.shape)
-
-        found = [], []
-        for s, t, delta, keys, mask, *through in self._images(*call, **options):
-            kl, gradient = self._image(s, t, delta, keys, mask, *through)
-            sizes = [np.linalg.norm(x, axis=1, keepdims=True) for x in (t, delta, keys)]
-            accumulation = math.sqrt(s.shape[1]) * working * sizes[2].T
-            squares = np.zeros((2, len(kl)))
-            for _ in range(draws):
-                k = off(keys, u * np.abs(keys) + FLOAT64)
-                a = off(t, u * np.abs(t)) @ k.T
-                a = off(a, 4 * working + accumulation * sizes[0])
-                d = off(off(delta, u * np.abs(delta) + FLOAT64) @ k.T, accumulation * sizes[1])
-                noisy_kl, weight = self._rows(a, d, mask)
-                # A weight that is computed from its logits again has their rounding, which its sum does not know of.
-                logits = working * (sizes[0] + sizes[1]) * sizes[2].T
-                by = u * np.abs(weight) + logits * (_softmax(a) + _softmax(a + d)) if mask.any() else 0
-                noisy = self._through(off(weight, by) @ k, s, *through)
-                raw = np.linalg.norm(weight @ keys, axis=1, keepdims=True) * through[1] / through[2]
-                noisy = off(noisy, working * raw)
-                noisy_kl = off(noisy_kl, 4 * working * kl)
-                squares += (noisy_kl - kl) ** 2, ((noisy - gradient) ** 2).sum(1)
-            # Weights below float32's normal range have no digits left.
-            smallest = 0 if double else float(np.finfo(np.float32).tiny) * len(keys)
-            for limits, x, factor in zip(
-                found, np.sqrt(squares / draws), (1, (through[1] / through[2])[:, 0]), strict=True
-            ):
-                limits.append(x + smallest * (1 + factor))
-        return tuple(map(np.stack, found))
-
-    check = staticmethod(Truth.check)
-
-    @staticmethod
-    def _images(student, teacher, keys, *, student_temperature, teacher_temperature, key_mask=None, normalize=True):
-        for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
-            s, t, k = (x.detach().double().numpy() for x in (s, t, keys[i % len(keys)]))
-            inverse_norm = np.ones((len(s), 1))
-            if normalize:
-                (s, inverse_norm), (t, _), (k, _) = map(_normalise, (s, t, k))
-            mask = np.ones(len(k), bool) if key_mask is None else key_mask[i % len(key_mask)].numpy()
-            t = t / teacher_temperature
-            delta = s / student_temperature - t
-            yield s, t, delta, k - k.mean(0), mask, normalize, inverse_norm, student_temperature
-
-    @classmethod
-    def _image(cls, s, t, delta, keys, mask, *through):
-        kl, weight = cls._rows(t @ keys.T, delta @ keys.T, mask)
-        return kl, cls._through(weight @ keys, s, *through)
-
-    @staticmethod
-    def _through(raw, s, normalize, inverse_norm, student_temperature):
-        """The gradient with respect to the student's vectors from that with respect to the logits' rows."""
-        along = (raw * s).sum(1, keepdims=True) * s if normalize else 0
-        return (raw - along) * inverse_norm / student_temperature
-
-    @staticmethod
-    def _rows(a, d, mask):
-        if not mask.any():
-            return np.zeros(len(a)), np.zeros_like(a)
-        a, d = np.where(mask, a, -np.inf), np.where(mask, d, 0)
-        d = d - np.take_along_axis(d, a.argmax(1)[:, None], 1)
-        p = _softmax(a)
-        mean = (p * d).sum(1, keepdims=True)
-        c = d - mean
-        small = np.clip(c, None, 300)
-        tail = _expm1_tail(small)
-        v = (p * tail).sum(1, keepdims=True)
-        far = np.where(mask, c, 0).max(1, keepdims=True) > 300
-        kl = np.where(far, _logsumexp(a + d) - _logsumexp(a) - mean, np.log1p(v))
-        return kl[:, 0], np.where(far, _softmax(a + d) - p, p * (tail + small - v) / (1 + v))
+from .emulated import HERE, SOURCES, Emulation, compile_with_emulation, native_build
+from .truth import KeysTruth, Truth
 
 
 class Backend:
     """A backend on a device: takes rows (B, N, C), gives the map (B, N) and the gradient (B, N, C), both on the CPU."""
 
-    def __init__(self, name):
+    def __init__(self, name, module=None):
         implementation, where = name.split("-")
-        self.module = dispatch.load(implementation)
+        self.name = name
+        self.module = module or dispatch.load(implementation)
         self.device = "cuda" if where == "cuda" else "cpu"
         self.is_interpreted = where == "interpreter"
+        self.is_slow = self.is_interpreted or implementation == "emulation"
 
     def affinity(self, student, teacher, temperature, precision="fp32", with_gradient=True, image=None):
         """Rows are seen as an image of one column, or as one of (H, W)."""
@@ -256,6 +43,10 @@ class Backend:
             *maps, keys, *temperatures, *masks, normalize, precision, with_gradient
         ))  # fmt: skip
 
+    def prepared(self, keys, precision="fp32", normalize=True):
+        packed = self.module.prepare_keys(keys.to(self.device), normalize, precision)
+        return PreparedKeys(packed, tuple(keys.shape), normalize, precision, "")
+
     def cosine(self, student, teacher, with_gradient=True):
         return self._rows(*self.cosine_of_maps(*(self._maps(x, None) for x in (student, teacher)), with_gradient))
 
@@ -271,8 +62,8 @@ class Backend:
         return self.module.cosine_distance(student, teacher, weights)
 
     def some(self, values, k):
-        """All of `values`; interpreted, at a fifth of a second per call, the k-th alone, so that k has to go round."""
-        return (values[k % len(values)],) if self.is_interpreted else values
+        """All of `values`; where a call takes a fifth of a second, the k-th alone, so that k has to go round."""
+        return (values[k % len(values)],) if self.is_slow else values
 
     def _maps(self, rows, image):
         return rows.to(self.device).mT.unflatten(2, image or (rows.shape[1], 1))
@@ -283,6 +74,7 @@ class Backend:
 
 # Implementation and where it runs.
 BACKENDS = ("torch-cpu", "cpu-cpu", "triton-interpreter", "torch-cuda", "triton-cuda", "cuda-cuda")
+EMULATIONS = {"emulation-sm80": 80, "emulation-sm75": 75}
 
 
 def _backend_or_reason(name):
@@ -302,7 +94,10 @@ def _backend_or_reason(name):
 
 
 def _parameters(*names):
-    return [pytest.param(name, id=name, marks=[pytest.mark.gpu] if name.endswith("-cuda") else []) for name in names]
+    def marks(name):
+        return pytest.mark.gpu if name.endswith("-cuda") else pytest.mark.slow if name in EMULATIONS else ()
+
+    return [pytest.param(name, id=name, marks=marks(name)) for name in names]
 
 
 @pytest.fixture(scope="session")
@@ -323,9 +118,31 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=_parameters(*BACKENDS))
+@pytest.fixture(scope="session")
+def emulations(made_once):
+    """emulations(name) -> the backend."""
+    opened = {}
+
+    def get(name):
+        if name not in opened:
+            csrc, capability = native_build.csrc_folder() / "cuda", EMULATIONS[name]
+            sources = [*(csrc / f"{stem}.cu" for stem in SOURCES), HERE / "driver.cpp"]
+            folder = made_once(
+                name, lambda folder: compile_with_emulation(folder / "driver", sources, capability >= 80)
+            )
+            opened[name] = Backend(name, Emulation(folder, capability))
+        return opened[name]
+
+    yield get
+    for backend in opened.values():
+        backend.module.close()
+
+
+@pytest.fixture(params=_parameters(*BACKENDS, *EMULATIONS))
 def backend(request, all_backends):
     """Interpreted, with tiles as they are for the interpreter; `triton_backend` has those of the table."""
+    if request.param in EMULATIONS:
+        return request.getfixturevalue("emulations")(request.param)
     opened = _available(all_backends, request.param)
     if opened.is_interpreted:
         request.getfixturevalue("set_tiles")(64, 64)
@@ -354,6 +171,33 @@ def set_tiles(monkeypatch):
         monkeypatch.setattr(prepare, "BLOCK_C", configs.SMALLEST_WIDTH)
 
     return patch
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """`with guarded():` every new buffer lies inside a larger one, whose other elements have to stay as they are."""
+
+    @contextlib.contextmanager
+    def run(guard=1024, mark=77):
+        around, empty_like = [], torch.empty_like
+
+        def guarded_empty(shape, *, dtype, device):
+            around.append(torch.full((math.prod(shape) + 2 * guard,), mark, dtype=dtype, device=device))
+            return around[-1][guard:-guard].view(shape)
+
+        def guarded_like(x, *, dtype):
+            inside = guarded_empty((x.numel(),), dtype=dtype, device=x.device)
+            return inside.as_strided(x.shape, empty_like(x, dtype=dtype).stride(), guard)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", guarded_empty)
+            patch.setattr(torch, "empty_like", guarded_like)
+            yield
+        assert len(around) > 10
+        for outer in around:
+            assert (torch.cat((outer[:guard], outer[-guard:])) == mark).all()
+
+    return run
 
 
 @pytest.fixture(params=_parameters("triton-interpreter", "triton-cuda"))
@@ -404,6 +248,36 @@ def truth():
 @pytest.fixture(scope="session")
 def keys_truth():
     return KeysTruth()
+
+
+@pytest.fixture(scope="session")
+def check_affinity(truth):
+    """Has a backend compute an affinity, asserts that it is as exact as rounding permits, and returns it."""
+
+    def check(backend, student, teacher, temperature, precision="fp32", **options):
+        result = backend.affinity(student, teacher, temperature, precision, **options)
+        limits = truth.limits(student, teacher, float(temperature), precision)
+        truth.check(result, truth(student, teacher, float(temperature)), limits)
+        return result
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_distillation(keys_truth):
+    """The same of a distillation: rows that the mask leaves out are 0, whatever they hold."""
+
+    def check(backend, student, teacher, keys, *, precision="fp32", row_mask=None, **options):
+        result = backend.distillation(student, teacher, keys, precision=precision, row_mask=row_mask, **options)
+        taken = torch.ones(student.shape[:2], dtype=torch.bool) if row_mask is None else row_mask
+        call = torch.where(taken.unsqueeze(-1), student, teacher), teacher, keys
+        kl, gradient = keys_truth(*call, **options)
+        exact = kl * taken.numpy(), gradient * taken.unsqueeze(-1).numpy()
+        keys_truth.check(result, exact, keys_truth.limits(*call, precision=precision, **options))
+        assert all((x[~taken] == 0).all() for x in result)
+        return result
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -73,12 +73,9 @@ CASES = crossing(
         *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[16:]),
     ],
 )
-def test_error_is_no_more_than_rounding_makes_it(backend, truth, make_features, size, form, noise, kind):
+def test_error_is_no_more_than_rounding_makes_it(backend, check_affinity, make_features, size, form, noise, kind):
     temperature, k = form
-    student, teacher = make_features(*size, noise, kind)
-    result = backend.affinity(student, teacher, temperature, PRECISIONS[k])
-    limits = truth.limits(student, teacher, temperature, PRECISIONS[k])
-    truth.check(result, truth(student, teacher, temperature), limits)
+    check_affinity(backend, *make_features(*size, noise, kind), temperature, PRECISIONS[k])
 
 
 # Promised relative errors of the KL map and of the gradient.
@@ -96,79 +93,53 @@ PROMISED = {"fp32": (2e-5, 1e-4), "tf32": (3e-4, 1e-3), "fp16": (3e-4, 1e-3), "b
 )
 def test_errors_at_a_real_size(backend, truth, make_features, request, kind, temperature, noise, precision):
     if backend.is_interpreted:  # all rows at once; sums over the keys still have as many parts as in the table
-        request.getfixturevalue("set_tiles")(1024, 64)
-    student, teacher = make_features(1000, 256, noise, kind)
-    result = backend.affinity(student, teacher, temperature, precision, image=(25, 40))
+        request.getfixturevalue("set_tiles")(512, 64)
+    student, teacher = make_features(500, 256, noise, kind)
+    result = backend.affinity(student, teacher, temperature, precision, image=(20, 25))
     exact = truth(student, teacher, temperature)
     for got, true, promised in zip(result, exact, PROMISED[precision], strict=True):
         assert relative_error(got, true) <= promised
 
 
 @pytest.mark.parametrize("k", range(4))
-def test_inputs_of_any_types(backend, truth, make_features, k):
+def test_inputs_of_any_types(backend, check_affinity, make_features, k):
     """Half-precision inputs are not rounded again, nor subtracted in half precision."""
     student, teacher = make_features(33, 20, 0.01)
     student, teacher = student.to(HALVES_AND_FLOAT[k % 3]), teacher.to(HALVES_AND_FLOAT[(k + 1 + k // 3) % 3])
     for precision in backend.some(PRECISIONS, k):
-        result = backend.affinity(student, teacher, 0.1, precision)
+        result = check_affinity(backend, student, teacher, 0.1, precision)
         assert [x.dtype for x in result] == [torch.float32] * 2
-        truth.check(result, truth(student, teacher, 0.1), truth.limits(student, teacher, 0.1, precision))
     result = backend.cosine(student, teacher)
     assert [x.dtype for x in result] == [torch.float32] * 2
     exact = reference.cosine_distance(student.double(), teacher.double())
     torch.testing.assert_close(result[0].double(), exact, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("temperature", "precisions"),
-    [
-        (0.01, PRECISIONS),
-        (0.02, ("bf16", "fp16")),
-        (math.nextafter(1 / 32, 0), ("fp32", "tf32")),
-        (1 / 32, ("tf32", "fp16")),
-        (0.1, ("fp32", "bf16")),
-        (1, ("bf16", "fp16")),
-        (4, ("fp32", "fp16")),
-        (100, ("tf32", "bf16")),
-    ],
-)
-def test_students_that_are_far_off(backend, truth, make_features, temperature, precisions):
-    """Opposite, unrelated, zero and close vectors in one image: exp(d) over- and underflows at the low temperatures."""
-    close, teacher = make_features(65, 16, 0.01, "normal")
-    unrelated, _ = make_features(65, 16, 0.01, "normal", seed=1)
-    student = close.clone()
-    student[:, 10:20] = -teacher[:, 10:20]
-    student[:, 20:40] = unrelated[:, 20:40]
-    student[:, 40:45] = 0
-    student[:, 45:50] = teacher[:, 46:51]
-    exact = truth(student, teacher, temperature)
-    for precision in precisions:
-        result = backend.affinity(student, teacher, temperature, precision)
-        assert all(torch.isfinite(x).all() for x in result)
-        truth.check(result, exact, truth.limits(student, teacher, temperature, precision))
-
-
-# 0.01 as float32 has it, a little below.
+# 0.01 as float32 has it, a little below; most kinds of kernels have something to do below 1/32.
 @pytest.mark.parametrize(
     ("k", "temperature"),
-    list(enumerate((torch.tensor(0.01).item(), math.nextafter(1 / 32, 0), 1 / 32, 0.1, 1, 4, 100))),
+    [*enumerate((torch.tensor(0.01).item(), 0.02, math.nextafter(1 / 32, 0), 1 / 32, 0.1, 1, 4, 100)), (3, 0.01)],
 )
-def test_a_temperature_in_the_devices_memory(backend, truth, make_features, k, temperature):
-    """Where the host does not know which kinds of kernels have something to do."""
-    if backend.module.__name__.endswith(".cpu"):
-        pytest.skip("a CPU's memory is the host's: the operator has read the temperature")
-    student, teacher = make_features(65, 16, 0.1)
-    student[:, 10:30] = -teacher[:, 10:30]
-    exact = truth(student, teacher, temperature)
+def test_students_that_are_far_off(backend, check_affinity, make_features, k, temperature):
+    """Opposite, unrelated, zero and close vectors in one image: exp(d) over- and underflows at the low temperatures.
+
+    In the device's memory a temperature is not known to the host, which launches all kinds of kernels then.
+    """
+    student, teacher = make_features(65, 16, 0.01, "normal")
+    student[:, 10:20] = -teacher[:, 10:20]
+    student[:, 20:40] = make_features(65, 16, 0.01, "normal", seed=1)[0][:, 20:40]
+    student[:, 40:45] = 0
+    student[:, 45:50] = teacher[:, 46:51]
     in_memory = torch.tensor(temperature, dtype=torch.float64, device=backend.device)
     for precision in backend.some(PRECISIONS, k):
-        result = backend.affinity(student, teacher, in_memory, precision)
-        truth.check(result, exact, truth.limits(student, teacher, temperature, precision))
+        result = check_affinity(backend, student, teacher, temperature, precision)
+        if backend.name != "cpu-cpu":  # whose memory is the host's: the operator has read the temperature
+            assert all(map(torch.equal, result, backend.affinity(student, teacher, in_memory, precision)))
 
 
 @pytest.mark.parametrize(("k", "temperature"), list(enumerate((0.0099, 100.1, math.nan))))
 def test_a_temperature_in_memory_that_is_out_of_range_gives_nan(backend, make_features, k, temperature):
-    if backend.module.__name__.endswith(".cpu"):
+    if backend.name == "cpu-cpu":
         pytest.skip("a CPU's memory is the host's: the operator has read and refused the temperature")
     student, teacher = make_features(70, 5, 0.1)
     student[:, :3] = teacher[:, :3]
@@ -178,15 +149,14 @@ def test_a_temperature_in_memory_that_is_out_of_range_gives_nan(backend, make_fe
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_large_common_shift_of_the_student_keeps_the_digits(backend, truth, precision):
+def test_a_large_common_shift_of_the_student_keeps_the_digits(backend, check_affinity, precision):
     """Within one material all d_ij are nearly the same; their common part must not drown the KL."""
     random = torch.Generator().manual_seed(0)
     material = torch.randn(8, 64, generator=random)[torch.arange(96) % 8]
     teacher = (material + 0.02 * torch.randn(96, 64, generator=random))[None]
     student = teacher - 0.3 * material
     student = student + 0.3 * torch.randn(1, 1, 64, generator=random)
-    result = backend.affinity(student, teacher, 0.1, precision)
-    truth.check(result, truth(student, teacher, 0.1), truth.limits(student, teacher, 0.1, precision))
+    check_affinity(backend, student, teacher, 0.1, precision)
 
 
 @pytest.mark.parametrize(("k", "temperature"), list(enumerate((0.01, 0.1, 1, 100))))
@@ -203,19 +173,13 @@ def test_student_equal_to_teacher_gives_exactly_zero(backend, make_features, k, 
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(0, 0.05), (1, 0.01), (2, 1), (3, 100)])
-def test_zero_vectors(backend, truth, make_features, k, temperature):
+def test_zero_vectors(backend, check_affinity, make_features, k, temperature):
     student, teacher = make_features(17, 9, 0.1)
     student[:, [0, 5, 16]] = 0
     teacher[:, [0, 6]] = 0
-    textbook = reference.contextual_affinity(student.double(), teacher.double(), temperature)
-    lost = 2.0**-50 * temperature**2 * (1 + 1 / temperature)
     for precision in backend.some(PRECISIONS, k):
-        result = backend.affinity(student, teacher, temperature, precision)
-        limits = truth.limits(student, teacher, temperature, precision)
-        truth.check(result, truth(student, teacher, temperature), limits)
-        assert (result[1][:, (student == 0).all(-1)[0]] == 0).all()
-        error = (result[0].double() - textbook).abs().numpy()
-        assert (error <= 12 * limits[0] + lost).all()
+        _, gradient = check_affinity(backend, student, teacher, temperature, precision)
+        assert (gradient[:, [0, 5, 16]] == 0).all()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -275,7 +239,7 @@ def test_nothing_to_compare(backend, shape):
 
 def test_a_large_batch(backend, truth, make_features):
     """More images than fit into one dimension of a grid, where that does not take minutes."""
-    repeats = 2 if backend.is_interpreted else 22_000
+    repeats = 2 if backend.is_slow else 22_000
     student, teacher = make_features(2, 3, 0.1, batch=3)
     exact, limits = truth(student, teacher, 0.1), truth.limits(student, teacher, 0.1, "bf16")
     result = backend.affinity(student.repeat(repeats, 1, 1), teacher.repeat(repeats, 1, 1), 0.1, "bf16")
@@ -354,37 +318,26 @@ def poisoned_memory():
 
 @pytest.mark.parametrize(("precision", "temperature"), [*zip(PRECISIONS, (0.02, 0.1, 1, 4), strict=True)])
 def test_the_same_bits_again_whatever_was_in_memory(backend, make_features, poisoned_memory, precision, temperature):
-    """Inputs are left alone, too."""
+    """Inputs are left alone, too; without a gradient, a map is the same; autocast does not round a backend's operands.
+
+    In the emulation, threads run in another order each time.
+    """
     student, teacher = make_features(65, 20, 0.1)
     student[0, :7] *= -1
     before = student.clone(), teacher.clone()
     first = backend.affinity(student, teacher, temperature, precision), backend.cosine(student, teacher)
-    with poisoned_memory():
+    with poisoned_memory(), torch.autocast(backend.device, dtype=torch.bfloat16):
         second = backend.affinity(student, teacher, temperature, precision), backend.cosine(student, teacher)
     for a, b in zip(first, second, strict=True):
         assert all(map(torch.equal, a, b))
+    for (expected, _), (values, gradient) in (
+        (first[0], backend.affinity(student, teacher, temperature, precision, with_gradient=False)),
+        (first[1], backend.cosine(student, teacher, with_gradient=False)),
+    ):
+        assert gradient is None
+        assert torch.equal(values, expected)
     assert torch.equal(student, before[0])
     assert torch.equal(teacher, before[1])
-
-
-@pytest.mark.parametrize("temperature", [0.02, 0.5, 4])
-def test_without_a_gradient_none_is_made(backend, make_features, temperature):
-    student, teacher = make_features(33, 12, 0.1)
-    kl, gradient = backend.affinity(student, teacher, temperature, with_gradient=False)
-    assert gradient is None
-    assert torch.equal(kl, backend.affinity(student, teacher, temperature)[0])
-    distance, gradient = backend.cosine(student, teacher, with_gradient=False)
-    assert gradient is None
-    assert torch.equal(distance, backend.cosine(student, teacher)[0])
-
-
-def test_autocast_does_not_round_the_operands_of_a_backend(backend, make_features):
-    student, teacher = make_features(33, 12, 0.1)
-    outside = backend.affinity(student, teacher, 0.1), backend.cosine(student, teacher)
-    with torch.autocast(backend.device, dtype=torch.bfloat16):
-        inside = backend.affinity(student, teacher, 0.1), backend.cosine(student, teacher)
-    for a, b in zip(outside, inside, strict=True):
-        assert all(map(torch.equal, a, b))
 
 
 @pytest.mark.parametrize(
@@ -413,12 +366,6 @@ def test_cosine_distance_of_special_pairs(backend):
     # d(1 - cos)/ds = (cos s/|s| - t/|t|) / |s|; a vector without direction neither gets nor gives a gradient.
     torch.testing.assert_close(gradient[0, 4], torch.tensor([0.0, -1.0]))
     assert (gradient[0, [0, 1, 2, 3, 5]].abs() < 1e-15).all()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_cosine_distance_of_what_is_not_finite(backend, bad):
-    student, teacher = torch.ones(1, 3, 2), torch.ones(1, 3, 2)
-    student[0, 0, 0] = teacher[0, 1, 0] = bad
-    distance, gradient = backend.cosine(student, teacher)
-    assert distance.isnan().tolist() == [[True, True, False]]
-    assert gradient.isnan().any(-1).tolist() == [[True, True, False]]
+    student[0, 5, 0], teacher[0, 4, 1] = math.nan, math.inf
+    for x in backend.cosine(student, teacher):
+        assert x.isnan().view(6, -1).any(1).tolist() == [False] * 4 + [True] * 2

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from dskd_fast import reference
+
 
 @pytest.mark.parametrize(("noise", "temperature"), [("1e-6", "0.05"), ("1e-6", "1"), ("0.3", "0.05"), ("1e-3", "0.01")])
 def test_it_agrees_with_the_textbook_in_120_digits(truth, noise, temperature):
@@ -32,6 +34,13 @@ def test_it_agrees_with_the_textbook_in_120_digits(truth, noise, temperature):
     kl, _ = truth(torch.from_numpy(student)[None], torch.from_numpy(teacher)[None], float(temperature))
     # s - t is exact to float64's roundoff, which is this much of the difference.
     np.testing.assert_allclose(kl[0], exact, rtol=1e-12 + 1e-14 / float(noise))
+
+
+def test_vectors_without_a_direction_are_the_textbooks(truth):
+    student, teacher = torch.randn(2, 1, 9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    student[0, [0, 5]] = teacher[0, [0, 6]] = 0
+    expected = reference.contextual_affinity(student, teacher, 0.5)
+    np.testing.assert_allclose(truth(student, teacher, 0.5)[0], expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("quantity", [0, 1])

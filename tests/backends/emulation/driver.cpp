@@ -1,5 +1,4 @@
-// Runs calls that it reads from a file through the kernels on the emulation, and writes what comes out:
-//     driver INPUT OUTPUT
+// Runs calls that come by the standard input through the kernels on the emulation, and answers by the standard output.
 // Each call is a header of 48 int64 and two temperatures, then the student's and the teacher's storage, and of affinity
 // distillation the keys' storage, their centre and the masks. Memory has exactly the size that is needed, and holds NaN
 // before it is written to.
@@ -95,10 +94,8 @@ const char* distil(const dskd::Affinity& of, double teacher_temperature, const i
 
 }  // namespace
 
-int main(int, char** arguments) {
-  std::FILE* input = std::fopen(arguments[1], "rb");
-  std::FILE* output = std::fopen(arguments[2], "wb");
-  if (input == nullptr || output == nullptr) return 1;
+int main() {
+  std::FILE *input = stdin, *output = stdout;
   int64_t header[48];
   while (read(input, header, sizeof(header))) {
     double temperatures[2];
@@ -131,11 +128,7 @@ int main(int, char** arguments) {
       maps->stride_h = next();
       maps->stride_w = next();
     }
-    for (dskd::Maps* maps : {&call.student, &call.teacher}) {
-      const int64_t bytes = next();
-      maps->data = allocate(bytes, 1);
-      if (!read(input, maps->data, static_cast<size_t>(bytes))) return 1;
-    }
+    for (dskd::Maps* maps : {&call.student, &call.teacher}) maps->data = read_new(input, next());
     const int64_t gradient_size = shape.batch * shape.channels * shape.positions;
     call.gradient.data = with_gradient ? allocate(gradient_size, 4) : nullptr;
     call.kl = static_cast<float*>(allocate(shape.batch * shape.positions, 4));
@@ -155,8 +148,9 @@ int main(int, char** arguments) {
     if (failed != nullptr) return 2;
     std::fwrite(call.kl, 4, static_cast<size_t>(shape.batch * shape.positions), output);
     if (with_gradient) std::fwrite(call.gradient.data, 4, static_cast<size_t>(gradient_size), output);
+    if (std::fflush(output) != 0) return 1;
     for (void* memory : owned) std::free(memory);
     owned.clear();
   }
-  return std::fclose(output) == 0 ? 0 : 1;
+  return 0;
 }

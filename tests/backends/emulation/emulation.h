@@ -241,6 +241,7 @@ inline void run_block(int threads) {
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
+    fiber.context.uc_stack.ss_size = 0;  // or AddressSanitizer's swapcontext forgets the whole stack each time
   }
   std::vector<int> ready;
   while (true) {
