@@ -125,6 +125,7 @@ def test_what_changes_nothing_and_what_is_left_alone():
     expected = spro_of(images)
     # A monotone transformation, the type of the maps, the order of images and limits.
     assert spro_of([(np.exp(0.7 * scores) - 40, *rest) for scores, *rest in images]) == expected
+    assert spro_of([((scores - 5).astype(np.float32), *rest) for scores, *rest in images]) == expected
     for dtype in (np.float16, np.float32, np.float64, np.uint8, np.int16, np.int32, np.int64):
         assert spro_of([(scores.astype(dtype), *rest) for scores, *rest in images]) == expected
     for kind, areas in spro_of(images[::-1], FPR_LIMITS[::-1]).items():
