@@ -197,9 +197,11 @@ class SPRO:
         del order
 
         # False positives just before and just after each pixel becomes positive.
-        none = np.zeros(scores.size, np.intp)
-        before = sum((pool.size - np.searchsorted(pool, scores, side="right") for pool in pools), none)
-        after = sum((pool.size - np.searchsorted(pool, scores, side="left") for pool in pools), none)
+        before = np.full(scores.size, sum(pool.size for pool in pools), np.intp)
+        after = before.copy()
+        for pool in pools:
+            before -= np.searchsorted(pool, scores, side="right")
+            after -= np.searchsorted(pool, scores, side="left")
         return _Ramps(before, after, gains, negatives, len(defects))
 
 

@@ -294,6 +294,12 @@ def test_in_bf16_it_trains_to_nearly_the_same(category, trained, tiny_options):
     assert history[0].local_loss == pytest.approx(trained[1][0].local_loss, rel=0.05)
     assert history[0].local_loss != trained[1][0].local_loss
     assert all(p.dtype == torch.float32 for p in detector.model.parameters())
+    # The students learn the features of the teacher that scores, rounded once: none is off by more than 8 bits allow.
+    batch, options = torch.rand(2, 3, 64, 64), tiny_options(precision="bf16")
+    for learned, scored in zip(
+        Trainer(detector.model, options).teacher(batch), detector.model.teacher(batch), strict=True
+    ):
+        torch.testing.assert_close(learned.float(), scored, rtol=2**-8, atol=1e-4)
     images = ImageStore(category.validation, 64).batch([0])
     assert all(m.dtype == torch.float32 for m in detector.raw_maps(images))
 
