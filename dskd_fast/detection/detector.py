@@ -178,6 +178,7 @@ class Detector:
                 self.scoring.temperature,
                 local_map=self.scoring.local_map,
                 global_map=self.scoring.global_map,
+                counts_beyond=self.calibrated is not None and self.calibrated.counts_beyond,
             )
             maps = [x for levels in (measured.local_levels, measured.global_levels) for x in levels or ()]
             if not all(torch.isfinite(x).all() for x in maps):

@@ -36,6 +36,7 @@ class Inspection(nn.Module):
                 delattr(module, name)
                 module.register_buffer(name, weight.detach())
         self.calibrated = copy.deepcopy(detector.calibrated)
+        self.counts_beyond = self.calibrated is not None and self.calibrated.counts_beyond
         self.scoring = detector.scoring
         calibration = calibration_of(detector)
         self.statistics = calibration.statistics
@@ -86,6 +87,7 @@ class Inspection(nn.Module):
             self.scoring.temperature,
             local_map=self.scoring.local_map,
             global_map=self.scoring.global_map,
+            counts_beyond=self.counts_beyond,
         )
         scored = self.calibrated(measured)
         return scored.score, self.calibrated.combined(scored), scored.values

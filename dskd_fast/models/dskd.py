@@ -51,7 +51,7 @@ class Measurements(NamedTuple):
         condensed: (B, g), see `Features`.
         global_means, teacher_means: spatial means of the first level's features, (B, C) each.
         patches: (B, h, w, C), the teacher's second and third level side by side at the second's size, each the mean of
-            3 x 3 positions.
+            3 x 3 positions, see `DSKD.measure`.
     """
 
     local_levels: list[Tensor] | None
@@ -244,8 +244,13 @@ class DSKD(nn.Module):
         *,
         local_map: str = "cosine",
         global_map: str = "contextual-affinity",
+        counts_beyond: bool = False,
     ) -> Measurements:
-        """Everything that images are scored by; arguments and errors as of `anomaly_maps`."""
+        """Everything that images are scored by; arguments and errors as of `anomaly_maps`.
+
+        Args:
+            counts_beyond: whether the patches' means count zeros beyond the border, as PatchCore's published code does.
+        """
         features, local_levels, global_levels = self._level_maps(images, temperature, local_map, global_map)
         return Measurements(
             local_levels,
@@ -253,7 +258,7 @@ class DSKD(nn.Module):
             None if features.condensed is None else features.condensed.float(),
             None if features.global_student is None else features.global_student[0].float().mean((2, 3)),
             features.teacher[0].float().mean((2, 3)),
-            _patches(features.teacher),
+            _patches(features.teacher, counts_beyond),
         )
 
     def _level_maps(
@@ -294,9 +299,9 @@ class DSKD(nn.Module):
             self.global_bottleneck.embed.load_state_dict(stage4)
 
 
-def _patches(teacher: list[Tensor]) -> Tensor:
+def _patches(teacher: list[Tensor], counts_beyond: bool) -> Tensor:
     """As PatchCore makes them (arXiv 2106.08265)."""
-    second, third = (nnf.avg_pool2d(x.float(), 3, 1, 1, count_include_pad=False) for x in teacher[1:])
+    second, third = (nnf.avg_pool2d(x.float(), 3, 1, 1, count_include_pad=counts_beyond) for x in teacher[1:])
     third = nnf.interpolate(third, second.shape[2:], mode="bilinear")
     return torch.cat([second, third], 1).permute(0, 2, 3, 1)
 

@@ -158,6 +158,11 @@ class CalibratedScore(nn.Module):
         stacked = torch.stack(values, 1)
         return Scored(soft_maximum(stacked - self._unused()), stacked, maps)
 
+    @property
+    def counts_beyond(self) -> bool:
+        """How patches are to be measured for this, see `DSKD.measure`."""
+        return bool(self._part("patches").counts_beyond)
+
     def reduced(self, measured: Measurements, training_image: int | None = None) -> Measurements:
         """The same with distances (B, h, w) in place of the patches, which are many; see `PatchPart.distances`."""
         return measured._replace(patches=self._part("patches").distances(measured.patches, training_image))
@@ -268,12 +273,13 @@ class CalibratedScore(nn.Module):
         return self.parts[_module_name(name)]
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave, whatever the number of training images.
+        """Take over what `state_dict` gave, in this version or an earlier one, whatever the number of training images.
 
         Raises:
             ValueError: it is another run's.
         """
         own = self.state_dict()
+        tensors = {f"parts.{_module_name('patches')}.counts_beyond": torch.zeros(()), **tensors}  # if it is not there
         if own.keys() != tensors.keys():
             raise ValueError("it holds other parts than this run has")
         for key, tensor in tensors.items():

@@ -1,5 +1,7 @@
 """How far each place of an image is from every place of the training images, in the teacher's features alone."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -19,13 +21,20 @@ class PatchPart(nn.Module):
     """Distance of each patch from the nearest one of the training images' (PatchCore, arXiv 2106.08265).
 
     It learns no weights, so it cannot learn few training images by heart, as students do.
+
+    Attributes:
+        bank: the patches that are kept, (n, C).
+        counts_beyond: 1 where the patches' means count zeros beyond the border, see `DSKD.measure`; 0 in runs of
+            earlier versions.
     """
 
     bank: Tensor
+    counts_beyond: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("bank", torch.empty(0))
+        self.register_buffer("counts_beyond", torch.ones(()))
         self._images = torch.empty(0)  # of which training image each is
 
     def fit(self, sample: "PatchSample") -> None:
@@ -70,9 +79,13 @@ class PatchPart(nn.Module):
         """Distances below this are rounding."""
         return float((_ROUNDING * self.bank.square().sum(1).max()).sqrt())
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(prefix + "counts_beyond", torch.zeros(()))  # earlier versions did not
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class PatchSample:
-    """Patches of any number of images, of which a random share is kept: so many that memory is bounded.
+    """Patches of any number of images, of which `MAX_PATCHES` random ones are kept, so that memory is bounded.
 
     Every k-th one would be of a few columns of the images alone, the same in all of them.
     """
@@ -80,7 +93,7 @@ class PatchSample:
     def __init__(self) -> None:
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # patches, numbers of their images, keys
         self._n_images = 0
-        self._share = 1.0
+        self._limit = torch.inf  # of the keys that are among the smallest
         # Its numbers do not depend on how many are drawn at a time.
         self._generator = np.random.default_rng(0)
 
@@ -89,15 +102,17 @@ class PatchSample:
         n, n_places = len(patches), patches.shape[1] * patches.shape[2]
         numbers = torch.arange(self._n_images, self._n_images + n).repeat_interleave(n_places)
         keys = torch.from_numpy(self._generator.random(len(numbers)))
-        is_kept = keys < self._share
+        is_kept = keys < self._limit
         chosen = patches.flatten(0, 2)[is_kept.to(patches.device)].cpu()
         self._kept.append((chosen, numbers[is_kept], keys[is_kept]))
         self._n_images += n
-        while sum(len(keys) for *_, keys in self._kept) > MAX_PATCHES:
-            self._share /= 2
+        of_all = torch.cat([keys for *_, keys in self._kept])
+        if len(of_all) > MAX_PATCHES:
+            self._limit = float(of_all.kthvalue(MAX_PATCHES + 1).values)
             for i, (chosen, numbers, keys) in enumerate(self._kept):
-                is_kept = keys < self._share
-                self._kept[i] = chosen[is_kept], numbers[is_kept], keys[is_kept]
+                is_kept = keys < self._limit
+                if not is_kept.all():
+                    self._kept[i] = chosen[is_kept], numbers[is_kept], keys[is_kept]
 
     def patches(self) -> Tensor:
         """(n, C)."""

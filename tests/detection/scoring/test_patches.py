@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from scipy.spatial.distance import cdist
 
+from dskd_fast.detection.calibration import Scoring
+from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.scoring import patches as patches_module
+from dskd_fast.detection.scoring.calibrated import CalibratedScore
 from dskd_fast.detection.scoring.patches import PatchPart, PatchSample
+from dskd_fast.models import DSKD
 
 CHANNELS, SIDE = 6, 4
 
@@ -84,14 +89,13 @@ def numbered(n, first=0, side=SIDE):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_of_any_number_of_images_no_more_patches_are_held(monkeypatch, batch_size):
+def test_of_any_number_of_images_as_many_patches_are_held_as_may_be(monkeypatch, batch_size):
     monkeypatch.setattr(patches_module, "MAX_PATCHES", 100)
     sample = PatchSample()
     for first in range(0, 200, batch_size):
         sample.add(numbered(batch_size, first))
-        assert len(sample.patches()) <= 100
-    # Not only those of some images are kept, and not much fewer than there may be.
-    assert len(sample.patches()) > 25
+        assert len(sample.patches()) == min(100, (first + batch_size) * SIDE**2)
+    # Not only those of some images are kept.
     assert len(sample.images().unique()) > 20
 
 
@@ -106,3 +110,31 @@ def test_numbers_of_images_stay_with_their_patches(monkeypatch, limit):
     monkeypatch.setattr(patches_module, "MAX_PATCHES", limit)
     sample = sample_of(*(numbered(n, first) for n, first in ((3, 0), (1, 3), (20, 4), (7, 24))))
     assert sample.images().tolist() == sample.patches()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_zeros_beyond_the_border_count_as_published_but_not_in_runs_of_earlier_versions(is_earlier):
+    model = DSKD("lite", image_size=64, gccb=8, pretrained=False)
+    detector = Detector(model.eval(), Scoring(1.0, 1.0), calibrated=CalibratedScore(model, 1.0))
+    state = detector.calibrated.state_dict()
+    if is_earlier:
+        del state["parts.patches.counts_beyond"]
+    detector.calibrated.load(state)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        second = model.teacher(images / 255)[1].double().numpy()
+    window = np.ones((3, 3))
+    n = ndimage.convolve(np.ones(second.shape[2:]), window, mode="constant") if is_earlier else 9
+    expected = ndimage.convolve(second, window[None, None], mode="constant") / n
+    found = detector.measured(images).patches[..., : second.shape[1]].permute(0, 3, 1, 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_plain_state_of_an_earlier_version_is_loaded_too():
+    part = fitted(patches(5))
+    state = part.state_dict()
+    del state["counts_beyond"]
+    again = fitted(patches(5, seed=1))
+    again.load_state_dict(state)
+    assert torch.equal(again.bank, part.bank)
+    assert (part.counts_beyond.item(), again.counts_beyond.item()) == (1, 0)
