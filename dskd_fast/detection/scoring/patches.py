@@ -8,13 +8,16 @@ from torch import Tensor, nn
 
 from dskd_fast.models.dskd import enlarged
 
-# Patches of training images that are looked at, and those of them that are kept.
+# Patches of training images that are looked at.
 MAX_PATCHES = 30_000
-N_KEPT = 1000
+# Of all of them a tenth is kept, as PatchCore does, but not fewer, and no more than do not hold up scoring.
+_SHARE_KEPT = 10
+MIN_KEPT, MAX_KEPT = 1000, 2500
 # Squares of distances below this share of the patches' own squares are rounding of float32 products.
 _ROUNDING = 1e-5
-# Dimensions of the random projection in which those are chosen.
-_N_PROJECTED = 32
+# Dimensions of the random projection in which those are chosen, as in PatchCore's published code: distances in it are
+# off by an eighth, with 32 by a quarter.
+_N_PROJECTED = 128
 
 
 class PatchPart(nn.Module):
@@ -43,13 +46,18 @@ class PatchPart(nn.Module):
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(patches.shape[1], min(_N_PROJECTED, patches.shape[1]), generator=generator)
         projected = patches @ directions
-        nearest = torch.full((len(patches),), torch.inf)
+        projected -= projected.mean(0)
+        squares = projected.square().sum(1)
+        nearest = torch.full_like(squares, torch.inf)
         chosen = [0]
-        for _ in range(min(N_KEPT, len(patches)) - 1):
-            nearest = torch.minimum(nearest, (projected - projected[chosen[-1]]).square().sum(1))
+        n_kept = min(MAX_KEPT, max(MIN_KEPT, sample.n_seen // _SHARE_KEPT))
+        for _ in range(min(n_kept, len(patches)) - 1):
+            last = chosen[-1]
+            to_last = torch.addmv(squares + squares[last], projected, projected[last], alpha=-2)
+            torch.minimum(nearest, to_last, out=nearest)
             farthest = int(nearest.argmax())
-            if not nearest[farthest] > 0:
-                break  # all others are copies
+            if not nearest[farthest] > _ROUNDING * squares.max():
+                break  # all others are copies, but for rounding
             chosen.append(farthest)
         self.bank = patches[chosen].contiguous()
         self._images = sample.images()[chosen]
@@ -62,14 +70,15 @@ class PatchPart(nn.Module):
             training_image: the first one's number, where they are the training images themselves: each is then
                 compared with the others alone, if there are others.
         """
-        products = patches @ self.bank.mT
-        squares = patches.square().sum(3, keepdim=True) + self.bank.square().sum(1) - 2 * products
+        # |p - b|^2 = |p|^2 - 2 (p b - |b|^2 / 2): of the large matrix only one is made.
+        halves = self.bank.square().sum(1) / 2
+        products = torch.addmm(-halves, patches.flatten(0, 2), self.bank.mT).unflatten(0, patches.shape[:3])
         if training_image is not None:
             numbers = torch.arange(training_image, training_image + len(patches))
-            is_own = (self._images == numbers[:, None]).to(squares.device)
+            is_own = (self._images == numbers[:, None]).to(products.device)
             is_own &= ~is_own.all(1, keepdim=True)
-            squares = squares.masked_fill(is_own[:, None, None], torch.inf)
-        return squares.amin(3).clamp(min=0).sqrt()
+            products = products.masked_fill(is_own[:, None, None], -torch.inf)
+        return (patches.square().sum(3) - 2 * products.amax(3)).clamp(min=0).sqrt()
 
     def forward(self, distances: Tensor, size: int) -> Tensor:
         """Maps (B, h, w) of distances -> (B, S, S)."""
@@ -88,9 +97,13 @@ class PatchSample:
     """Patches of any number of images, of which `MAX_PATCHES` random ones are kept, so that memory is bounded.
 
     Every k-th one would be of a few columns of the images alone, the same in all of them.
+
+    Attributes:
+        n_seen: how many there were.
     """
 
     def __init__(self) -> None:
+        self.n_seen = 0
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # patches, numbers of their images, keys
         self._n_images = 0
         self._limit = torch.inf  # of the keys that are among the smallest
@@ -106,6 +119,7 @@ class PatchSample:
         chosen = patches.flatten(0, 2)[is_kept.to(patches.device)].cpu()
         self._kept.append((chosen, numbers[is_kept], keys[is_kept]))
         self._n_images += n
+        self.n_seen += len(keys)
         of_all = torch.cat([keys for *_, keys in self._kept])
         if len(of_all) > MAX_PATCHES:
             self._limit = float(of_all.kthvalue(MAX_PATCHES + 1).values)

@@ -52,15 +52,17 @@ def test_distances_are_those_from_the_nearest_patch_of_all_training_images_where
     assert_are_distances(fitted(training[:2], training[2:]).distances(new), new, training)
 
 
-def test_distances_are_those_from_the_nearest_patch_that_is_kept(monkeypatch):
-    monkeypatch.setattr(patches_module, "N_KEPT", 7)
+@pytest.mark.parametrize(("least", "most", "n"), [(2, 30, 8), (2, 7, 7), (9, 30, 9)])
+def test_a_tenth_is_kept_within_limits_and_distances_are_those_from_the_nearest_of_them(monkeypatch, least, most, n):
+    monkeypatch.setattr(patches_module, "MIN_KEPT", least)
+    monkeypatch.setattr(patches_module, "MAX_KEPT", most)
     part, new = fitted(patches(5)), patches(3, seed=1)
-    assert len(part.bank) == 7
+    assert len(part.bank) == n
     assert_are_distances(part.distances(new), new, part.bank)
 
 
 def test_kept_patches_cover_the_sample_better_than_random_ones(monkeypatch):
-    monkeypatch.setattr(patches_module, "N_KEPT", 30)
+    monkeypatch.setattr(patches_module, "MAX_KEPT", 30)
     generator = np.random.default_rng(0)
     # Of many channels they have few dimensions, as features do, and the farther from the middle, the fewer they are.
     training = (generator.normal(size=(640, 3)) ** 3 @ generator.normal(size=(3, 100))).astype(np.float32)
