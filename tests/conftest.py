@@ -225,7 +225,7 @@ def cli_error(cli):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def edit():
     """Changes the content of a JSON file: edit(path, lambda content: content.update(a=1))."""
 
@@ -256,6 +256,18 @@ def write_images():
         return paths
 
     return write
+
+
+@pytest.fixture(scope="session")
+def bilinear():
+    """Weights (target, source) of bilinear interpolation: pixel centres at (i + 0.5) / n, the edges repeated."""
+
+    def weights(source: int, target: int, align_corners: bool = False) -> np.ndarray:
+        centres = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+        position = np.linspace(0, source - 1, target) if align_corners else centres
+        return np.maximum(1 - np.abs(position[:, None] - np.arange(source)), 0)
+
+    return weights
 
 
 @pytest.fixture

