@@ -11,8 +11,6 @@ from dskd_fast.data.ground_truth import Defect
 from dskd_fast.errors import UserError
 from dskd_fast.metrics.maps import ScoredMap, read_map, read_maps, save_map, score_maps
 
-# ---------------------------------------------------------------------------------------------------- one map
-
 
 @pytest.mark.parametrize("shape", [(4, 5), (1, 7), (7, 1), (1, 1), (3, 6)])
 def test_round_trip_through_a_plain_float32_tiff_for_any_reader(tmp_path, shape):
@@ -73,24 +71,10 @@ def test_what_cannot_be_read_is_named(tmp_path):
     Image.new("L", (4, 4)).save(path, format="PNG")
     with pytest.raises(UserError, match=r"a\.tiff cannot be read"):
         read_map(path)
+    tifffile.imwrite(path, np.array([[0, np.nan], [np.inf, 1]], np.float32))
+    with pytest.raises(UserError, match=r"a\.tiff has 2 NaN or infinite"):
+        read_map(path)
 
-
-@pytest.mark.parametrize(
-    ("scores", "message"),
-    [
-        (np.zeros((6, 5, 3), np.uint8), r"a\.tiff has the shape \(6, 5, 3\)"),
-        (np.zeros((2, 6, 5), np.float32), r"a\.tiff has the shape \(2, 6, 5\)"),
-        (np.zeros((6, 5), np.complex64), r"a\.tiff has values of type complex64"),
-        (np.array([[0, np.nan], [np.inf, 1]], np.float32), r"a\.tiff has 2 NaN or infinite"),
-    ],
-)
-def test_read_refuses_what_is_no_map(tmp_path, scores, message):
-    tifffile.imwrite(tmp_path / "a.tiff", scores, photometric="rgb" if scores.shape[-1] == 3 else None)
-    with pytest.raises(UserError, match=message):
-        read_map(tmp_path / "a.tiff")
-
-
-# ------------------------------------------------------------------------------------------- a test set's maps
 
 LEFT = np.array([[True, False, False], [True, False, False]])
 
@@ -166,26 +150,21 @@ def test_figures_of_maps_in_memory_with_image_scores_of_their_own(toy):
     assert figures == expected_figures() | {"auroc": {"structural": 0.5, "logical": 1.0, "mean": 0.75}}
 
 
-def test_missing_and_second_maps_are_counted_and_named(tmp_path, toy):
-    with pytest.raises(UserError, match=r"5 of 5 test images have no anomaly map: .*000\.tiff, \.\.\.$"):
-        read(tmp_path, toy)
+def test_missing_second_and_wrong_maps_are_counted_and_named(tmp_path, toy):
+    def refused(message):
+        with pytest.raises(UserError, match=message):
+            score_maps(read(tmp_path, toy))
+
+    refused(r"5 of 5 test images have no anomaly map: .*000\.tiff, \.\.\.$")
     lost = {key: toy.maps.pop(key) for key in ("test/good/001.b", "test/logical_anomalies/000")}
     write_maps(tmp_path, toy.maps)
-    names = ", ".join(f"{tmp_path}/toy/{key}.tiff" for key in lost)
-    with pytest.raises(UserError, match=f"2 of 5 test images have no anomaly map: {names}$"):
-        read(tmp_path, toy)
+    refused(f"2 of 5 test images have no anomaly map: {', '.join(f'{tmp_path}/toy/{key}.tiff' for key in lost)}$")
     write_maps(tmp_path, lost)
+    key, anomaly_map = "test/good/000", toy.maps["test/good/000"]
+    write_maps(tmp_path, {key: anomaly_map.T})
+    refused(rf"{key}\.tiff is 2 x 3 pixels, but its image {key}\.png is 3 x 2")
     write_maps(tmp_path, lost, ".tif")
     names = ", ".join(f"{tmp_path}/toy/{key}.tiff and {Path(key).name}.tif" for key in lost)
-    with pytest.raises(UserError, match=f"2 of 5 test images have two anomaly maps, .* removed: {names}$"):
-        read(tmp_path, toy)
+    refused(f"2 of 5 test images have two anomaly maps, .* removed: {names}$")
     toy.test = []
-    with pytest.raises(UserError, match="category toy has no test images"):
-        read(tmp_path, toy)
-
-
-@pytest.mark.parametrize("key", ["test/good/000", "test/structural_anomalies/000"])
-def test_map_of_another_size_than_its_image(tmp_path, toy, key):
-    write_maps(tmp_path, toy.maps | {key: toy.maps[key].T})
-    with pytest.raises(UserError, match=rf"{key}\.tiff is 2 x 3 pixels, but its image {key}\.png is 3 x 2"):
-        score_maps(read(tmp_path, toy))
+    refused("category toy has no test images")

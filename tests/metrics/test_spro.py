@@ -30,7 +30,7 @@ def spro_of(images, limits=FPR_LIMITS):
 
 
 def one_defect(scores, mask, saturation=None, limits=FPR_LIMITS):
-    return spro_of([(np.array(scores), [defect(mask, saturation)], "structural")], limits)["structural"]
+    return spro_of([(scores, [defect(mask, saturation)], "structural")], limits)["structural"]
 
 
 def brute_force(images, kind, limit):
@@ -192,21 +192,21 @@ def test_where_there_is_nothing_to_compute_from_there_is_neither_area_nor_curve(
     assert spro_of([(ones, [whole], "logical"), good])["logical"] == dict.fromkeys(FPR_LIMITS, 1.0)
 
 
+ZEROS = np.zeros((2, 3))
+MASK = defect(np.ones((2, 3)))
+
+
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
         (np.array([[0.0, np.nan]]), "has 1 NaN or infinite"),
         (np.zeros((1, 2, 3)), r"has the shape \(1, 2, 3\)"),
-        (np.zeros((1, 2), complex), "has values of type complex128"),
+        (ZEROS.astype(complex), "has values of type complex128"),
     ],
 )
 def test_bad_maps_are_named(scores, message):
     with pytest.raises(UserError, match=f"the map of x {message}"):
         SPRO().add(scores, [], "good", name="the map of x")
-
-
-ZEROS = np.zeros((2, 3))
-MASK = defect(np.ones((2, 3)))
 
 
 @pytest.mark.parametrize(
