@@ -26,7 +26,7 @@ from dskd_fast.detection.program import Inspection
 from dskd_fast.device import numerics
 from dskd_fast.errors import UserError
 from dskd_fast.files import require_writable, write_file
-from dskd_fast.ops.portable import DECOMPOSITIONS
+from dskd_fast.ops.portable import without_operators
 
 Format = Literal["torch", "onnx", "openvino"]
 SUFFIXES: dict[Format, str] = {"torch": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
@@ -165,9 +165,8 @@ def _program(detector: Detector, threshold: float | None) -> torch.export.Export
         2: torch.export.Dim("height", min=MIN_SIDE),
         3: torch.export.Dim("width", min=MIN_SIDE),
     }
-    with torch.no_grad():
-        program = torch.export.export(Inspection(detector, threshold), (example,), dynamic_shapes={"images": free})
-        return program.run_decompositions(DECOMPOSITIONS)
+    with torch.no_grad(), without_operators():
+        return torch.export.export(Inspection(detector, threshold), (example,), dynamic_shapes={"images": free})
 
 
 def _metadata(detector: Detector, file_format: Format, category: str, threshold: float | None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from dskd_fast.integrations.anomalib_parts import (
     DskdPreProcessor,
     ExportedDskd,
 )
-from dskd_fast.ops.portable import DECOMPOSITIONS
+from dskd_fast.ops.portable import without_operators
 from dskd_fast.progress import log
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.history import Epoch
@@ -325,8 +325,8 @@ class Dskd(AnomalibModule):
             free |= {2 + i: torch.export.Dim(name, min=MIN_SIDE) for i, name in enumerate(("height", "width"))}
         with torch.no_grad():
             outputs = [*exported(example)]
-            program = torch.export.export(exported, (example,), dynamic_shapes={"images": free})
-            program = program.run_decompositions(DECOMPOSITIONS)
+            with without_operators():
+                program = torch.export.export(exported, (example,), dynamic_shapes={"images": free})
         folder = Path(export_root) / "weights" / "onnx"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{model_file_name}.onnx"

@@ -17,7 +17,8 @@ runs, so that a compiled or exported graph runs on any machine.
 
 import functools
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -241,8 +242,15 @@ class _TransformedGradient(torch.autograd.Function):
         return _fold_images(functools.partial(call, cosine_gradient), info, in_dims, *inputs)
 
 
+REPLACED: ContextVar[Mapping[Any, Callable[..., Any]] | None] = ContextVar("REPLACED", default=None)
+"""What `call` takes instead of the operators; see `dskd_fast.ops.portable.without_operators`."""
+
+
 def call(operator: Callable[..., Any], *inputs: Any) -> Any:
     """Call one of the operators such that torch.func can differentiate it, too."""
+    # The compiler knows no context variables, and exporting does not use it.
+    if not torch.compiler.is_dynamo_compiling() and (replaced := REPLACED.get()) is not None:
+        return replaced[operator](*inputs)
     return _TRANSFORMED[operator](*inputs) if is_transforming() else operator(*inputs)
 
 

@@ -1,6 +1,8 @@
 """The operators in plain PyTorch operations, for files that a runtime without this package is to run.
 
-`DECOMPOSITIONS` replaces them in an exported program: `torch.export.export(...).run_decompositions(DECOMPOSITIONS)`.
+`without_operators` has `torch.export.export` trace these in the operators' place. `DECOMPOSITIONS` replaces them in a
+program that was exported before, which takes a second pass: `program.run_decompositions(DECOMPOSITIONS)`.
+
 What is traced may depend neither on the data nor on the number of images, and all of it is float32: some runtimes know
 no float64, others take float32 in its place without saying so. None of ONNX's knows expm1 or log1p either. So nothing
 may cancel: the difference of two unit vectors is made from a difference that is exact (`_directions`), and the rest is
@@ -8,12 +10,13 @@ the form of dskd_fast/backends/torch.py, in which all terms are positive and of 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-import dskd_fast.ops.distillation
-import dskd_fast.ops.operators  # noqa: F401 - registers what is replaced
+from dskd_fast.ops import distillation, operators
 
 # Rows are traced in slabs of at most so many entries, whose arrays take 8 MiB per image each. Every slab adds its
 # operations to the file, so that beyond some number they grow instead.
@@ -119,6 +122,22 @@ DECOMPOSITIONS = {
 }
 
 
+@contextmanager
+def without_operators() -> Iterator[None]:
+    """Have the losses compute in plain operations, in this thread."""
+    token = operators.REPLACED.set(
+        {
+            operators.contextual_affinity: contextual_affinity,
+            distillation.affinity_distillation: affinity_distillation,
+            operators.cosine_distance: cosine_distance,
+        }
+    )
+    try:
+        yield
+    finally:
+        operators.REPLACED.reset(token)
+
+
 def _directions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unit vectors t (B, N, C), the difference s - t from them, and where both have a direction (B, N).
 
@@ -130,7 +149,7 @@ def _directions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tenso
     so that f y_1 is exact and x - f y_1 - f y_2 is off by its own rounding only; r is then as short as s - t.
     """
     # Twice, for vectors whose largest entry lies between 2^-61 and 2^60.
-    x, y = (_near_one(_near_one(z.flatten(2).mT)) for z in (student, teacher))
+    x, y = _near_one(_near_one(torch.stack([student, teacher]).flatten(3).mT))
     # In that range none but zero vectors is as short as the limit; shorter ones are taken for less than unit vectors.
     x_norm, y_norm = (z.square().sum(-1, keepdim=True).sqrt() for z in (x, y))
     has_x, has_y = x_norm > 0, y_norm > 0
