@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from dskd_fast.data.exposure import measure_exposure
 from dskd_fast.detection.calibration import (
@@ -21,9 +22,8 @@ from dskd_fast.detection.calibration import (
     threshold_from,
 )
 from dskd_fast.detection.detector import Detector
-from dskd_fast.detection.scoring.calibrated import PARTS, CalibratedScore
+from dskd_fast.detection.scoring.calibrated import PARTS
 from dskd_fast.errors import UserError
-from dskd_fast.models import DSKD
 
 
 class Networks:
@@ -47,8 +47,8 @@ def make_detector(networks=None, **scoring):
 
 
 @pytest.fixture
-def images():
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (7, 3, 24, 24), dtype=np.uint8))
+def images(random_images):
+    return torch.from_numpy(random_images(7, 24, 24))
 
 
 def test_raw_maps_get_pixels_from_0_to_1_and_what_the_run_says(images):
@@ -160,28 +160,19 @@ def test_numbers_that_no_image_set_are_an_error(kind, values):
         kind(*values)
 
 
-def random_images(n, seed, size=64):
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 3, size, size), dtype=np.uint8))
-
-
-def make_calibrated(students="both", source="validation", n=6):
-    """With random networks, but the maps and scores of any others."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = DSKD("lite", image_size=64, gccb=8, students=students, pretrained=False).eval()
-    detector = Detector(model, Scoring(temperature=1.0, sigma=1.5), calibrated=CalibratedScore(model, 1.5))
-    detector.calibrate(random_images(n, 0).split(4), source, training=[random_images(8, 1)])
-    return detector
-
-
 @pytest.fixture(scope="module")
-def calibrated():
+def calibrated(make_calibrated):
     """Read only."""
     return make_calibrated()
 
 
-def test_calibrated_scores_are_found_with_their_parts_and_the_one_that_decides(calibrated):
-    found = calibrated.find(random_images(5, 2))
+@pytest.fixture(scope="module")
+def others(random_images):
+    return torch.from_numpy(random_images(5, seed=2))
+
+
+def test_calibrated_scores_are_found_with_their_parts_and_the_one_that_decides(calibrated, others):
+    found = calibrated.find(others)
     assert tuple(found.parts) == calibrated.parts == tuple(PARTS)
     values = np.stack(list(found.parts.values()), 1)
     assert found.decided_by == [calibrated.parts[i] for i in values.argmax(1)]
@@ -189,7 +180,7 @@ def test_calibrated_scores_are_found_with_their_parts_and_the_one_that_decides(c
     assert (found.scores["combined"] >= values.max(1)).all()
     for student in ("local", "global"):
         np.testing.assert_array_equal(found.scores[student], found.parts[student])
-    scored = calibrated.calibrated(calibrated.measured(random_images(5, 2)))
+    scored = calibrated.calibrated(calibrated.measured(others))
     shares = np.exp(1.5 * values[:, :4])
     shares /= shares.sum(1, keepdims=True)
     maps = np.stack([scored.maps[name].numpy() for name in PARTS if name in scored.maps], 1)
@@ -203,28 +194,27 @@ def test_calibrated_scores_are_found_with_their_parts_and_the_one_that_decides(c
     [(("global", "teacher-means"), "global"), (("local",), "local"), (("condensed",), None)],
     ids=str,
 )
-def test_the_map_is_of_the_parts_that_decide_if_they_have_one(calibrated, used, shown):
+def test_the_map_is_of_the_parts_that_decide_if_they_have_one(calibrated, others, used, shown):
     detector = dataclasses.replace(calibrated, calibrated=copy.deepcopy(calibrated.calibrated))
     detector.calibrated.use(used)
-    images = random_images(5, 2)
-    maps, expected = detector.find(images).maps, calibrated.find(images).maps
+    maps, expected = detector.find(others).maps, calibrated.find(others).maps
     np.testing.assert_array_equal(maps.combined, expected.combined if shown is None else expected.of(shown))
     np.testing.assert_array_equal(maps.local, expected.local)
     np.testing.assert_array_equal(maps.global_, expected.global_)
 
 
 @pytest.mark.parametrize("student", ["local", "global"])
-def test_with_one_student_alone_there_is_no_map_of_the_other_nor_of_both(student):
-    detector = make_calibrated(student)
+def test_with_one_student_alone_there_is_no_map_of_the_other_nor_of_both(make_calibrated, others, student):
+    detector = make_calibrated(students=student)
     detector.calibrated.use([student])
-    (found,) = detector.predict(random_images(1, 2))
+    (found,) = detector.predict(others[:1])
     assert tuple(found.parts) == detector.parts
     assert detector.variants == ("combined", student)
     assert (found.local_map is None, found.global_map is None) == (student == "global", student == "local")
     np.testing.assert_array_equal(found.map, getattr(found, f"{student}_map"))
 
 
-def test_calibrated_scores_set_a_threshold_and_few_images_are_warned_of(calibrated):
+def test_calibrated_scores_set_a_threshold_and_few_images_are_warned_of(calibrated, make_calibrated):
     threshold = calibrated.calibration.threshold
     assert "left out" in threshold.rule
     assert threshold.n_images == 6
@@ -327,17 +317,6 @@ def test_all_normal_images_count_for_brightness_and_contrast_and_one_dead_frame_
     assert [reason is None for reason in reasons] == [True] * 7 + [False]
 
 
-def filtered_by_hand(image, sigma):
-    """Gaussian filter written out: a kernel cut off at 4 sigma, normalised, and the image mirrored at its edges."""
-    radius = int(4 * sigma + 0.5)
-    kernel = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
-
-    def along(row):
-        return np.convolve(np.pad(row.astype(np.float64), radius, mode="symmetric"), kernel / kernel.sum(), "valid")
-
-    return np.apply_along_axis(along, 1, np.apply_along_axis(along, 0, image))
-
-
 @pytest.mark.parametrize("sigma", [0.5, 1.5, 4.0])
 def test_the_score_is_the_maximum_of_the_gaussian_filtered_map(sigma):
     maps = np.random.default_rng(0).normal(size=(3, 20, 20)).astype(np.float32)
@@ -345,21 +324,16 @@ def test_the_score_is_the_maximum_of_the_gaussian_filtered_map(sigma):
     scores = make_detector(sigma=sigma).image_scores(maps)
     assert scores.shape == (3,)
     assert scores.dtype == np.float64
-    np.testing.assert_allclose(scores, [filtered_by_hand(m, sigma).max() for m in maps], rtol=1e-5)
+    expected = [ndimage.gaussian_filter(m.astype(np.float64), sigma).max() for m in maps]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
     np.testing.assert_array_equal(maps, before)
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
-def test_enlarging_is_bilinear_between_pixel_centres_or_corners(align_corners):
+def test_enlarging_is_bilinear_between_pixel_centres_or_corners(bilinear, align_corners):
     anomaly_map = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
-
-    def along(n):
-        """Weights (n, 8) of bilinear interpolation: pixel centres at (i + 0.5) / n, the edges repeated."""
-        centres = np.clip((np.arange(n) + 0.5) * 8 / n - 0.5, 0, 7)
-        position = np.linspace(0, 7, n) if align_corners else centres
-        return np.maximum(1 - np.abs(position[:, None] - np.arange(8)), 0)
-
-    expected = along(20) @ anomaly_map.astype(np.float64) @ along(24).T
+    rows, columns = (bilinear(8, n, align_corners) for n in (20, 24))
+    expected = rows @ anomaly_map.astype(np.float64) @ columns.T
     resized = make_detector(align_corners=align_corners).localisation_map(anomaly_map, (20, 24))
     np.testing.assert_allclose(resized, expected, atol=1e-5 if align_corners else 1e-6)
 
@@ -369,5 +343,5 @@ def test_the_map_is_filtered_only_if_the_run_says_so():
     before = anomaly_map.copy()
     np.testing.assert_allclose(make_detector().localisation_map(anomaly_map, (16, 16)), anomaly_map, atol=1e-6)
     filtered = make_detector(filter_maps=True).localisation_map(anomaly_map, (16, 16))
-    np.testing.assert_allclose(filtered, filtered_by_hand(anomaly_map, 1.5), atol=1e-5)
+    np.testing.assert_allclose(filtered, ndimage.gaussian_filter(anomaly_map.astype(np.float64), 1.5), atol=1e-5)
     np.testing.assert_array_equal(anomaly_map, before)

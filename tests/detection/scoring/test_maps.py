@@ -37,20 +37,17 @@ def statistics(values):
     return mean, np.sqrt(share * variance + (1 - share) * variance.mean())
 
 
-def at_size(values):
-    """Bilinear between pixel centres, the edges repeated."""
-    side = values.shape[-1]
-    position = np.clip((np.arange(SIZE) + 0.5) * side / SIZE - 0.5, 0, side - 1)
-    weights = np.maximum(1 - np.abs(position[:, None] - np.arange(side)), 0)
-    return weights @ values @ weights.T
+@pytest.fixture
+def expected_map(bilinear):
+    def make(new, normal, levels):
+        of_levels = []
+        for level in levels:
+            mean, deviation = statistics(normal[level].double().numpy())
+            weights = bilinear(new[level].shape[-1], SIZE)
+            of_levels.append(weights @ ((new[level].double().numpy() - mean) / deviation) @ weights.T)
+        return np.mean(of_levels, axis=0)
 
-
-def expected_map(new, normal, levels):
-    of_levels = []
-    for level in levels:
-        mean, deviation = statistics(normal[level].double().numpy())
-        of_levels.append(at_size((new[level].double().numpy() - mean) / deviation))
-    return np.mean(of_levels, axis=0)
+    return make
 
 
 def only(levels, kept):
@@ -58,7 +55,7 @@ def only(levels, kept):
 
 
 @pytest.mark.parametrize("levels", [(0,), (0, 1), (0, 1, 2), (1,)])
-def test_a_map_is_the_mean_over_levels_of_deviations_from_what_is_normal_at_each_place(levels):
+def test_a_map_is_the_mean_over_levels_of_deviations_from_what_is_normal_at_each_place(expected_map, levels):
     normal, new = level_maps(6), level_maps(3, seed=1)
     part = MapPart(levels)
     part.calibrate(normal, SIZE)
@@ -68,7 +65,7 @@ def test_a_map_is_the_mean_over_levels_of_deviations_from_what_is_normal_at_each
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
-def test_normal_images_are_normalised_as_if_each_had_not_been_among_them(n):
+def test_normal_images_are_normalised_as_if_each_had_not_been_among_them(expected_map, n):
     normal, levels = level_maps(n), (0, 1)
     left_out = MapPart(levels).calibrate(normal, SIZE)
     for i in range(n):
@@ -93,7 +90,7 @@ def test_maps_that_are_constant_but_for_rounding_stay_small(value):
     assert part.rounding() == pytest.approx(1e-5 * abs(value))
 
 
-def test_the_sum_is_of_both_students_maps_each_in_deviations_of_its_own_pixels():
+def test_the_sum_is_of_both_students_maps_each_in_deviations_of_its_own_pixels(expected_map):
     normal, new = (level_maps(6), level_maps(6, seed=1)), (level_maps(3, seed=2), level_maps(3, seed=3))
     part, levels = SumPart((0, 1, 2)), (0, 1, 2)
     left_out = part.calibrate(normal, SIZE)
