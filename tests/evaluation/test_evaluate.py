@@ -22,11 +22,6 @@ KINDS = ("good", "structural", "logical")
 
 
 @pytest.fixture(scope="module")
-def category(data_root):
-    return open_category(data_root, "screw_bag")
-
-
-@pytest.fixture(scope="module")
 def evaluated(tiny_detector, category, tmp_path_factory):
     """The figures, the rows of scores.csv, and the folder with the maps."""
     out = tmp_path_factory.mktemp("evaluated")
@@ -41,12 +36,6 @@ def evaluated(tiny_detector, category, tmp_path_factory):
     return figures, read_rows(out / "scores.csv"), out / "maps"
 
 
-@pytest.fixture
-def own_data(data_root, tmp_path):
-    """A copy of the data that a test may change."""
-    return shutil.copytree(data_root, tmp_path / "data") / "screw_bag"
-
-
 def read_rows(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -56,19 +45,14 @@ def column(rows, name, *kinds):
     return np.array([float(row[name]) for row in rows if row["type"] in kinds])
 
 
-def test_the_keys_are_those_that_were_promised(evaluated):
+def test_of_sound_data_nothing_is_absent(evaluated):
     figures, _, _ = evaluated
-    assert figures["category"] == "screw_bag"
+    assert (figures["category"], figures["scoring"]) == ("screw_bag", "calibrated")
     assert figures["n_images"] == {"good": 4, "structural": 3, "logical": 3}
-    for name in ("absent", "warnings", "bad_masks", "unused"):
-        assert figures[name] == []
-    for part in (figures, figures["local"], figures["global"]):
-        assert set(part["spro_at"]) == {"0.01", "0.05", "0.1", "0.3", "1.0"}
+    assert figures["absent"] == figures["warnings"] == figures["bad_masks"] == figures["unused"] == []
+    for part in (figures["local"], figures["global"]):
         assert part["spro"] == part["spro_at"]["0.05"]
-        for values in (part["auroc"], *part["spro_at"].values()):
-            assert set(values) == {"structural", "logical", "mean"}
-            assert all(0 <= value <= 1 for value in values.values())
-    assert figures["scoring"] == "calibrated"
+        assert None not in part["spro"].values()
     json.dumps(figures, allow_nan=False)
 
 
@@ -76,13 +60,14 @@ def area(good, bad):
     return roc_auc_score([0] * len(good) + [1] * len(bad), np.concatenate([good, bad]))
 
 
-def test_the_areas_are_those_that_sklearn_finds_in_the_scores_file(evaluated, category):
+def test_the_areas_are_those_that_sklearn_finds_in_the_scores_file(evaluated, category, tiny_detector):
     figures, rows, _ = evaluated
     assert [row["image"] for row in rows] == [item.path.relative_to(category.root).as_posix() for item in category.test]
-    for part, name in ((figures, "score"), (figures["local"], "local_score"), (figures["global"], "global_score")):
-        for kind in ("structural", "logical"):
-            expected = area(column(rows, name, "good"), column(rows, name, kind))
-            assert part["auroc"][kind] == pytest.approx(expected, rel=1e-12)
+    found = {"score": figures["auroc"]} | {f"{name}_score": figures[name]["auroc"] for name in ("local", "global")}
+    assert tuple(figures["parts"]) == tiny_detector.parts
+    for name, areas in (found | {f"part_{name}": areas for name, areas in figures["parts"].items()}).items():
+        expected = [area(column(rows, name, "good"), column(rows, name, kind)) for kind in KINDS[1:]]
+        assert list(areas.values()) == pytest.approx([*expected, np.mean(expected)], rel=1e-12)
     assert figures["local"] != figures["global"]
 
 
@@ -109,15 +94,9 @@ def test_maps_lie_in_the_evaluators_layout_at_native_size_and_give_the_figures(e
         assert figures[name] == values
 
 
-def test_each_part_has_its_own_area_and_counts_the_decisions_that_it_made(evaluated, tiny_detector):
+def test_each_part_counts_the_decisions_that_it_made(evaluated, tiny_detector):
     figures, rows, _ = evaluated
-    assert tuple(figures["parts"]) == tiny_detector.parts
     assert list(rows[0])[8:] == ["decided_by", *(f"part_{name}" for name in tiny_detector.parts)]
-    for name, areas in figures["parts"].items():
-        for kind in ("structural", "logical"):
-            expected = area(column(rows, f"part_{name}", "good"), column(rows, f"part_{name}", kind))
-            assert areas[kind] == pytest.approx(expected, rel=1e-12)
-        assert areas["mean"] == (areas["structural"] + areas["logical"]) / 2
     for row in rows:
         values = {name: float(row[f"part_{name}"]) for name in tiny_detector.parts}
         assert row["decided_by"] == max(values, key=values.get)
@@ -141,11 +120,8 @@ def test_the_papers_scoring_has_the_students_for_parts_and_none_decides(papers, 
     for i, row in enumerate(read_rows(tmp_path / "scores.csv")):
         (score,) = papers.image_scores(papers.maps(images.batch([i])).combined)
         assert float(row["score"]) == pytest.approx(score, rel=1e-4, abs=1e-4)
-        assert (row["decided_by"], row["part_local"], row["part_global"]) == (
-            "",
-            row["local_score"],
-            row["global_score"],
-        )
+        assert row["decided_by"] == ""
+        assert [row["part_local"], row["part_global"]] == [row["local_score"], row["global_score"]]
 
 
 def test_the_maps_of_both_students_are_scored_in_their_own_right(tiny_detector, papers, category, evaluated):
@@ -192,16 +168,15 @@ def test_bad_masks_leave_their_kind_without_spro_and_hide_nothing_else(tiny_dete
     (own_data / "train" / "good" / "a.gif").touch()
     figures = evaluate(tiny_detector, open_category(own_data, None), threshold=None, batch_size=4)
     expected, _, _ = evaluated
-    assert figures["auroc"] == expected["auroc"]
-    for name in ("local", "global"):
-        assert figures[name]["auroc"] == expected[name]["auroc"]
+    for found, wanted in ((figures, expected), *((figures[name], expected[name]) for name in ("local", "global"))):
+        assert found["auroc"] == wanted["auroc"]
     for limit, values in figures["spro_at"].items():
         assert values == {"structural": expected["spro_at"][limit]["structural"], "logical": None, "mean": None}
     assert len(figures["bad_masks"]) == 2
     for path, sentence in zip(bad, figures["bad_masks"], strict=True):
         assert str(path) in sentence
-    assert len(figures["absent"]) == 1
-    assert "no sPRO of logical anomalies: masks of category screw_bag cannot be used (2 such" in figures["absent"][0]
+    (absent,) = figures["absent"]
+    assert "no sPRO of logical anomalies: masks of category screw_bag cannot be used (2 such" in absent
     assert figures["unused"] == [{"files": "formats that are not read", "n_files": 1, "first": ["train/good/a.gif"]}]
 
 
@@ -260,10 +235,9 @@ def test_all_unreadable_test_images_are_named_and_nothing_is_written(tiny_detect
 
 def test_maps_never_replace_the_data_sets_own_images(tiny_detector, own_data, below):
     """Their layout is the data set's."""
-    category = open_category(own_data, "screw_bag")
-    before = {name: (own_data / name).read_bytes() for name in below(own_data) if (own_data / name).is_file()}
+    category, before = open_category(own_data, "screw_bag"), below(own_data)
     (own_data.parent / "link").symlink_to(own_data)
-    for folder in (own_data, own_data.parent / "link", category.root, category.root / "test"):
+    for folder in (own_data, own_data.parent / "link", own_data / "test"):
         with pytest.raises(UserError, match="among the data set's own images"):
             evaluate(tiny_detector, category, threshold=None, save_maps=folder)
-    assert {name: (own_data / name).read_bytes() for name in below(own_data) if (own_data / name).is_file()} == before
+    assert below(own_data) == before

@@ -39,6 +39,12 @@ class Browser(webdriver.Chrome):
     def names(self):
         return self.texts("#cards .name")
 
+    def scores(self):
+        return [float(text) for text in self.texts("#cards .score")]
+
+    def maps(self):
+        return self.js("[...document.querySelectorAll('#cards .heat')].map((i) => i.src.split(',')[1])")
+
     def press(self, group, value):
         self.one(f'#{group} [data-value="{value}"]').click()
 
@@ -72,22 +78,20 @@ def browser(start_chromium):
 
 
 @pytest.fixture(scope="module")
-def two_runs(tiny_run, tiny_detector, data_root, tmp_path_factory):
+def two_runs(tiny_run, tiny_detector, data_root, tmp_path_factory, edit):
     """What the page of two runs shows, at a threshold that makes mistakes of both sorts; some names are markup."""
     folder = tmp_path_factory.mktemp("two")
     category = shutil.copytree(data_root / "screw_bag", folder / "screw_bag")
     for path, name in zip(sorted((category / "test" / "good").iterdir()), NASTY, strict=False):
         path.rename(path.with_name(name))
     other = shutil.copytree(tiny_run, folder / "other")
-    config = json.loads((other / "config.json").read_text())
     # It has no parts, and ranks the images differently.
-    config["options"]["scoring"] = "paper"
-    (other / "config.json").write_text(json.dumps(config))
-    good, structural, logical = (
-        [found.score for found in tiny_detector.predict(sorted((category / "test" / name).iterdir()))]
-        for name in ("good", "structural_anomalies", "logical_anomalies")
+    edit(other / "config.json", lambda config: config["options"].update(scoring="paper"))
+    good, bad = (
+        [found.score for found in tiny_detector.predict(sorted((category / "test").glob(f"{name}/*")))]
+        for name in ("good", "*_anomalies")
     )
-    threshold = (max(good) + min(structural + logical)) / 2
+    threshold = (max(good) + min(bad)) / 2
     page = write_report([tiny_run, other], folder / "page", threshold=threshold, data_root=category, device="cpu")
     return json.loads(page.read_text().split('<script type="application/json" id="data">')[1].split("</script>")[0])
 
@@ -173,10 +177,9 @@ def test_the_switch_changes_scores_curves_and_maps_but_no_decision(shown):
         assert page.pressed("variants") == [variant]
         assert f"{run['variants'][variant]['auroc']['mean']:.3f}" in page.texts(".tile dd")[0]
         assert page.names() == by_score(images, variant)
-        maps = page.js("[...document.querySelectorAll('#cards .heat')].map((i) => i.src.split(',')[1])")
-        assert maps == [by_name[name]["maps"][variant] for name in page.names()]
-        scores = [float(text) for text in page.texts("#cards .score")]
-        assert scores == pytest.approx([by_name[name]["scores"][variant] for name in page.names()], rel=1e-3)
+        shown_images = [by_name[name] for name in page.names()]
+        assert page.maps() == [image["maps"][variant] for image in shown_images]
+        assert page.scores() == pytest.approx([image["scores"][variant] for image in shown_images], rel=1e-3)
         assert sorted(page.texts(".card .mistake")) == mistakes
         # The run has a threshold for the combined score alone.
         assert len(page.all("svg .threshold")) == (variant == "combined")
@@ -197,10 +200,9 @@ def test_a_part_without_a_map_of_its_own_has_scores_and_curves_and_another_map(s
         assert f"{lack}; the {shown_map} map is shown" in page.one(".run .meaning").text
         assert page.one(".run").text.count(lack) == 3  # also instead of the sPRO, and of its curve
         assert page.names() == by_score(images, part)
-        scores = [float(text) for text in page.texts("#cards .score")]
-        assert scores == pytest.approx([by_name[name]["scores"][part] for name in page.names()], rel=1e-3)
-        maps = page.js("[...document.querySelectorAll('#cards .heat')].map((i) => i.src.split(',')[1])")
-        assert maps == [by_name[name]["maps"][shown_map] for name in page.names()]
+        shown_images = [by_name[name] for name in page.names()]
+        assert page.scores() == pytest.approx([image["scores"][part] for image in shown_images], rel=1e-3)
+        assert page.maps() == [image["maps"][shown_map] for image in shown_images]
         assert page.texts("#cards .no-map") == ["no place: distance of the whole image"] * (0 if has_place else 10)
 
 
@@ -330,15 +332,10 @@ def test_names_are_shown_and_not_executed_and_the_network_is_not_used(shown):
 
 def test_everything_can_be_done_with_the_keyboard(shown):
     page, _, images = shown()
-    for selector, key in (
-        ("[data-value=local]", Keys.SPACE),
-        ("#order", Keys.ARROW_DOWN),
-        ("[data-value=good]", Keys.ENTER),
-    ):
+    style = "(({outlineStyle, outlineWidth}) => [outlineStyle, outlineWidth])(getComputedStyle(document.activeElement))"
+    keys = {"[data-value=local]": Keys.SPACE, "#order": Keys.ARROW_DOWN, "[data-value=good]": Keys.ENTER}
+    for selector, key in keys.items():
         page.tab_to(selector)
-        style = (
-            "(({outlineStyle, outlineWidth}) => [outlineStyle, outlineWidth])(getComputedStyle(document.activeElement))"
-        )
         assert page.js(style) == ["solid", "3px"]
         page.keys(key)
         assert page.js("document.activeElement.matches(arguments[0])", selector)

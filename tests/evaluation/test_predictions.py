@@ -10,17 +10,11 @@ import torch
 from PIL import Image
 
 from dskd_fast.data.category import GroundTruth
-from dskd_fast.data.layout import open_category
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.predictions import evaluate_predictions, evaluate_saved, load_predictions
 from dskd_fast.metrics.maps import save_map
 
 SIZE = (96, 120)
-
-
-@pytest.fixture(scope="module")
-def category(data_root):
-    return open_category(data_root, "screw_bag")
 
 
 @pytest.fixture
@@ -123,41 +117,22 @@ def test_maps_of_cropped_images_are_refused(predicted, category):
         evaluate_predictions(predicted, category)
 
 
-def drop_path(batches):
-    batches[0].image_path = None
+def changed(name, change):
+    """The first batch with another value."""
+
+    def apply(batches):
+        setattr(batches[0], name, change(getattr(batches[0], name)))
+
+    return apply
 
 
-def drop_scores(batches):
-    batches[0].pred_score = None
-
-
-def drop_all(batches):
+def without_any(batches):
     for batch in batches:
         batch.pred_score = batch.anomaly_map = None
 
 
-def halve_maps(batches):
-    batches[0].anomaly_map = batches[0].anomaly_map[:2]
-
-
-def halve_scores(batches):
-    batches[0].pred_score = batches[0].pred_score[:2]
-
-
-def spoil(batches):
-    batches[0].pred_score[1] = torch.nan
-
-
-def empty_maps(batches):
-    batches[0].anomaly_map = batches[0].anomaly_map[:, :0]
-
-
-def sparse_maps(batches):
-    batches[0].anomaly_map = batches[0].anomaly_map.to_sparse()
-
-
-def imaginary_scores(batches):
-    batches[0].pred_score = batches[0].pred_score.to(torch.complex64)
+def of_other_data(batches):
+    batches[:] = [{"image_path": "/bags/test/good/000.png", "pred_score": 1.0}]
 
 
 @pytest.mark.parametrize(
@@ -165,29 +140,30 @@ def imaginary_scores(batches):
     [
         (list.pop, "2 of 10 test images have no prediction: .*engine.predict"),
         (lambda batches: batches.append(batches[0]), "two predictions of .*test"),
-        (drop_path, "a prediction has no image_path"),
-        (drop_scores, "4 of 10 predictions have no pred_score"),
-        (drop_all, "neither anomaly_map nor pred_score"),
-        (halve_maps, r"anomaly_map has shape \(2, 96, 120\) and image_path 4 images"),
-        (halve_scores, r"pred_score has shape \(2, 1\) and image_path 4 images"),
-        (spoil, r"pred_score of .*\.png is nan"),
-        (empty_maps, r"anomaly_map has shape \(4, 0, 120\)"),
-        (sparse_maps, r"anomaly_map of .*\.png is a Tensor that is no array of real numbers"),
-        (imaginary_scores, r"pred_score of .*\.png is a Tensor that is no array of real numbers"),
+        (changed("image_path", lambda _: None), "a prediction has no image_path"),
+        (changed("pred_score", lambda _: None), "4 of 10 predictions have no pred_score"),
+        (without_any, "neither anomaly_map nor pred_score"),
+        (changed("anomaly_map", lambda x: x[:2]), r"anomaly_map has shape \(2, 96, 120\) and image_path 4 images"),
+        (changed("pred_score", lambda x: x[:2]), r"pred_score has shape \(2, 1\) and image_path 4 images"),
+        (changed("pred_score", lambda x: x * torch.nan), r"pred_score of .*\.png is nan"),
+        (changed("anomaly_map", lambda x: x[:, :0]), r"anomaly_map has shape \(4, 0, 120\)"),
+        (
+            changed("anomaly_map", torch.Tensor.to_sparse),
+            r"anomaly_map of .*\.png is a Tensor that is no array of real",
+        ),
+        (
+            changed("pred_score", lambda x: x * 1j),
+            r"pred_score of .*\.png is a Tensor that is no array of real numbers",
+        ),
         (lambda batches: batches.insert(0, batches), "nested too deeply"),
         (lambda batches: batches.append(None), r"predictions hold None: .*return_predictions=True"),
+        (of_other_data, r"none of the 1 predictions is of a test image in .*/bags/test/good/000.png"),
     ],
 )
 def test_what_cannot_be_scored_is_said(predicted, category, change, message):
     change(predicted)
     with pytest.raises(UserError, match=message):
         evaluate_predictions(predicted, category)
-
-
-def test_predictions_of_other_data_are_refused(category):
-    other = {"image_path": "/bags/test/good/000.png", "pred_score": 1.0}
-    with pytest.raises(UserError, match=r"none of the 1 predictions is of a test image in .*/bags/test/good/000.png"):
-        evaluate_predictions(other, category)
 
 
 class Evil:
@@ -209,19 +185,17 @@ def test_a_file_is_read_without_executing_anything(tmp_path):
         load_predictions(tmp_path / "p.pt")
 
 
-def test_a_checkpoint_is_no_predictions(tmp_path, category):
+def test_neither_a_checkpoint_nor_pictures_nor_nothing_are_predictions(tmp_path, category):
     torch.save({"state_dict": {"weight": torch.ones(2)}}, tmp_path / "model.ckpt")
-    with pytest.raises(UserError, match="predictions hold a dict: give what"):
-        evaluate_saved(tmp_path / "model.ckpt", category)
-    with pytest.raises(UserError, match="there is no folder and no file"):
-        evaluate_saved(tmp_path / "nowhere", category)
-
-
-def test_pictures_are_no_maps(tmp_path, category):
     (tmp_path / "images" / "good").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "good" / "000.png")
-    with pytest.raises(UserError, match=r"has 1 pictures and no map, 000.png first: the colours of pictures"):
-        evaluate_saved(tmp_path, category)
+    for name, message in (
+        ("model.ckpt", "predictions hold a dict: give what"),
+        ("images", r"has 1 pictures and no map, 000.png first: the colours of pictures"),
+        ("nowhere", "there is no folder and no file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_saved(tmp_path / name, category)
 
 
 def test_the_command_takes_a_file(cli, predicted, category, tmp_path):
@@ -233,11 +207,10 @@ def test_the_command_takes_a_file(cli, predicted, category, tmp_path):
     assert json.loads((tmp_path / "f.json").read_text()) == evaluate_predictions(predicted, category)
 
 
-def test_the_command_does_not_replace_what_it_scores(cli, tmp_path):
+def test_the_command_does_not_replace_what_it_scores(cli_error, tmp_path):
     (tmp_path / "p.pt").write_bytes(b"predictions")
-    code, _, err = cli("evaluate-maps", tmp_path / "p.pt", "--category", "c", "--out", tmp_path / "." / "p.pt")
-    assert code == 2
-    assert "would be replaced: name another file" in err
+    message = cli_error("evaluate-maps", tmp_path / "p.pt", "--category", "c", "--out", tmp_path / "." / "p.pt")
+    assert "would be replaced: name another file" in message
     assert (tmp_path / "p.pt").read_bytes() == b"predictions"
 
 
