@@ -156,7 +156,7 @@ for order, zipped in (("<", None), (">", "zlib")):
 def test_values_of_up_to_16_bits_are_rounded_for_every_value(tmp_path, rng, kind):
     channels, make = DEEP[kind]
     values = np.stack([rng.permutation(65536) for _ in range(channels)], 1).reshape(256, 256, channels)
-    for bits in (9, 12, 16):
+    for bits in (9, 16):
         largest = 2**bits - 1
         array = (values >> (16 - bits)).astype(np.uint16)
         if channels in (2, 4):
