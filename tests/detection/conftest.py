@@ -25,7 +25,7 @@ def make_calibrated(random_images):
     def make(source="validation", n=6, scoring=None, **networks):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = DSKD("lite", image_size=64, pretrained=False, **{"gccb": 8} | networks).eval()
+            model = DSKD("test_resnet", image_size=64, pretrained=False, **{"gccb": 8} | networks).eval()
         scoring = Scoring(**{"temperature": 1.0, "sigma": 1.5} | (scoring or {}))
         detector = Detector(model, scoring, calibrated=CalibratedScore(model, scoring.sigma))
         normal, training = (torch.from_numpy(random_images(k, seed=seed)) for seed, k in enumerate((n, 8)))
