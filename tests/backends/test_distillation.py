@@ -42,8 +42,6 @@ def test_error_is_no_more_than_rounding_makes_it(
     backend, check_distillation, make_features, size, t, precision, noise, kind, normalize
 ):
     n, k, c = size
-    if c == 1 and normalize and backend.name.startswith(("cuda", "emulation")):
-        pytest.skip("equal directions of one channel: its KL of 1e-35 is float64's rounding of x * (1/|x|) alone")
     student, teacher = make_features(n, c, noise, kind)
     keys = make_features(k, c, 0, kind, seed=1)[1]
     if not normalize:  # logits up to about 100, of vectors as long as they come

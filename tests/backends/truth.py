@@ -58,16 +58,17 @@ class KeysTruth:
                 k = off(keys, u * np.abs(keys) + FLOAT64)
                 a = off(t, u * operand) @ k.T
                 a = off(a, 4 * working + accumulation * sizes[0])
-                d = off(off(delta, u * np.abs(delta) + FLOAT64) @ k.T, accumulation * sizes[1])
+                d = off(delta, u * np.abs(delta) + FLOAT64 * (np.abs(s) / temperature + np.abs(t)))
+                d = off(d @ k.T, accumulation * sizes[1])
                 noisy_kl, weight = self._rows(a, d, mask)
                 by = u * np.abs(weight)
                 if mask.any() and not are_own_keys:
                     # A weight that is computed from its logits again has their rounding, unknown to its sum.
                     logits = working * (sizes[0] + sizes[1]) * sizes[2].T
                     by = by + logits * (_softmax(a) + _softmax(a + d))
-                noisy = self._through(off(weight, by) @ k, s, *through)
-                raw = np.linalg.norm(weight @ keys, axis=1, keepdims=True) * inverse_norm / temperature
-                noisy = off(noisy, working * raw)
+                raw = off(weight, by) @ k
+                length = np.linalg.norm(raw, axis=1, keepdims=True)
+                noisy = off(self._through(raw, s, *through), working * length * inverse_norm / temperature)
                 noisy_kl = off(noisy_kl, 4 * working * kl)
                 squares += (noisy_kl - kl) ** 2, ((noisy - gradient) ** 2).sum(1)
             smallest = 0 if double else SMALLEST * len(keys)
