@@ -166,7 +166,9 @@ def _program(detector: Detector, threshold: float | None) -> torch.export.Export
         3: torch.export.Dim("width", min=MIN_SIDE),
     }
     with torch.no_grad(), without_operators():
-        return torch.export.export(Inspection(detector, threshold), (example,), dynamic_shapes={"images": free})
+        return torch.export.export(
+            Inspection(detector, threshold), (example,), dynamic_shapes={"images": free}, strict=False
+        )
 
 
 def _metadata(detector: Detector, file_format: Format, category: str, threshold: float | None) -> dict[str, Any]:

@@ -326,7 +326,7 @@ class Dskd(AnomalibModule):
         with torch.no_grad():
             outputs = [*exported(example)]
             with without_operators():
-                program = torch.export.export(exported, (example,), dynamic_shapes={"images": free})
+                program = torch.export.export(exported, (example,), dynamic_shapes={"images": free}, strict=False)
         folder = Path(export_root) / "weights" / "onnx"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{model_file_name}.onnx"

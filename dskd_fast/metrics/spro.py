@@ -223,7 +223,7 @@ class _Ramps(NamedTuple):
 
 
 def _order(scores: np.ndarray) -> np.ndarray:
-    """Indices that sort scores, (n,) float32 or float64; equal ones stay in their order."""
+    """Indices that sort scores, (n,) float32 or float64; equal ones stay in their order, save -0 and 0."""
     if scores.dtype != np.float32 or scores.size > 2**32:
         return np.argsort(scores, kind="stable")
     # A third of argsort's time: integers in the order of the scores, each with its index in the lower half.

@@ -19,6 +19,7 @@ import functools
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -242,14 +243,14 @@ class _TransformedGradient(torch.autograd.Function):
         return _fold_images(functools.partial(call, cosine_gradient), info, in_dims, *inputs)
 
 
-REPLACED: ContextVar[Mapping[Any, Callable[..., Any]] | None] = ContextVar("REPLACED", default=None)
+REPLACED: ContextVar[Mapping[Any, Callable[..., Any]]] = ContextVar("REPLACED", default=MappingProxyType({}))
 """What `call` takes instead of the operators; see `dskd_fast.ops.portable.without_operators`."""
 
 
 def call(operator: Callable[..., Any], *inputs: Any) -> Any:
     """Call one of the operators such that torch.func can differentiate it, too."""
-    # The compiler knows no context variables, and exporting does not use it.
-    if not torch.compiler.is_dynamo_compiling() and (replaced := REPLACED.get()) is not None:
+    # The compiler knows no context variables; `torch.export.export(..., strict=False)` does without it.
+    if not torch.compiler.is_dynamo_compiling() and operator in (replaced := REPLACED.get()):
         return replaced[operator](*inputs)
     return _TRANSFORMED[operator](*inputs) if is_transforming() else operator(*inputs)
 

@@ -124,7 +124,7 @@ DECOMPOSITIONS = {
 
 @contextmanager
 def without_operators() -> Iterator[None]:
-    """Have the losses compute in plain operations, in this thread."""
+    """Have the losses compute in plain operations, in this thread, while a program is traced with `strict=False`."""
     token = operators.REPLACED.set(
         {
             operators.contextual_affinity: contextual_affinity,

@@ -18,6 +18,8 @@ _ROUNDING = 1e-5
 # Dimensions of the random projection in which those are chosen, as in PatchCore's published code: distances in it are
 # off by an eighth, with 32 by a quarter.
 _N_PROJECTED = 128
+# Batches that a sample keeps apart: each new one costs a look at all of them.
+_MAX_BATCHES = 100
 
 
 class PatchPart(nn.Module):
@@ -53,11 +55,13 @@ class PatchPart(nn.Module):
         n_kept = min(MAX_KEPT, max(MIN_KEPT, sample.n_seen // _SHARE_KEPT))
         for _ in range(min(n_kept, len(patches)) - 1):
             last = chosen[-1]
-            to_last = torch.addmv(squares + squares[last], projected, projected[last], alpha=-2)
+            sums = squares + squares[last]
+            to_last = torch.addmv(sums, projected, projected[last], alpha=-2)
+            to_last[to_last <= _ROUNDING * sums] = 0  # copies, but for rounding
             torch.minimum(nearest, to_last, out=nearest)
             farthest = int(nearest.argmax())
-            if not nearest[farthest] > _ROUNDING * squares.max():
-                break  # all others are copies, but for rounding
+            if not nearest[farthest] > 0:
+                break
             chosen.append(farthest)
         self.bank = patches[chosen].contiguous()
         self._images = sample.images()[chosen]
@@ -127,6 +131,9 @@ class PatchSample:
                 is_kept = keys < self._limit
                 if not is_kept.all():
                     self._kept[i] = chosen[is_kept], numbers[is_kept], keys[is_kept]
+        if len(self._kept) > _MAX_BATCHES:
+            chosen, numbers, keys = map(torch.cat, zip(*self._kept, strict=True))
+            self._kept = [(chosen, numbers, keys)]
 
     def patches(self) -> Tensor:
         """(n, C)."""

@@ -40,6 +40,8 @@ from dskd_fast.training.distributed import ALONE
 from dskd_fast.training.teacher import FrozenTeacher, KeptFeatures
 
 ARRAYS = "arrays.safetensors"
+# Of methods whose earlier arrays are of other networks: those are fitted anew.
+_VERSIONS = {"gcad": 2}
 # What the recipe has that no method of these depends on.
 _OF_STUDENTS = ("gccb", "stage4_init", "lr", "schedule", "warmup", "averaging", "temperature", "students")
 _OF_SCORING = ("local_loss", "global_loss", "scoring", "sigma", "filter_maps", "align_corners")
@@ -146,7 +148,8 @@ def _identity(name: str, measured: Measured) -> dict[str, Any]:
     """What decides the arrays of a method: its name, the recipe as far as it counts, and the images."""
     left_out = {*_OF_STUDENTS, *_OF_SCORING, *_OF_RUNNING}
     options = {key: value for key, value in dataclasses.asdict(measured.recipe).items() if key not in left_out}
-    return {"method": name, "options": options, "images": measured.category.fingerprint}
+    version = {"version": _VERSIONS[name]} if name in _VERSIONS else {}
+    return {"method": name, "options": options, "images": measured.category.fingerprint} | version
 
 
 def _fitted(
