@@ -67,6 +67,8 @@ def assert_agrees(found, detections, threshold):
     for name, expected in (("score", scores), ("map", maps), ("parts", parts)):
         assert (found[name].dtype, found[name].shape) == (np.float32, expected.shape)
         assert (np.abs(found[name] - expected) <= TOLERANCE * (1 + np.abs(expected))).all()
+    if threshold is None:
+        return
     assert found["anomalous"].dtype == np.bool_
     clear = np.abs(scores - threshold) > TOLERANCE * (1 + np.abs(scores))
     assert (found["anomalous"] == (scores > threshold))[clear].all()
@@ -275,7 +277,12 @@ def test_a_file_of_the_papers_scoring_keeps_its_digits_and_without_a_threshold_m
     assert detector.calibration.statistics["global"].mean < 1e-7
     detector.calibration = replace(detector.calibration, exposure=None)
     exported = export(detector, tmp_path / "model.onnx", "onnx", category="c", threshold=None)
-    assert list(load(exported.path)(random_images(1, 32, 45))) == ["score", "map", "parts"]
+    run = load(exported.path)
+    for size in ((1, 32, 45), (4, 61, 32), (2, 90, 70)):
+        images = random_images(*size)
+        found = run(images)
+        assert list(found) == ["score", "map", "parts"]
+        assert_agrees(found, detector.predict(images.transpose(0, 2, 3, 1)), None)
     assert (exported.metadata["scoring"], exported.metadata["parts"]) == ("paper", ["local", "global"])
     assert "exposure" not in exported.metadata
     assert exported.metadata["threshold"] is None
