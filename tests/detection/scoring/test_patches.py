@@ -74,6 +74,12 @@ def test_kept_patches_cover_the_sample_better_than_random_ones(monkeypatch):
     assert all(ours <= farthest(generator.choice(training, 30, replace=False)) for _ in range(20))
 
 
+def test_beside_a_patch_that_is_far_longer_none_is_taken_for_a_copy():
+    training = patches(5)
+    training[0, 0, 0] *= 300
+    assert len(fitted(training).bank) == 5 * SIDE**2
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_each_training_image_is_compared_with_the_others_alone(batch_size):
     training = patches(5)
