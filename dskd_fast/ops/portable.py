@@ -1,8 +1,6 @@
 """The operators in plain PyTorch operations, for files that a runtime without this package is to run.
 
-`without_operators` has `torch.export.export` trace these in the operators' place. `DECOMPOSITIONS` replaces them in a
-program that was exported before, which takes a second pass: `program.run_decompositions(DECOMPOSITIONS)`.
-
+`without_operators` has `torch.export.export` trace these in the operators' place.
 What is traced may depend neither on the data nor on the number of images, and all of it is float32: some runtimes know
 no float64, others take float32 in its place without saying so. None of ONNX's knows expm1 or log1p either. So nothing
 may cancel: the difference of two unit vectors is made from a difference that is exact (`_directions`), and the rest is
@@ -112,14 +110,6 @@ def cosine_distance(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
     _, delta, has_direction = _directions(student, teacher)
     distance = torch.where(has_direction, delta.square().sum(-1) / 2, 1.0)
     return distance.unflatten(1, student.shape[2:])
-
-
-DECOMPOSITIONS = {
-    torch.ops.dskd_fast.contextual_affinity.tensor: contextual_affinity,
-    torch.ops.dskd_fast.contextual_affinity.default: contextual_affinity,
-    torch.ops.dskd_fast.affinity_distillation.default: affinity_distillation,
-    torch.ops.dskd_fast.cosine_distance.map: cosine_distance,
-}
 
 
 @contextmanager

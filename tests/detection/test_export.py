@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as nnf
 
-from dskd_fast import ContextualAffinityLoss, functional
+from dskd_fast import functional
 from dskd_fast.data.images import read_image
 from dskd_fast.data.images import resize_square as resize_with_pillow
 from dskd_fast.data.layout import open_category
@@ -306,16 +306,6 @@ def test_calibrated_scores_of_any_run_are_in_the_module(make_calibrated, random_
     assert {x.dtype for x in module.calibrated.buffers()} == {torch.float32}
     for images in (random_images(1, 40, 64), random_images(3, 70, 90)):
         assert_agrees(module_run(module)(images), detector.predict(images.transpose(0, 2, 3, 1)), 2.0)
-
-
-def test_the_plain_forms_of_the_losses_are_taken_while_a_program_is_traced_and_no_longer():
-    def names(program):
-        return {str(node.target).split(".")[0] for node in program.graph.nodes if node.op == "call_function"}
-
-    program = export_module._program(small_detector(), None)
-    assert "dskd_fast" not in names(program)
-    program = torch.export.export(ContextualAffinityLoss(), (torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2)))
-    assert "dskd_fast" in names(program)
 
 
 def test_the_decision_is_strict(random_images):
