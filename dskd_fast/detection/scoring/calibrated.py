@@ -278,8 +278,8 @@ class CalibratedScore(nn.Module):
         Raises:
             ValueError: it is another run's.
         """
-        own = self.state_dict()
-        tensors = {f"parts.{_module_name('patches')}.counts_beyond": torch.zeros(()), **tensors}  # if it is not there
+        own, tensors = self.state_dict(), dict(tensors)
+        PatchPart.complete(tensors, f"parts.{_module_name('patches')}.")
         if own.keys() != tensors.keys():
             raise ValueError("it holds other parts than this run has")
         for key, tensor in tensors.items():

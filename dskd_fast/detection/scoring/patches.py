@@ -92,8 +92,13 @@ class PatchPart(nn.Module):
         """Distances below this are rounding."""
         return float((_ROUNDING * self.bank.square().sum(1).max()).sqrt())
 
+    @staticmethod
+    def complete(state: dict[str, Any], prefix: str) -> None:
+        """Add to a state of an earlier version what it lacks: zeros beyond the border did not count."""
+        state.setdefault(prefix + "counts_beyond", torch.zeros(()))
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(prefix + "counts_beyond", torch.zeros(()))  # earlier versions did not
+        self.complete(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
