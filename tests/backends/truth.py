@@ -150,11 +150,9 @@ class Truth:
         kl, gradient = self.keys_truth.limits(*call, precision=precision, are_own_keys=True, **options)
         is_double = precision == "fp32" and torch.float64 in (student.dtype, teacher.dtype)
         smallest = 0 if is_double else SMALLEST * teacher.shape[1]
-        norms = call[0].double().norm(dim=-1).numpy()
-        inverse = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
-        return temperature**2 * kl + smallest, temperature**2 * gradient + smallest * max(1, temperature) * (
-            1 + inverse
-        )
+        inverse = _normalise(call[0].double().numpy())[1][..., 0]
+        gradient = temperature**2 * gradient + smallest * max(1, temperature) * (1 + inverse)
+        return temperature**2 * kl + smallest, gradient
 
     @staticmethod
     def _call(student, teacher, temperature, rows):

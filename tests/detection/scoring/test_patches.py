@@ -6,12 +6,8 @@ import torch
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from dskd_fast.detection.calibration import Scoring
-from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.scoring import patches as patches_module
-from dskd_fast.detection.scoring.calibrated import CalibratedScore
 from dskd_fast.detection.scoring.patches import PatchPart, PatchSample
-from dskd_fast.models import DSKD
 
 CHANNELS, SIDE = 6, 4
 
@@ -121,16 +117,17 @@ def test_numbers_of_images_stay_with_their_patches(monkeypatch, limit):
 
 
 @pytest.mark.parametrize("is_earlier", [False, True])
-def test_zeros_beyond_the_border_count_as_published_but_not_in_runs_of_earlier_versions(is_earlier):
-    model = DSKD("lite", image_size=64, gccb=8, pretrained=False)
-    detector = Detector(model.eval(), Scoring(1.0, 1.0), calibrated=CalibratedScore(model, 1.0))
+def test_zeros_beyond_the_border_count_as_published_but_not_in_runs_of_earlier_versions(
+    make_calibrated, random_images, is_earlier
+):
+    detector = make_calibrated()
     state = detector.calibrated.state_dict()
     if is_earlier:
         del state["parts.patches.counts_beyond"]
     detector.calibrated.load(state)
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(random_images(2))
     with torch.no_grad():
-        second = model.teacher(images / 255)[1].double().numpy()
+        second = detector.model.teacher(images / 255)[1].double().numpy()
     window = np.ones((3, 3))
     n = ndimage.convolve(np.ones(second.shape[2:]), window, mode="constant") if is_earlier else 9
     expected = ndimage.convolve(second, window[None, None], mode="constant") / n
