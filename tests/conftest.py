@@ -26,7 +26,8 @@ from filelock import FileLock
 from PIL import Image
 
 from dskd_fast.cli import main
-from dskd_fast.data.layout import DATA_ROOT_VARIABLE
+from dskd_fast.data.category import Category
+from dskd_fast.data.layout import DATA_ROOT_VARIABLE, open_category
 from dskd_fast.data.synthetic import make_screw_bag
 from dskd_fast.ops.dispatch import BACKEND_VARIABLE
 from dskd_fast.runs.folder import load_run
@@ -89,6 +90,11 @@ def data_root(made_once) -> Path:
     """A data root with the category `screw_bag`: 12 + 4 good images, 4 + 3 + 3 test images of 120 x 96."""
     counts = {"n_train": 12, "n_validation": 4, "n_test_good": 4, "n_structural": 3, "n_logical": 3}
     return made_once("data", lambda root: make_screw_bag(root, **counts, size=(120, 96), seed=1))
+
+
+@pytest.fixture(scope="session")
+def category(data_root) -> Category:
+    return open_category(data_root, "screw_bag")
 
 
 @pytest.fixture(scope="session")
