@@ -13,14 +13,13 @@ SIZE = 32
 
 def level_maps(n, seed=0):
     """Levels of 16, 8 and 4 positions a side, whose mean and deviation differ from place to place."""
-    generator = np.random.default_rng(seed)
-    levels = [
-        torch.from_numpy(
-            np.linspace(1, 3, side) + np.linspace(0.5, 2, side)[:, None] * generator.random((n, side, side))
-        )
-        for side in (16, 8, 4)
-    ]
-    return [level.float() for level in levels]
+    generator = torch.Generator().manual_seed(seed)
+
+    def level(side):
+        noise = torch.rand(n, side, side, generator=generator)
+        return torch.linspace(1, 3, side) + torch.linspace(0.5, 2, side)[:, None] * noise
+
+    return [level(side) for side in (16, 8, 4)]
 
 
 def smoothed(values):
@@ -50,10 +49,6 @@ def expected_map(bilinear):
     return make
 
 
-def only(levels, kept):
-    return [level[kept] for level in levels]
-
-
 @pytest.mark.parametrize("levels", [(0,), (0, 1), (0, 1, 2), (1,)])
 def test_a_map_is_the_mean_over_levels_of_deviations_from_what_is_normal_at_each_place(expected_map, levels):
     normal, new = level_maps(6), level_maps(3, seed=1)
@@ -70,7 +65,7 @@ def test_normal_images_are_normalised_as_if_each_had_not_been_among_them(expecte
     left_out = MapPart(levels).calibrate(normal, SIZE)
     for i in range(n):
         others = [j for j in range(n) if j != i] or [0]  # a single image has none
-        expected = expected_map(only(normal, [i]), only(normal, others), levels)
+        expected = expected_map(*([level[kept] for level in normal] for kept in ([i], others)), levels)
         np.testing.assert_allclose(left_out[i : i + 1], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -94,11 +89,8 @@ def test_the_sum_is_of_both_students_maps_each_in_deviations_of_its_own_pixels(e
     normal, new = (level_maps(6), level_maps(6, seed=1)), (level_maps(3, seed=2), level_maps(3, seed=3))
     part, levels = SumPart((0, 1, 2)), (0, 1, 2)
     left_out = part.calibrate(normal, SIZE)
-    expected, expected_left_out = 0, 0
-    for of_normal, of_new in zip(normal, new, strict=True):
-        alone = MapPart(levels).calibrate(of_normal, SIZE).double().numpy()
-        deviation = alone.std()
-        expected_left_out = expected_left_out + alone / deviation
-        expected = expected + expected_map(of_new, of_normal, levels) / deviation
-    np.testing.assert_allclose(left_out, expected_left_out, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(part(new, SIZE), expected, rtol=1e-4, atol=1e-5)
+    of_students = [MapPart(levels).calibrate(of_normal, SIZE).double().numpy() for of_normal in normal]
+    expected = [expected_map(*of_student, levels) for of_student in zip(new, normal, strict=True)]
+    for found, maps in ((left_out, of_students), (part(new, SIZE), expected)):
+        summed = sum(one / alone.std() for one, alone in zip(maps, of_students, strict=True))
+        np.testing.assert_allclose(found, summed, rtol=1e-4, atol=1e-5)

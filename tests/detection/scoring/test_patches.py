@@ -12,9 +12,9 @@ from dskd_fast.detection.scoring.patches import PatchPart, PatchSample
 CHANNELS, SIDE = 6, 4
 
 
-def patches(n, seed=0, side=SIDE):
-    """Of n images, (n, side, side, C)."""
-    return 1 + torch.rand(n, side, side, CHANNELS, generator=torch.Generator().manual_seed(seed))
+def patches(n, seed=0):
+    """Of n images, (n, SIDE, SIDE, C)."""
+    return 1 + torch.rand(n, SIDE, SIDE, CHANNELS, generator=torch.Generator().manual_seed(seed))
 
 
 def sample_of(*batches):
@@ -43,16 +43,13 @@ def assert_are_distances(found, new, bank):
     np.testing.assert_allclose(found.double() ** 2, expected**2, atol=4 * np.finfo(np.float32).eps * largest)
 
 
-def test_distances_are_those_from_the_nearest_patch_of_all_training_images_where_all_are_kept():
-    training, new = patches(5), patches(3, seed=1)
-    assert_are_distances(fitted(training[:2], training[2:]).distances(new), new, training)
-
-
-@pytest.mark.parametrize(("least", "most", "n"), [(2, 30, 8), (2, 7, 7), (9, 30, 9)])
+@pytest.mark.parametrize(("least", "most", "n"), [(2, 30, 8), (2, 7, 7), (9, 30, 9), (100, 999, 5 * SIDE**2)])
 def test_a_tenth_is_kept_within_limits_and_distances_are_those_from_the_nearest_of_them(monkeypatch, least, most, n):
     monkeypatch.setattr(patches_module, "MIN_KEPT", least)
     monkeypatch.setattr(patches_module, "MAX_KEPT", most)
-    part, new = fitted(patches(5)), patches(3, seed=1)
+    training, new = patches(5), patches(3, seed=1)
+    part = fitted(*training.split((2, 3)))
+    assert {*map(tuple, part.bank.tolist())} <= {*map(tuple, training.flatten(0, 2).tolist())}
     assert len(part.bank) == n
     assert_are_distances(part.distances(new), new, part.bank)
 
@@ -86,10 +83,9 @@ def test_each_training_image_is_compared_with_the_others_alone(batch_size):
         assert_are_distances(one, training[i], others)
 
 
-def numbered(n, first=0, side=SIDE):
-    """Patches (n, side, side, 3) that say which image, row and column they are of."""
-    places = torch.meshgrid(torch.arange(first, first + n), torch.arange(side), torch.arange(side), indexing="ij")
-    return torch.stack(places, 3).float()
+def numbered(n, first=0):
+    """Patches (n, SIDE, SIDE, 3) that say which image, row and column they are of."""
+    return first * torch.eye(3)[0] + torch.cartesian_prod(*map(torch.arange, (n, SIDE, SIDE))).view(n, SIDE, SIDE, 3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -103,28 +99,24 @@ def test_of_any_number_of_images_as_many_patches_are_held_as_may_be(monkeypatch,
     assert len(sample.images().unique()) > 20
 
 
-def test_batches_do_not_matter_to_the_sample(monkeypatch):
-    monkeypatch.setattr(patches_module, "MAX_PATCHES", 100)
-    one, other = (sample_of(*numbered(30).split(size)) for size in (1, 7))
-    assert torch.equal(one.patches(), other.patches())
-
-
 @pytest.mark.parametrize("limit", [100, patches_module.MAX_PATCHES])
-def test_numbers_of_images_stay_with_their_patches(monkeypatch, limit):
+def test_batches_do_not_matter_to_the_sample_and_numbers_of_images_stay_with_their_patches(monkeypatch, limit):
     monkeypatch.setattr(patches_module, "MAX_PATCHES", limit)
-    sample = sample_of(*(numbered(n, first) for n, first in ((3, 0), (1, 3), (20, 4), (7, 24))))
-    assert sample.images().tolist() == sample.patches()[:, 0].tolist()
+    one, other = (sample_of(*numbered(31).split(sizes)) for sizes in (1, (3, 1, 20, 7)))
+    assert torch.equal(one.patches(), other.patches())
+    assert other.images().tolist() == other.patches()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("is_earlier", [False, True])
+@pytest.mark.parametrize("load", ["load", "load_state_dict"])
 def test_zeros_beyond_the_border_count_as_published_but_not_in_runs_of_earlier_versions(
-    make_calibrated, random_images, is_earlier
+    make_calibrated, random_images, is_earlier, load
 ):
     detector = make_calibrated()
     state = detector.calibrated.state_dict()
     if is_earlier:
         del state["parts.patches.counts_beyond"]
-    detector.calibrated.load(state)
+    getattr(detector.calibrated, load)(state)
     images = torch.from_numpy(random_images(2))
     with torch.no_grad():
         second = detector.model.teacher(images / 255)[1].double().numpy()
@@ -133,13 +125,3 @@ def test_zeros_beyond_the_border_count_as_published_but_not_in_runs_of_earlier_v
     expected = ndimage.convolve(second, window[None, None], mode="constant") / n
     found = detector.measured(images).patches[..., : second.shape[1]].permute(0, 3, 1, 2)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-
-
-def test_a_plain_state_of_an_earlier_version_is_loaded_too():
-    part = fitted(patches(5))
-    state = part.state_dict()
-    del state["counts_beyond"]
-    again = fitted(patches(5, seed=1))
-    again.load_state_dict(state)
-    assert torch.equal(again.bank, part.bank)
-    assert (part.counts_beyond.item(), again.counts_beyond.item()) == (1, 0)
