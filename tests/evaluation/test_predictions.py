@@ -1,6 +1,5 @@
 """Predictions of anomalib are scored as it scores them; objects with the same attributes stand for its own."""
 
-import json
 import types
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from dskd_fast.data.category import GroundTruth
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.predictions import evaluate_predictions, evaluate_saved, load_predictions
 from dskd_fast.metrics.maps import save_map
@@ -31,44 +29,35 @@ def predicted(category):
     return [batch(category.test[i : i + 4]) for i in range(0, len(category.test), 4)]
 
 
-def fields(batch):
-    return dict(vars(batch))
-
-
 def test_objects_dictionaries_single_images_and_files_give_the_figures_of_maps_on_disk(predicted, category, tmp_path):
+    single = []
     for batch in predicted:
-        for key, anomaly_map in zip(batch.image_path, batch.anomaly_map, strict=True):
-            below = Path(key).relative_to(category.root.parent).with_suffix(".tiff")
-            save_map(tmp_path / "maps" / below, anomaly_map.numpy())
         batch.pred_score = None
+        for path, anomaly_map in zip(batch.image_path, batch.anomaly_map.numpy(), strict=True):
+            single.append(types.SimpleNamespace(image_path=path, anomaly_map=anomaly_map[None], pred_score=None))
+            below = Path(path).relative_to(category.root.parent).with_suffix(".tiff")
+            save_map(tmp_path / "maps" / below, anomaly_map)
     expected = evaluate_saved(tmp_path / "maps", category)
     assert expected["image_score"] == "maximum of the map"
-    torch.save([fields(batch) for batch in predicted], tmp_path / "p.pt")
-    single = [
-        types.SimpleNamespace(image_path=path, anomaly_map=anomaly_map[None], pred_score=None)
-        for batch in predicted
-        for path, anomaly_map in zip(batch.image_path, batch.anomaly_map.numpy(), strict=True)
-    ]
     assert evaluate_predictions(predicted, category) == expected
     assert evaluate_predictions([single[:5], [single[5:]]], category) == expected
+    torch.save([vars(batch) for batch in predicted], tmp_path / "p.pt")
     assert evaluate_saved(tmp_path / "p.pt", category) == expected
 
 
 def marked(batch, category):
     """The defects of a batch's images, (B, H, W), bool."""
-    truth, of = GroundTruth(category), {str(item.path): item for item in category.test}
-    none = np.zeros(SIZE, bool)
-    masks = [np.any([none, *(d.mask for d in truth.defects(of[path]))], axis=0) for path in batch.image_path]
-    return torch.tensor(np.array(masks))
+    items = [item for item in category.test if str(item.path) in batch.image_path]
+    masks = [[np.zeros(SIZE, bool), *(defect.mask for defect in category.defects(item))] for item in items]
+    return torch.tensor(np.array([np.any(of_image, axis=0) for of_image in masks]))
 
 
 def test_the_score_is_the_predictions_own_and_smaller_maps_are_enlarged(predicted, category):
     """A map of the defects themselves finds them; scores that say the opposite do not change that."""
-    is_good = {str(item.path): item.kind == "good" for item in category.test}
     for batch in predicted:
         maps = marked(batch, category).float()[:, None]
         batch.anomaly_map = torch.nn.functional.interpolate(maps, (48, 60), mode="area").bfloat16()
-        batch.pred_score = torch.tensor([float(is_good[path]) for path in batch.image_path]).half()
+        batch.pred_score = 1 - maps.amax((1, 2, 3)).half()
     figures = evaluate_predictions(predicted, category)
     assert figures["auroc"] == {"structural": 0, "logical": 0, "mean": 0}
     assert figures["image_score"] == "pred_score of the predictions"
@@ -117,53 +106,40 @@ def test_maps_of_cropped_images_are_refused(predicted, category):
         evaluate_predictions(predicted, category)
 
 
-def changed(name, change):
-    """The first batch with another value."""
-
-    def apply(batches):
-        setattr(batches[0], name, change(getattr(batches[0], name)))
-
-    return apply
+def changed(**changes):
+    """All batches, the first with other values."""
+    return lambda first, *others: [types.SimpleNamespace(**vars(first) | changes), *others]
 
 
-def without_any(batches):
-    for batch in batches:
-        batch.pred_score = batch.anomaly_map = None
-
-
-def of_other_data(batches):
-    batches[:] = [{"image_path": "/bags/test/good/000.png", "pred_score": 1.0}]
+MAPS, SCORES, HOLDS_ITSELF = torch.rand(4, *SIZE), torch.rand(4, 1), []
+HOLDS_ITSELF.append(HOLDS_ITSELF)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (list.pop, "2 of 10 test images have no prediction: .*engine.predict"),
-        (lambda batches: batches.append(batches[0]), "two predictions of .*test"),
-        (changed("image_path", lambda _: None), "a prediction has no image_path"),
-        (changed("pred_score", lambda _: None), "4 of 10 predictions have no pred_score"),
-        (without_any, "neither anomaly_map nor pred_score"),
-        (changed("anomaly_map", lambda x: x[:2]), r"anomaly_map has shape \(2, 96, 120\) and image_path 4 images"),
-        (changed("pred_score", lambda x: x[:2]), r"pred_score has shape \(2, 1\) and image_path 4 images"),
-        (changed("pred_score", lambda x: x * torch.nan), r"pred_score of .*\.png is nan"),
-        (changed("anomaly_map", lambda x: x[:, :0]), r"anomaly_map has shape \(4, 0, 120\)"),
+        (lambda *batches: batches[:-1], "2 of 10 test images have no prediction: .*engine.predict"),
+        (lambda *batches: [*batches, batches[0]], "two predictions of .*test"),
+        (changed(image_path=None), "a prediction has no image_path"),
+        (changed(pred_score=None), "4 of 10 predictions have no pred_score"),
+        (lambda *batches: [{"image_path": b.image_path} for b in batches], "neither anomaly_map nor pred_score"),
+        (changed(anomaly_map=MAPS[:2]), r"anomaly_map has shape \(2, 96, 120\) and image_path 4 images"),
+        (changed(pred_score=SCORES[:2]), r"pred_score has shape \(2, 1\) and image_path 4 images"),
+        (changed(pred_score=SCORES * torch.nan), r"pred_score of .*\.png is nan"),
+        (changed(anomaly_map=MAPS[:, :0]), r"anomaly_map has shape \(4, 0, 120\)"),
+        (changed(anomaly_map=MAPS.to_sparse()), r"anomaly_map of .*\.png is a Tensor that is no array of real numbers"),
+        (changed(pred_score=SCORES * 1j), r"pred_score of .*\.png is a Tensor that is no array of real numbers"),
+        (lambda *_: HOLDS_ITSELF, "nested too deeply"),
+        (lambda *batches: [*batches, None], r"predictions hold None: .*return_predictions=True"),
         (
-            changed("anomaly_map", torch.Tensor.to_sparse),
-            r"anomaly_map of .*\.png is a Tensor that is no array of real",
+            lambda *_: {"image_path": "/bags/test/good/000.png", "pred_score": 1.0},
+            r"none of the 1 predictions is of a test image in .*/bags/test/good/000.png",
         ),
-        (
-            changed("pred_score", lambda x: x * 1j),
-            r"pred_score of .*\.png is a Tensor that is no array of real numbers",
-        ),
-        (lambda batches: batches.insert(0, batches), "nested too deeply"),
-        (lambda batches: batches.append(None), r"predictions hold None: .*return_predictions=True"),
-        (of_other_data, r"none of the 1 predictions is of a test image in .*/bags/test/good/000.png"),
     ],
 )
 def test_what_cannot_be_scored_is_said(predicted, category, change, message):
-    change(predicted)
     with pytest.raises(UserError, match=message):
-        evaluate_predictions(predicted, category)
+        evaluate_predictions(change(*predicted), category)
 
 
 class Evil:
@@ -196,15 +172,6 @@ def test_neither_a_checkpoint_nor_pictures_nor_nothing_are_predictions(tmp_path,
     ):
         with pytest.raises(UserError, match=message):
             evaluate_saved(tmp_path / name, category)
-
-
-def test_the_command_takes_a_file(cli, predicted, category, tmp_path):
-    torch.save([fields(batch) for batch in predicted], tmp_path / "p.pt")
-    arguments = ["--data-root", category.root.parent, "--category", category.name, "--out", tmp_path / "f.json"]
-    code, out, err = cli("evaluate-maps", tmp_path / "p.pt", *arguments)
-    assert (code, err) == (0, "")
-    assert "image score: pred_score of the predictions" in out
-    assert json.loads((tmp_path / "f.json").read_text()) == evaluate_predictions(predicted, category)
 
 
 def test_the_command_does_not_replace_what_it_scores(cli_error, tmp_path):
