@@ -18,7 +18,6 @@ from dskd_fast.evaluation.page import render, write_report
 KINDS = ("good", "structural", "logical")
 VARIANTS = ("combined", "local", "global")
 WITHOUT_MAP = tuple(name for name in PARTS if name not in VARIANTS)
-NASTY = ["\"><img src=x onerror=alert(1)>'ü漢.png", "<svg onload=alert(1)>&lt;b&gt;.png", "`${alert(1)}`\\.png"]
 
 
 class Browser(webdriver.Chrome):
@@ -39,11 +38,15 @@ class Browser(webdriver.Chrome):
     def names(self):
         return self.texts("#cards .name")
 
-    def scores(self):
-        return [float(text) for text in self.texts("#cards .score")]
-
-    def maps(self):
-        return self.js("[...document.querySelectorAll('#cards .heat')].map((i) => i.src.split(',')[1])")
+    def assert_cards(self, images, scores, maps):
+        """The cards are of these images in the order of these scores, and show them and these maps."""
+        by_name = {image["name"]: image["runs"][0] for image in images}
+        assert self.names() == by_score(images, scores)
+        shown = [by_name[name] for name in self.names()]
+        drawn = self.js("[...document.querySelectorAll('#cards .heat')].map((i) => i.src.split(',')[1])")
+        assert drawn == [image["maps"][maps] for image in shown]
+        found = [float(text) for text in self.texts("#cards .score")]
+        assert found == pytest.approx([image["scores"][scores] for image in shown], rel=1e-3)
 
     def press(self, group, value):
         self.one(f'#{group} [data-value="{value}"]').click()
@@ -78,21 +81,16 @@ def browser(start_chromium):
 
 
 @pytest.fixture(scope="module")
-def two_runs(tiny_run, tiny_detector, data_root, tmp_path_factory, edit):
+def two_runs(tiny_run, tiny_detector, nasty_names, tmp_path_factory, edit):
     """What the page of two runs shows, at a threshold that makes mistakes of both sorts; some names are markup."""
-    folder = tmp_path_factory.mktemp("two")
-    category = shutil.copytree(data_root / "screw_bag", folder / "screw_bag")
-    for path, name in zip(sorted((category / "test" / "good").iterdir()), NASTY, strict=False):
-        path.rename(path.with_name(name))
+    folder, category = tmp_path_factory.mktemp("two"), nasty_names()
     other = shutil.copytree(tiny_run, folder / "other")
     # It has no parts, and ranks the images differently.
     edit(other / "config.json", lambda config: config["options"].update(scoring="paper"))
-    good, bad = (
-        [found.score for found in tiny_detector.predict(sorted((category / "test").glob(f"{name}/*")))]
-        for name in ("good", "*_anomalies")
-    )
+    scores = dict(zip(category.test, tiny_detector.predict([item.path for item in category.test]), strict=True))
+    good, bad = ([s.score for i, s in scores.items() if (i.kind == "good") == good] for good in (True, False))
     threshold = (max(good) + min(bad)) / 2
-    page = write_report([tiny_run, other], folder / "page", threshold=threshold, data_root=category, device="cpu")
+    page = write_report([tiny_run, other], folder / "page", threshold=threshold, data_root=category.root, device="cpu")
     return json.loads(page.read_text().split('<script type="application/json" id="data">')[1].split("</script>")[0])
 
 
@@ -171,15 +169,11 @@ def test_histogram_and_curves_are_drawn_to_scale(shown):
 def test_the_switch_changes_scores_curves_and_maps_but_no_decision(shown):
     page, run, images = shown()
     mistakes = sorted(page.texts(".card .mistake"))
-    by_name = {image["name"]: image["runs"][0] for image in images}
     for variant in ("local", "global", "combined"):
         page.press("variants", variant)
         assert page.pressed("variants") == [variant]
         assert f"{run['variants'][variant]['auroc']['mean']:.3f}" in page.texts(".tile dd")[0]
-        assert page.names() == by_score(images, variant)
-        shown_images = [by_name[name] for name in page.names()]
-        assert page.maps() == [image["maps"][variant] for image in shown_images]
-        assert page.scores() == pytest.approx([image["scores"][variant] for image in shown_images], rel=1e-3)
+        page.assert_cards(images, variant, variant)
         assert sorted(page.texts(".card .mistake")) == mistakes
         # The run has a threshold for the combined score alone.
         assert len(page.all("svg .threshold")) == (variant == "combined")
@@ -187,7 +181,6 @@ def test_the_switch_changes_scores_curves_and_maps_but_no_decision(shown):
 
 def test_a_part_without_a_map_of_its_own_has_scores_and_curves_and_another_map(shown):
     page, run, images = shown()
-    by_name = {image["name"]: image["runs"][0] for image in images}
     assert page.texts("#variants button")[3:] == ["Sum", "Patches", "Condensed", "Global means", "Teacher means"]
     for part in WITHOUT_MAP:
         page.press("variants", part)
@@ -199,10 +192,7 @@ def test_a_part_without_a_map_of_its_own_has_scores_and_curves_and_another_map(s
         shown_map = "combined" if has_place else "global"
         assert f"{lack}; the {shown_map} map is shown" in page.one(".run .meaning").text
         assert page.one(".run").text.count(lack) == 3  # also instead of the sPRO, and of its curve
-        assert page.names() == by_score(images, part)
-        shown_images = [by_name[name] for name in page.names()]
-        assert page.scores() == pytest.approx([image["scores"][part] for image in shown_images], rel=1e-3)
-        assert page.maps() == [image["maps"][shown_map] for image in shown_images]
+        page.assert_cards(images, part, shown_map)
         assert page.texts("#cards .no-map") == ["no place: distance of the whole image"] * (0 if has_place else 10)
 
 
@@ -221,8 +211,8 @@ def test_the_gallery_is_sorted_and_filtered(shown):
         assert page.names() == by_score(wanted)
         assert f"({len(wanted)})" in page.one(f'#mistakes [data-value="{value}"]').text
     assert page.pressed("kinds") == list(KINDS)
-    page.press("kinds", "good")
-    page.press("kinds", "logical")
+    for kind in ("good", "logical"):
+        page.press("kinds", kind)
     assert page.pressed("kinds") == ["structural"]
     assert page.names() == by_score([image for image in images if image["kind"] == "structural"])
     assert page.one("#count").text == "3 of 10 images"
@@ -313,12 +303,13 @@ def test_what_a_run_does_not_have_is_absent_with_the_reason_and_not_offered(show
 
 def test_names_are_shown_and_not_executed_and_the_network_is_not_used(shown):
     page, _, _ = shown()
-    for name in (f"good/{name}" for name in NASTY):
-        card = page.all(".open")[page.names().index(name)]
-        assert card.get_attribute("aria-label").startswith(f"{name}, good; score ")
+    for name, card in zip(page.names(), page.all(".open"), strict=True):
+        kind = name.split("/")[0].removesuffix("_anomalies")
+        assert card.get_attribute("aria-label").startswith(f"{name}, {kind}; score ")
         card.click()
         assert page.texts("#viewer-title") == [name]
         page.one("#viewer-close").click()
+    assert sum("alert" in name for name in page.names()) == 3
     # An alert would have stopped the driver by now.
     assert page.all('[onerror], [onload], img:not([src^="data:"])') == []
     assert page.js("performance.getEntriesByType('resource').filter((e) => !e.name.startsWith('data:'))") == []
