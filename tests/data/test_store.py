@@ -12,14 +12,8 @@ KEEP_ALL = 2 * 2**30
 
 
 @pytest.fixture
-def paths(tmp_path):
-    rng = np.random.default_rng(0)
-    paths = []
-    for i in range(7):
-        array = rng.integers(0, 256, (40 + i, 64 - i, 3), dtype=np.uint8)
-        paths.append(tmp_path / f"bild {i} ü.png")
-        Image.fromarray(array).save(paths[-1])
-    return paths
+def paths(write_images, tmp_path):
+    return [write_images(tmp_path / f"größe {i}", 1, size=(64 - i, 40 + i), seed=i)[0] for i in range(7)]
 
 
 def expected(path, size):
@@ -29,11 +23,8 @@ def expected(path, size):
 
 @pytest.mark.parametrize(("memory_limit", "decoded_later"), [(KEEP_ALL, 0), (0, 2)])
 def test_batches_are_the_resized_images_in_the_order_asked_for(paths, monkeypatch, memory_limit, decoded_later):
-    calls = []
-    read = store_module.read_image_and_peak
-    monkeypatch.setattr(
-        store_module, "read_image_and_peak", lambda path, **bits: calls.append(path) or read(path, **bits)
-    )
+    calls, read = [], store_module.read_image_and_peak
+    monkeypatch.setattr(store_module, "read_image_and_peak", lambda path, **o: calls.append(path) or read(path, **o))
     store = ImageStore(paths, 32, memory_limit=memory_limit)
     assert sorted(calls) == sorted(paths)
     store.batch([0, 1]).zero_()  # a batch is a copy
