@@ -85,8 +85,8 @@ def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_
     left_out = score.calibrate(normal, "train" if are_training else "validation")
     scored, new = score(new), score.reduced(new)
     expected, of_normal = [], []
-    for i, name in enumerate(score.names):
-        part, handicap = score._part(name), float(handicaps(score.names, float(are_training))[i])
+    for i, (name, handicap) in enumerate(zip(score.names, handicaps(score.names, are_training), strict=True)):
+        part = score._part(name)
         if PARTS[name].has_map:
             of_normal_maps, of_new = (calibrated_module._maps(name, images) for images in (normal, new))
             again = calibrated_module._make_part(name)
@@ -179,14 +179,7 @@ def test_weights_move_the_more_the_larger_the_error_is_on_validation_than_on_tra
     first, last = calibrated_module._BEGINS_BY_HEART, calibrated_module._BY_HEART
     images, score = measured(4), make_score()
     score.fit([images])
-    score.calibrate(score.reduced(with_error(images, first + by_heart * (last - first))), "validation")
-    np.testing.assert_allclose(score.handicap, handicaps(score.names, min(1, max(0, by_heart))), rtol=1e-5)
-
-
-def test_new_images_leave_the_weights_as_they_were():
-    images, score = measured(4), make_score()
-    score.fit([images])
-    times = (calibrated_module._BEGINS_BY_HEART + calibrated_module._BY_HEART) / 2
-    score.calibrate(score.reduced(with_error(images, times)), "validation")
-    score.calibrate(score.reduced(measured(5, 2)), "new")
-    np.testing.assert_allclose(score.handicap, handicaps(score.names, 0.5), rtol=1e-5)
+    # New images leave them as they were.
+    for normal, source in ((with_error(images, first + by_heart * (last - first)), "validation"), (images, "new")):
+        score.calibrate(score.reduced(normal), source)
+        np.testing.assert_allclose(score.handicap, handicaps(score.names, min(1, max(0, by_heart))), rtol=1e-5)
