@@ -53,18 +53,9 @@ def test_a_file_appears_when_it_is_complete_and_replaces_the_older_one(tmp_path,
     write_file(tmp_path / f"{'n' * 251}.csv", lambda temporary: temporary.touch())
 
 
-@pytest.mark.parametrize(
-    ("error", "raised", "message"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), UserError, r"cannot write .*a\.csv \(No space left on dev"),
-        (ValueError("x"), ValueError, "x"),
-        (KeyboardInterrupt(), KeyboardInterrupt, None),
-    ],
-)
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("x"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("fails_in", ["write", "replace"])
-def test_a_failed_write_keeps_the_older_file(tmp_path, below, monkeypatch, error, raised, message, fails_in):
-    (tmp_path / "a.csv").write_text("old")
-
+def test_a_failed_write_keeps_the_older_file(tmp_path, below, monkeypatch, error, fails_in):
     def fail(*_):
         raise error
 
@@ -73,8 +64,10 @@ def test_a_failed_write_keeps_the_older_file(tmp_path, below, monkeypatch, error
         if fails_in == "write":
             fail()
 
+    (tmp_path / "a.csv").write_text("old")
     if fails_in == "replace":
         monkeypatch.setattr(os, "replace", fail)
+    raised, message = (UserError, r"cannot write .*a\.csv \(full\)") if type(error) is OSError else (type(error), "")
     with pytest.raises(raised, match=message):
         write_file(tmp_path / "a.csv", write)
     assert (tmp_path / "a.csv").read_text() == "old"
@@ -109,10 +102,7 @@ def test_what_would_steer_a_terminal_is_escaped():
 def test_tensors_are_loaded_as_saved_and_are_the_same_bytes_each_time(path, tmp_path):
     tensors, state = load_tensors(path)
     assert state == STATE
-    assert tensors.keys() == TENSORS.keys()
-    for name, tensor in tensors.items():
-        assert tensor.dtype == TENSORS[name].dtype
-        assert torch.equal(tensor, TENSORS[name])
+    torch.testing.assert_close(tensors, TENSORS, rtol=0, atol=0)
     assert TENSORS["strided"].is_contiguous(memory_format=torch.channels_last)
     for _ in range(8):
         save_tensors(tmp_path / "again", tensors, state)
