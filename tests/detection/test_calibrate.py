@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dskd_fast.data.layout import open_category
-from dskd_fast.data.store import ImageStore
 from dskd_fast.detection.calibrate import recalibrate, score_bad
 from dskd_fast.detection.calibration import threshold_from
 
@@ -32,24 +30,22 @@ def recalibrated(tiny_detector):
 
 @pytest.mark.parametrize("n_first", [3, 6])
 def test_images_that_a_detector_was_calibrated_on_before_are_not_their_own_neighbours(
-    recalibrated, paths, data_root, n_first
+    recalibrated, paths, category, n_first
 ):
-    test = ImageStore([item.path for item in open_category(data_root, "screw_bag").test], 64).batch(range(10))
+    test = [item.path for item in category.test]
     once, twice = recalibrated(paths), recalibrated(paths[:n_first], paths)
     assert twice.calibration.threshold.value == pytest.approx(once.calibration.threshold.value, rel=1e-4)
-    for name, values in once.find(test).parts.items():
-        np.testing.assert_allclose(twice.find(test).parts[name], values, rtol=1e-3, atol=1e-3)
+    for found, expected in zip(twice.predict(test), once.predict(test), strict=True):
+        assert found.parts == pytest.approx(expected.parts, rel=1e-3, abs=1e-3)
 
 
 def test_the_threshold_is_that_of_images_each_scored_by_the_others(recalibrated, paths):
     detector = recalibrated(paths)
     scores = detector.calibrated.scores_of(detector.calibrated.left_out)
-    threshold = detector.calibration.threshold.value
     expected = threshold_from(scores, detector.calibrated.rounding(), are_left_out=True)
-    assert threshold == pytest.approx(expected.value)
+    assert detector.calibration.threshold.value == pytest.approx(expected.value)
     # Each is compared with itself as well by now.
-    found = detector.find(ImageStore(paths, 64).batch(range(6)))
-    assert (found.scores["combined"] < scores + 1e-3).all()
+    assert all(found.score < score + 1e-3 for found, score in zip(detector.predict(paths), scores, strict=True))
 
 
 def test_what_makes_a_new_calibration_doubtful_asks_for_another_and_not_for_a_training(recalibrated, paths, tmp_path):
@@ -62,15 +58,14 @@ def test_what_makes_a_new_calibration_doubtful_asks_for_another_and_not_for_a_tr
     assert not any("train again" in text or "validation/good" in text for text in doubts)
 
 
-def test_bad_images_are_scored_and_nothing_is_learned_from_them(recalibrated, paths, data_root):
-    bad = [item.path for item in open_category(data_root, "screw_bag").test if item.kind != "good"]
+def test_bad_images_are_scored_and_nothing_is_learned_from_them(recalibrated, paths, category):
+    bad = [item.path for item in category.test if item.kind != "good"]
     detector = recalibrated(paths)
     calibration, state = detector.calibration, copy.deepcopy(detector.calibrated.state_dict())
     caught = score_bad(detector, bad, batch_size=4)
-    found = detector.find(ImageStore(bad, 64).batch(range(6)))
-    np.testing.assert_allclose(caught.parts["score"], found.scores["combined"], rtol=1e-4, atol=1e-4)
-    for name, values in found.parts.items():
-        np.testing.assert_allclose(caught.parts[name], values, rtol=1e-4, atol=1e-4)
-    assert caught.decided_by == found.decided_by
+    for i, found in enumerate(detector.predict(bad, batch_size=4)):
+        expected = pytest.approx({"score": found.score} | found.parts, rel=1e-4, abs=1e-4)
+        assert {name: values[i] for name, values in caught.parts.items()} == expected
+        assert caught.decided_by[i] == found.decided_by
     assert detector.calibration is calibration
     assert all((tensor == state[name]).all() for name, tensor in detector.calibrated.state_dict().items())
