@@ -106,7 +106,7 @@ OTHERS = [("PNG", "1 L RGB LA RGBA", {}), ("BMP", "1 L RGB", {}), ("WEBP", "L RG
 
 
 @pytest.mark.parametrize(("format", "kinds", "options"), TIFFS + OTHERS)
-def test_lossless_images_are_exact_whatever_the_suffix_and_alpha_is_ignored(tmp_path, rng, format, kinds, options):
+def test_lossless_images_and_masks_are_exact_whatever_the_suffix_without_alpha(tmp_path, rng, format, kinds, options):
     for kind in kinds.split():
         array = rng.integers(0, 256, (40, 48, len(kind)), dtype=np.uint8).squeeze()
         if kind == "1":
@@ -120,6 +120,8 @@ def test_lossless_images_are_exact_whatever_the_suffix_and_alpha_is_ignored(tmp_
         assert image.flags.writeable
         np.testing.assert_array_equal(image, as_rgb(array))
         assert image_size(path) == (40, 48)
+        if format != "WEBP":
+            np.testing.assert_array_equal(read_mask(path), as_rgb(array).max(axis=2))
 
 
 # Files of 16 bits, from an array (H, W, channels).
@@ -133,7 +135,7 @@ DEEP = {
 
 
 @pytest.mark.parametrize("kind", DEEP)
-def test_values_of_up_to_16_bits_are_rounded_for_every_value(tmp_path, rng, kind):
+def test_values_of_up_to_16_bits_are_rounded_for_every_value_of_an_image_and_kept_in_a_mask(tmp_path, rng, kind):
     channels, make = DEEP[kind]
     values = np.stack([rng.permutation(65536) for _ in range(channels)], 1).reshape(256, 256, channels)
     for bits in (9, 16):
@@ -146,6 +148,7 @@ def test_values_of_up_to_16_bits_are_rounded_for_every_value(tmp_path, rng, kind
         # In whole numbers: the largest value is odd, so no tie can occur.
         np.testing.assert_array_equal(image, as_rgb((510 * array.astype(np.int64) + largest) // (2 * largest)))
         assert peak == largest
+        np.testing.assert_array_equal(read_mask(path), as_rgb(array).max(axis=2))
         if bits < 16:
             array[7, 8, 0] = largest + 1
             with pytest.raises(ImageError, match=f"value {largest + 1}, above {largest}, the largest of {bits} bits"):
@@ -381,18 +384,6 @@ def test_the_limit_of_pixels_is_ours_and_pillows_is_neither_used_nor_changed(
     read_image(path)  # the limit ends with its context
     with pixel_limit(1920):
         read_image(path)
-
-
-def test_masks_keep_their_values(tmp_path, rng):
-    values = rng.integers(0, 256, (40, 48), dtype=np.uint8)
-    deep = rng.integers(0, 65536, (40, 48, 1)).astype(np.uint16)
-    for data, expected in (
-        (encode(values, "PNG"), values),
-        (encode_png16(deep), deep[..., 0]),
-        (encode(values > 127, "PNG"), (values > 127) * 255),
-        (encode(np.stack([values, np.full_like(values, 255)], axis=2), "PNG"), values),
-    ):
-        np.testing.assert_array_equal(read_mask(write(tmp_path / "m.png", data)), expected)
 
 
 def test_a_mask_without_exact_values_is_refused(tmp_path, rgb):
