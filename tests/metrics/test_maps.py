@@ -70,10 +70,10 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 @pytest.fixture
 def toy():
-    """A category of images of 2 x 3 pixels, of which the anomalous ones have a defect on the left, and its maps."""
+    """A category of images of 8 x 9 pixels, of which the anomalous ones have a defect on the left, and its maps."""
     kinds = {"test/good/000": "good", "test/good/001.b": "good", "test/structural_anomalies/000": "structural"}
     kinds |= {f"test/logical_anomalies/00{i}": "logical" for i in range(2)}
-    marked = Defect(np.array([[True, False, False]] * 2), 1.5, "left")
+    marked = Defect(np.tile(np.arange(9) < 3, (8, 1)), 20.5, "left")
     truth = {key: [] if kind == "good" else [marked] for key, kind in kinds.items()}
     rng = np.random.default_rng(0)
     return SimpleNamespace(
@@ -81,7 +81,7 @@ def toy():
         test=[SimpleNamespace(key=key, kind=kind, path=Path(f"{key}.png")) for key, kind in kinds.items()],
         defects=lambda item, _=None: truth[item.key],
         truth=truth,
-        maps={key: rng.random((2, 3), np.float32) + (kind != "good") * marked.mask / 2 for key, kind in kinds.items()},
+        maps={key: rng.random((8, 9), np.float32) + (kind != "good") * marked.mask / 2 for key, kind in kinds.items()},
     )
 
 
@@ -91,11 +91,11 @@ def write_maps(folder, maps, suffix=".tiff"):
 
 
 def read(folder, category):
-    def size_2_by_3(path):
+    def size_of(path):
         assert path.suffix == ".png"
-        return 2, 3
+        return 8, 9
 
-    return read_maps(folder, category, size_2_by_3)
+    return read_maps(folder, category, size_of)
 
 
 @pytest.mark.parametrize("suffix", [".tiff", ".tif"])
@@ -111,6 +111,7 @@ def test_figures_are_areas_of_image_scores_and_of_maps_in_memory_or_on_disk(tmp_
     figures = score_maps(scored)
     assert figures["auroc"] == {"structural": structural, "logical": logical, "mean": (structural + logical) / 2}
     assert (figures["spro"], figures["spro_at"]) == (spro_at["0.05"], spro_at)
+    assert spro_at["0.05"] != spro_at["0.1"] != spro_at["1.0"]
     assert json.loads(json.dumps(figures)) == figures
     # On disk the image score is the maximum.
     expected = score_maps(one._replace(score=one.anomaly_map.max()) for one in scored)
@@ -136,7 +137,7 @@ def test_missing_second_and_wrong_maps_are_counted_and_named(tmp_path, toy):
     write_maps(tmp_path, lost)
     key, anomaly_map = "test/good/000", toy.maps["test/good/000"]
     write_maps(tmp_path, {key: anomaly_map.T})
-    refused(rf"{key}\.tiff is 2 x 3 pixels, but its image {key}\.png is 3 x 2")
+    refused(rf"{key}\.tiff is 8 x 9 pixels, but its image {key}\.png is 9 x 8")
     write_maps(tmp_path, lost, ".tif")
     names = ", ".join(f"{tmp_path}/toy/{key}.tiff and {Path(key).name}.tif" for key in lost)
     refused(f"2 of 5 test images have two anomaly maps, .* removed: {names}$")
