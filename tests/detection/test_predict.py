@@ -217,7 +217,7 @@ def test_a_decision_without_a_place_says_so_and_is_drawn_over_the_map_of_the_glo
         np.testing.assert_allclose(tifffile.imread(out / prediction.map), found.map, rtol=1e-4, atol=1e-4)
     # By the paper's scoring no part decides.
     monkeypatch.setattr(tiny_detector, "calibrated", None)
-    (prediction,) = predict(tiny_detector, [path], out, threshold=-1e9)
+    (prediction,) = predict(tiny_detector, [path], out, threshold=-1e9, save_maps=True)
     assert (prediction.decision, prediction.decided_by, prediction.is_whole) == ("anomalous", None, False)
     assert list(prediction.parts) == ["local", "global"]
 
