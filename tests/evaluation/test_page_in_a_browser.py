@@ -88,8 +88,10 @@ def two_runs(tiny_run, tiny_detector, nasty_names, tmp_path_factory, edit):
     # It has no parts, and ranks the images differently.
     edit(other / "config.json", lambda config: config["options"].update(scoring="paper"))
     scores = dict(zip(category.test, tiny_detector.predict([item.path for item in category.test]), strict=True))
-    good, bad = ([s.score for i, s in scores.items() if (i.kind == "good") == good] for good in (True, False))
-    threshold = (max(good) + min(bad)) / 2
+    of_good, of_bad = (
+        [s.score for i, s in scores.items() if (i.kind == "good") == is_good] for is_good in (True, False)
+    )
+    threshold = (max(of_good) + min(of_bad)) / 2
     page = write_report([tiny_run, other], folder / "page", threshold=threshold, data_root=category.root, device="cpu")
     return json.loads(page.read_text().split('<script type="application/json" id="data">')[1].split("</script>")[0])
 
