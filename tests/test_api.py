@@ -89,7 +89,7 @@ CONVERSIONS = {
     "generator": lambda paths, pixels: (path for path in paths),
     "one array": lambda paths, pixels: pixels,
     "turned arrays": lambda paths, pixels: [np.asfortranarray(image) for image in pixels],
-    "float array": lambda paths, pixels: pixels.astype(np.float32) / 255,
+    "float array, rounded": lambda paths, pixels: np.maximum(pixels - 0.4, 0).astype(np.float32) / 255,
     "half array": lambda paths, pixels: (pixels / 255).astype(np.float16),
     "one tensor": lambda paths, pixels: tensor(pixels),
     "tensors": lambda paths, pixels: tuple(tensor(pixels)),
