@@ -74,10 +74,14 @@ def test_without_maps_there_are_areas_alone(predicted, category):
     assert figures["absent"] == ["no sPRO: the predictions have no anomaly_map"]
 
 
-def test_images_are_found_where_the_data_have_moved_and_others_are_named(predicted, category):
+def test_images_are_found_where_the_data_have_moved_and_others_are_named(predicted, category, tmp_path):
     expected = evaluate_predictions(predicted, category)
+    (tmp_path / "link").symlink_to(category.root)
     for batch in predicted:
-        batch.image_path = [path.replace(str(category.root.parent), "/elsewhere") for path in batch.image_path]
+        batch.image_path = [path.replace(str(category.root), f"{tmp_path}/link") for path in batch.image_path]
+    assert evaluate_predictions(predicted, category) == expected
+    for batch in predicted:
+        batch.image_path = [path.replace(f"{tmp_path}/link", "/elsewhere/screw_bag") for path in batch.image_path]
     other = types.SimpleNamespace(image_path="/other/bag/test/good/000.png", anomaly_map=None, pred_score=1.0)
     found = evaluate_predictions([*predicted, other], category)
     assert found["auroc"] == expected["auroc"]
