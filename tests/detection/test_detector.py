@@ -69,12 +69,17 @@ def test_maps_that_are_not_finite_are_an_error(images, branch):
         assert detector.calibration is None
 
 
-@pytest.mark.parametrize(("batch_size", "offset"), [(1, 0.0), (3, 0.0), (2, 1e4)])
-def test_maps_are_normalised_by_mean_and_deviation_of_all_pixels_in_float64_and_added(images, batch_size, offset):
+@pytest.mark.parametrize(
+    ("batch_size", "offset", "source"), [(1, 0.0, "validation"), (3, 0.0, "validation"), (2, 1e4, "train")]
+)
+def test_maps_are_normalised_by_mean_and_deviation_of_all_pixels_in_float64_and_added(
+    images, batch_size, offset, source
+):
     """A small deviation on a large mean, too."""
     detector = make_detector(Networks(local=lambda x: offset + x[:, 0]))
-    detector.calibrate(images.split(batch_size), "validation")
-    assert (detector.calibration.n_images, detector.calibration.source) == (7, "validation")
+    detector.calibrate(images.split(batch_size), source)
+    assert (detector.calibration.n_images, detector.calibration.source) == (7, source)
+    assert (detector.calibration.threshold is None) == (source == "train")
     maps = detector.maps(images)
     raw = {"local": offset + images[:, 0].float() / 255, "global": (images[:, 1].float() / 255).square()}
     for name, values in ((name, values.double().numpy()) for name, values in raw.items()):

@@ -155,8 +155,9 @@ def test_a_slow_writer_is_waited_for_and_holds_up_nobody(watched, inbox):
     slow.write_bytes(whole[:40])
 
     def meanwhile(n):
-        if n >= 1 and slow.stat().st_size < len(whole):
-            slow.write_bytes(whole[: slow.stat().st_size + 5])
+        state = slow.stat()  # the same for long enough to be tried
+        if n >= 1 and state.st_size < len(whole) and time.time() - state.st_mtime > 3 * POLL:
+            slow.write_bytes(whole[: state.st_size + 5])
 
     found = watched(2, meanwhile=meanwhile, patience=1e9)
     assert [(line["path"], line["error"]) for line in found] == [("whole.png", None), ("slow.png", None)]
