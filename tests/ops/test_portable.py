@@ -25,6 +25,10 @@ def contextual_affinity(student, teacher, temperature):
     return portable.contextual_affinity(student, teacher, temperature, "fp32", "auto", False)[0]
 
 
+def exact_affinity(student, teacher, temperature):
+    return torch_tiled.contextual_affinity(student.double(), teacher.double(), temperature, "fp32", False)[0]
+
+
 def relative_error(found, expected):
     return ((found.double() - expected).norm() / expected.norm()).item()
 
@@ -33,10 +37,9 @@ def relative_error(found, expected):
 @pytest.mark.parametrize(("temperature", "limit"), [(100, 3e-7), (4, 3e-7), (1, 3e-7), (0.1, 1e-6), (0.01, 5e-5)])
 def test_contextual_affinity_keeps_its_digits(noise, temperature, limit):
     student, teacher = features(noise)
-    expected, _ = torch_tiled.contextual_affinity(student.double(), teacher.double(), temperature, "fp32", False)
     found = contextual_affinity(student, teacher, temperature)
     assert found.dtype == torch.float32
-    assert relative_error(found, expected) < limit
+    assert relative_error(found, exact_affinity(student, teacher, temperature)) < limit
     assert torch.equal(contextual_affinity(student, teacher, torch.tensor(temperature, dtype=torch.float64)), found)
 
 
@@ -45,10 +48,8 @@ def test_a_student_of_another_length_than_its_teacher_loses_no_digits(scale):
     """Only directions count, so students learn no lengths, and a plain difference would be rounded to the teacher's."""
     student, teacher = features(1e-3, scale=scale)
     assert student.dtype == torch.float32
-    pair = student.double(), teacher.double()
-    expected, _ = torch_tiled.contextual_affinity(*pair, 1.0, "fp32", False)
-    assert relative_error(contextual_affinity(student, teacher, 1.0), expected) < 3e-7
-    expected, _ = torch_tiled.cosine_distance(*pair, None)
+    assert relative_error(contextual_affinity(student, teacher, 1.0), exact_affinity(student, teacher, 1.0)) < 3e-7
+    expected, _ = torch_tiled.cosine_distance(student.double(), teacher.double(), None)
     assert relative_error(portable.cosine_distance(student, teacher, "auto"), expected) < 2e-7
 
 
@@ -57,10 +58,8 @@ def test_opposite_and_equal_and_zero_vectors(temperature):
     _, teacher = features(1)
     teacher[:, :, 3] = 0
     for student in (-teacher, teacher.clone(), torch.zeros_like(teacher)):
-        expected, _ = torch_tiled.contextual_affinity(student.double(), teacher.double(), temperature, "fp32", False)
-        torch.testing.assert_close(
-            contextual_affinity(student, teacher, temperature).double(), expected, rtol=1e-4, atol=1e-12
-        )
+        found, expected = (f(student, teacher, temperature) for f in (contextual_affinity, exact_affinity))
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-12)
         expected, _ = torch_tiled.cosine_distance(student, teacher, None)
         torch.testing.assert_close(portable.cosine_distance(student, teacher, "auto"), expected)
 
@@ -75,9 +74,8 @@ def test_slabs_do_not_matter(monkeypatch):
 
 
 def test_gradients_are_refused():
-    student, teacher = features(1)
     with pytest.raises(NotImplementedError, match="no_grad"):
-        portable.contextual_affinity(student, teacher, 1.0, "fp32", "auto", True)
+        portable.contextual_affinity(*features(1), 1.0, "fp32", "auto", True)
 
 
 @pytest.mark.parametrize("noise", [1, 1e-3])
@@ -90,8 +88,8 @@ def test_the_distillation_keeps_its_digits(noise, temperatures, limit, normalize
         student, teacher, keys = (x / 8 for x in (student, teacher, keys))
     key_mask, row_mask = torch.arange(70)[None] % 3 > 0, torch.arange(72).view(2, 6, 6) % 5 > 0
     masks = torch.cat((key_mask, key_mask & False)), row_mask
-    call = (student.double(), teacher.double(), keys.double())
-    expected, _ = torch_distillation.affinity_distillation(*call, *temperatures, *masks, normalize, "fp32", False)
+    doubles = (student.double(), teacher.double(), keys.double())
+    expected, _ = torch_distillation.affinity_distillation(*doubles, *temperatures, *masks, normalize, "fp32", False)
     of_tensors = (torch.tensor(t, dtype=torch.float64) for t in temperatures)
     call = student, teacher, [keys], None, *of_tensors, *masks, normalize, "fp32", "auto", False
     found, _ = portable.affinity_distillation(*call)
@@ -114,11 +112,9 @@ def test_an_exported_program_holds_no_operator_of_ours_and_takes_any_batch():
         program = export()
     assert "dskd_fast" not in str(program.graph)
     assert "dskd_fast" in str(export().graph)  # and no longer
-    values = [node.meta.get("val") for node in program.graph.nodes]
+    values = [x for node in program.graph.nodes if isinstance(x := node.meta.get("val"), torch.Tensor)]
     # But for the temperature.
-    assert {x.dtype for x in values if isinstance(x, torch.Tensor) and x.dim() and x.is_floating_point()} == {
-        torch.float32
-    }
+    assert {x.dtype for x in values if x.dim() and x.is_floating_point()} == {torch.float32}
     student, teacher = (torch.cat([x, x[:1].flip(1)]) for x in features(1))
     for batch in (1, 3):
         found = program.module()(student[:batch], teacher[:batch])
@@ -135,15 +131,14 @@ def test_runtimes_keep_the_digits(tmp_path):
             maps = [functional.contextual_affinity(student, teacher, T) for T in temperatures]
             return *maps, functional.cosine_distance(student, teacher)
 
-    student, teacher = features(1e-3, scale=1.3)
+    pair = features(1e-3, scale=1.3)
     with torch.no_grad(), portable.without_operators():
-        program = torch.export.export(Losses(), (student, teacher), strict=False)
+        program = torch.export.export(Losses(), pair, strict=False)
     path = tmp_path / "losses.onnx"
     torch.onnx.export(program, input_names=["s", "t"], dynamo=True, verbose=False).save(path)
-    pair = student.double(), teacher.double()
-    expected = [torch_tiled.contextual_affinity(*pair, T, "fp32", False)[0] for T in temperatures]
-    expected.append(torch_tiled.cosine_distance(*pair, None)[0])
-    inputs = {"s": student.numpy(), "t": teacher.numpy()}
+    expected = [exact_affinity(*pair, T) for T in temperatures]
+    expected.append(torch_tiled.cosine_distance(*(x.double() for x in pair), None)[0])
+    inputs = {name: x.numpy() for name, x in zip("st", pair, strict=True)}
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for found in (session.run(None, inputs), [x.copy() for x in compiled(inputs).values()]):
