@@ -33,23 +33,24 @@ def screen(monkeypatch):
     return make
 
 
-def printed(table, file):
+def printed(table, screen, width):
+    file = screen(width)
     display.console.print(table)
-    return file.getvalue()
+    text = file.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    return text
 
 
 @pytest.mark.parametrize("width", [40, 100])
 def test_each_figure_stands_in_its_row_and_column_and_no_terminal_is_too_narrow(screen, width):
     columns = {name: figures(100 + 100 * i) for i, name in enumerate(("both students", "local alone", "global"))}
-    text = printed(results_table("a title", columns), screen(width))
-    assert "…" not in text
-    assert max(map(len, text.splitlines())) <= width
-    expected = {}
+    text, expected = printed(results_table("a title", columns), screen, width), {}
     for kind in KINDS:
-        expected[f"AUROC {kind}"] = [f["auroc"][kind] for f in columns.values()]
+        expected[f"AUROC {kind}"] = [f"{f['auroc'][kind]:.3f}" for f in columns.values()]
         for limit in LIMITS:
-            expected[f"sPRO@{float(limit):g} {kind}"] = [f["spro_at"][limit][kind] for f in columns.values()]
-    expected = {label: [f"{value:.3f}" for value in values] for label, values in expected.items()}
+            label = f"sPRO@{float(limit):g} {kind}"
+            expected[label] = [f"{f['spro_at'][limit][kind]:.3f}" for f in columns.values()]
     assert set(re.findall(r"0\.\d{3}", text)) == {value for values in expected.values() for value in values}
     if width == 100:  # labels are on one line
         words = [line.split() for line in text.splitlines() if re.search(r"\d *$", line)]
@@ -61,13 +62,9 @@ def test_each_part_has_a_row_with_its_areas_and_its_decisions_and_no_terminal_is
     areas = {"local": (0.5, 0.25), "global-means": (None, 0.125)}
     parts = {name: {"structural": a, "logical": b, "mean": None} for name, (a, b) in areas.items()}
     decided_by = {"good": {"local": 1, "global-means": 0}, "logical": {"local": 20, "global-means": 3}}
-    for counts in (decided_by, None):
-        text = printed(parts_table(parts, counts), screen(width))
-        assert "…" not in text
-        assert max(map(len, text.splitlines())) <= width
-        rows = [line.split() for line in text.splitlines()[-3:-1]]
-        assert [row[:3] for row in rows] == [["local", "0.500", "0.250"], ["global-means", "-", "0.125"]]
-        assert [row[3:] for row in rows] == ([[], []] if counts is None else [["21"], ["3"]])
+    for counts, shown in ((decided_by, (["21"], ["3"])), (None, ([], []))):
+        rows = [line.split() for line in printed(parts_table(parts, counts), screen, width).splitlines()[-3:-1]]
+        assert rows == [["local", "0.500", "0.250", *shown[0]], ["global-means", "-", "0.125", *shown[1]]]
 
 
 def test_a_student_alone_has_one_column_unless_other_parts_are_scored_with_it(screen):
