@@ -48,9 +48,7 @@ def background(fork, tmp_path):
     return start
 
 
-def test_watch_writes_lines_for_programs_and_sentences_for_people_and_ends_with_0(
-    background, tiny_run, write_images, tmp_path
-):
+def test_watch_writes_lines_for_programs_and_sentences_for_people(background, tiny_run, write_images, tmp_path):
     write_images(tmp_path / "inbox", 2)
     end = background("watch", tiny_run, tmp_path / "inbox", "--out", tmp_path / "results", "--poll", "0.01")
     until(tmp_path / "out", r"001\.png.*\n")
