@@ -17,29 +17,24 @@ def tiny(monkeypatch, tiny_options):
 
 
 def test_the_demo_walks_the_whole_way_once_and_says_so_when_called_again(tiny, cli, cli_error, tmp_path):
-    out = tmp_path / "my demo"
-    result = cli("demo", "--out", out, "--device", "cpu", "--seed", 3)
-    assert result.code == 0
-    assert result.err == ""
+    out, command = tmp_path / "my demo", ("demo", "--out", tmp_path / "my demo", "--device", "cpu", "--seed")
+    code, said, err = cli(*command, 3)
+    assert (code, err) == (0, "")
     for stage in ("1. drawing", "2. training", "3. evaluating", "4. drawing heat maps"):
-        assert stage in result.out
+        assert stage in said
     metrics = json.loads((out / "run" / "metrics.json").read_text())
     assert metrics["n_images"] == {"good": 4, "structural": 2, "logical": 1}
     assert metrics["absent"] == []
     assert json.loads((out / "run" / "config.json").read_text())["options"]["seed"] == 3
     rows = [json.loads(line) for line in (out / "heat_maps" / "predictions.jsonl").read_text().splitlines()]
-    assert len(rows) == 7
+    assert [row["threshold"] for row in rows] == [metrics["threshold"]] * 7
     assert (out / "heat_maps" / "overlays" / "logical_anomalies" / "000.jpg").is_file()
-    assert {row["threshold"] for row in rows} == {metrics["threshold"]}
 
-    before = (out / "run" / "config.json").read_bytes()
-    drawn = {path: path.stat().st_mtime_ns for path in (out / "data").rglob("*.png")}
-    assert len(drawn) == 4 + 2 + 7 + 3
-    message = cli_error("demo", "--out", out, "--device", "cpu", "--seed", 3)
-    assert str(out / "run") in message
-    assert "already exists: choose another name" in message
-    assert (out / "run" / "config.json").read_bytes() == before
-    message = cli_error("demo", "--out", out, "--device", "cpu", "--seed", 4)
-    assert "delete it or choose another folder" in message
-    # The same images are not drawn again.
-    assert {path: path.stat().st_mtime_ns for path in (out / "data").rglob("*.png")} == drawn
+    def there():
+        return {path: path.stat().st_mtime_ns for path in (*(out / "data").rglob("*.png"), out / "run" / "config.json")}
+
+    before = there()
+    assert len(before) == 4 + 2 + 7 + 3 + 1
+    assert f"{out / 'run'} already exists: choose another name" in cli_error(*command, 3)
+    assert "delete it or choose another folder" in cli_error(*command, 4)
+    assert there() == before  # the same images are not drawn again
