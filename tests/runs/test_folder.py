@@ -21,7 +21,7 @@ from dskd_fast.runs.options import ADDED_OPTIONS
 from dskd_fast.training.train import train
 
 
-def test_a_folder_is_made_and_locked_while_a_training_has_it_and_may_be_an_empty_one_behind_a_link(tmp_path, below):
+def test_a_folder_is_made_and_locked_for_a_training_and_may_be_an_empty_one_behind_a_link(tmp_path, below):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     for folder in (tmp_path / "deep" / "run", tmp_path / "link"):
@@ -42,20 +42,21 @@ def test_a_folder_is_made_and_locked_while_a_training_has_it_and_may_be_an_empty
     ],
 )
 @pytest.mark.parametrize("existed", [False, True])
-@pytest.mark.parametrize("error", [UserError("x"), KeyboardInterrupt()])
-def test_after_an_error_the_state_of_a_training_or_a_finished_run_is_left_or_nothing(
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_after_an_error_a_state_or_a_finished_run_is_left_or_nothing(
     tmp_path, below, is_new, names, left, existed, error
 ):
+    run = tmp_path / "run"
     if existed or not is_new:
-        (tmp_path / "run").mkdir()
+        run.mkdir()
 
     def fail_inside():
-        with claimed(tmp_path / "run", is_new=is_new):
+        with claimed(run, is_new=is_new):
             for name in names:
-                (tmp_path / "run" / name).touch()
-            raise error
+                (run / name).touch()
+            raise error("x")
 
-    with pytest.raises(type(error)):
+    with pytest.raises(error):
         fail_inside()
     assert below(tmp_path) == ["run"] * (existed or left != []) + [f"run/{name}" for name in left]
 
@@ -81,61 +82,60 @@ def test_what_is_there_already_is_not_replaced_and_the_way_out_is_named(tmp_path
 
 @pytest.mark.parametrize("is_new", [False, True])
 def test_a_second_process_is_refused(tmp_path, fork, is_new):
+    run = tmp_path / "run"
+
     def second():
-        with (
-            pytest.raises(UserError, match=f"^another process is training in {tmp_path / 'run'}: wait"),
-            claimed(tmp_path / "run", is_new=is_new),
-        ):
+        message = f"^another process is training in {run}: wait"
+        with pytest.raises(UserError, match=message), claimed(run, is_new=is_new):
             pass
 
-    with claimed(tmp_path / "run", is_new=True):
-        (tmp_path / "run" / "config.json").touch()
+    with claimed(run, is_new=True):
+        (run / "config.json").touch()
         assert fork(second)() == 0
-        assert (tmp_path / "run" / "config.json").exists()
+        assert (run / "config.json").exists()
 
 
 def test_the_lock_of_a_killed_process_does_not_hold(tmp_path, fork, below):
+    run = tmp_path / "run"
+
     def killed():
-        with claimed(tmp_path / "run", is_new=True):
-            (tmp_path / "run" / "config.json").touch()
-            (tmp_path / "run" / ".123.safetensors").touch()
+        with claimed(run, is_new=True):
+            (run / "config.json").touch()
+            (run / ".123.safetensors").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert fork(killed)() == -signal.SIGKILL
-    assert below(tmp_path / "run") == [".123.safetensors", ".dskd_fast.lock", "config.json"]
-    with claimed(tmp_path / "run", is_new=False):
-        # What was half written is swept up.
-        assert below(tmp_path / "run") == [".dskd_fast.lock", "config.json"]
+    assert below(run) == [".123.safetensors", ".dskd_fast.lock", "config.json"]
+    with claimed(run, is_new=False):
+        assert below(run) == [".dskd_fast.lock", "config.json"]  # what was half written is swept up
 
 
 def test_what_is_loaded_is_what_was_saved(data_root, tiny_options, tmp_path, below):
-    category = open_category(data_root, "screw_bag")
+    category, run = open_category(data_root, "screw_bag"), tmp_path / "run"
     options = tiny_options(sigma=1.25, align_corners=True, gccb=None)
     detector, history = train(category, options)
-    begin_run(tmp_path / "run", options, category, 0.1)
-    (tmp_path / "run" / "checkpoint.safetensors").touch()
-    save_run(tmp_path / "run", detector, options, history)
+    begin_run(run, options, category, 0.1)
+    (run / "checkpoint.safetensors").touch()
+    save_run(run, detector, options, history)
     names = ["calibration.json", "config.json", "history.json", "scores.safetensors", "weights.safetensors"]
-    assert below(tmp_path / "run") == names
+    assert below(run) == names
 
-    loaded, loaded_options, config = load_run(tmp_path / "run", "cpu")
-    assert loaded_options == options
-    assert loaded.calibration == detector.calibration
-    assert loaded.scoring == detector.scoring
+    loaded, loaded_options, config = load_run(run, "cpu")
+    assert (loaded_options, loaded.calibration, loaded.scoring) == (options, detector.calibration, detector.scoring)
+    assert config == read_config(run)
+    assert json.loads((run / "history.json").read_text()) == [dataclasses.asdict(e) for e in history]
     assert not any(part.training for part in loaded.model.modules())
-    state = detector.model.state_dict()
-    saved = safetensors.torch.load_file(tmp_path / "run" / "weights.safetensors")
+    state, saved = detector.model.state_dict(), safetensors.torch.load_file(run / "weights.safetensors")
     assert saved.keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in saved.items())
     assert loaded.model.is_folded
     with pytest.raises(ValueError, match="folded"):
-        save_run(tmp_path / "run", loaded, options, history)
+        save_run(run, loaded, options, history)
     images = ImageStore(category.validation, 64).batch(range(4))
-    np.testing.assert_allclose(loaded.maps(images).combined, detector.maps(images).combined, rtol=1e-4, atol=1e-4)
-    for ours, theirs in zip(loaded.find(images).parts.values(), detector.find(images).parts.values(), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert config == read_config(tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "history.json").read_text()) == [dataclasses.asdict(e) for e in history]
+    ours, theirs = ({"map": x.maps(images).combined, **x.find(images).parts} for x in (loaded, detector))
+    assert ours.keys() == theirs.keys()
+    for name, values in ours.items():
+        np.testing.assert_allclose(values, theirs[name], rtol=1e-4, atol=1e-4)
 
 
 def test_loading_needs_neither_a_download_nor_the_teachers_file(own_run, tiny_weights, monkeypatch, edit):
@@ -143,28 +143,26 @@ def test_loading_needs_neither_a_download_nor_the_teachers_file(own_run, tiny_we
 
     def create(*arguments, pretrained=False, **settings):
         assert not pretrained
-        return original(*arguments, pretrained=False, **settings)
+        return original(*arguments, **settings)
 
     monkeypatch.setattr(timm, "create_model", create)
     edit(own_run / "config.json", lambda c: c["options"].update(teacher_weights="/gone/teacher.safetensors"))
-    detector, _, _ = load_run(own_run, "cpu")
-    teacher = Teacher("test_resnet")
+    teacher, images = Teacher("test_resnet"), torch.rand(2, 3, 64, 64)
     teacher.load_weights(tiny_weights)
-    images = torch.rand(2, 3, 64, 64)
-    for ours, theirs in zip(detector.model.teacher(images), teacher(images), strict=True):
+    for ours, theirs in zip(load_run(own_run, "cpu")[0].model.teacher(images), teacher(images), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["config.json", "calibration.json", "weights.safetensors"])
 def test_a_missing_or_damaged_file_is_named(own_run, name):
     whole = (own_run / name).read_bytes()
-    for content in (None, b"", b"\xff\xfe\x00", whole[:-100], b"[1, 2]", b"null", b"{}"):
-        if content is None:
-            (own_run / name).unlink()
-        else:
-            (own_run / name).write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name}|not finished" if content is None else name):
+    for content in (b"", b"\xff\xfe\x00", whole[:-100], b"[1, 2]", b"null", b"{}"):
+        (own_run / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
             load_run(own_run, "cpu")
+    (own_run / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}|not finished"):
+        load_run(own_run, "cpu")
     for folder in (own_run.parent, own_run / "nowhere"):
         with pytest.raises(UserError, match=r"is not a run folder \(it has no config.json\)"):
             load_run(folder, "cpu")
@@ -175,8 +173,8 @@ def test_weights_are_never_unpickled(own_run, tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "harm",)
 
-    for save in (lambda path: path.write_bytes(pickle.dumps(Harm())), lambda path: torch.save(Harm(), path)):
-        save(own_run / "weights.safetensors")
+    for save in (lambda harm, path: path.write_bytes(pickle.dumps(harm)), torch.save):
+        save(Harm(), own_run / "weights.safetensors")
         with pytest.raises(UserError, match="damaged"):
             load_run(own_run, "cpu")
     assert not (tmp_path / "harm").exists()
@@ -229,12 +227,10 @@ def test_a_run_of_an_earlier_version_gives_the_same_scores(own_run, data_root, e
     edit(own_run / "config.json", lambda config: config["options"].update(scoring=scoring))
     expected = load_run(own_run, "cpu")[0].find(images)
     later = {"weights", "exposure", "chosen_parts", "precision", "by_other_images"}
-    added = ADDED_OPTIONS.keys()
     if scoring == "paper":
         (own_run / "scores.safetensors").unlink()
         later |= {"scores"}
-    else:
-        added -= {"scoring"}
+    added = ADDED_OPTIONS.keys() - ({"scoring"} if scoring == "calibrated" else set())
     edit(own_run / "config.json", lambda config: [config["options"].pop(name) for name in added])
     edit(own_run / "calibration.json", lambda c: [c.pop(name) for name in later] + [c.update(threshold=None)])
     detector, options, _ = load_run(own_run, "cpu")
