@@ -60,29 +60,24 @@ FORMULAS = {
 
 @pytest.mark.parametrize("paper", FORMULAS)
 def test_an_example_is_the_papers_formula(paper):
+    shapes = {"student": (6, 16), "student_map": (2, 16, 3, 4), "tokens_student": (3, 9, 16)}
+    leaves = {name: random(*shape, seed=1).requires_grad_() for name, shape in shapes.items()}
+    teachers = {name.replace("student", "teacher"): random(*shape, seed=2) for name, shape in shapes.items()}
     given = {
-        "student": random(6, 16, seed=1),
-        "teacher": random(6, 16, seed=2),
-        "strong_view": random(6, 16, seed=1),
-        "weak_view_of_the_teacher": random(6, 16, seed=2),
+        **leaves,
+        **teachers,
+        "strong_view": leaves["student"],
+        "weak_view_of_the_teacher": teachers["teacher"],
         "memory": random(50, 16, seed=3),
-        "student_map": random(2, 16, 3, 4, seed=4),
-        "teacher_map": random(2, 16, 3, 4, seed=5),
         "labels": torch.tensor([0, 255, 1, 255, 2, 3]).repeat(4).reshape(2, 3, 4),
-        "tokens_student": random(3, 9, 16, seed=6),
-        "tokens_teacher": random(3, 9, 16, seed=7),
         "lengths": torch.tensor([9, 4, 1]),
     }
-    differentiable = ("student", "strong_view", "student_map", "tokens_student")
-    for name in differentiable:
-        given[name].requires_grad_()
-    used = [given[name] for name in differentiable]
     exact = FORMULAS[paper](given)
-    exact_gradient = torch.autograd.grad(exact, used, allow_unused=True)
     scope = {"torch": torch, **given}
     exec(BLOCKS[paper], scope)
     torch.testing.assert_close(scope["loss"].double(), exact, rtol=2e-5, atol=0)
-    for got, expected in zip(torch.autograd.grad(scope["loss"], used, allow_unused=True), exact_gradient, strict=True):
+    gradients = (torch.autograd.grad(x, [*leaves.values()], allow_unused=True) for x in (scope["loss"], exact))
+    for got, expected in zip(*gradients, strict=True):
         assert (got is None) == (expected is None)
         if got is not None:
             assert (got - expected).norm() <= 1e-4 * expected.norm()
