@@ -103,9 +103,6 @@ S, T = levels(1), levels(2)
         (S, T[0], TypeError, "both be tensors or both be lists"),
         (dict(enumerate(S)), T, TypeError, "lists of levels, not student a dict and teacher a list"),
         (S, T[::-1], ValueError, "must be the same"),
-        (S[0], T[0].mT, ValueError, "must be the same"),  # with as many entries
-        (S[0].numpy(), T[0].numpy(), TypeError, "student is a ndarray: pass a floating-point tensor"),
-        (S, [T[0], T[1].clone().requires_grad_()], ValueError, "teacher requires grad"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
