@@ -108,6 +108,7 @@ def test_the_precision_that_is_resolved_reaches_the_backend_and_autocast_rounds_
         (random(1, 4, 3), random(1, 5, 3), ValueError, r"\(1, 5, 3\) and student \(1, 4, 3\): .*cut off class and"),
         (random(1, 4, 3), random(1, 4, 2), ValueError, r"\(1, 4, 2\) and student \(1, 4, 3\): .*nn.Linear"),
         (random(1, 4, 3), random(1, 4, 3, 1), ValueError, "must be the same"),
+        (random(1, 4, 3, 2), random(1, 4, 2, 3), ValueError, "must be the same"),  # with as many entries
         (random(1, 4, 3).to_sparse(), random(1, 4, 3), TypeError, r"student has layout torch.sparse_coo: .*dense"),
         (random(1, 4, 3), random(1, 4, 3).to("meta"), ValueError, "teacher is on meta and student on cpu: .*same"),
         (random(1, 4, 3), random(1, 4, 3).requires_grad_(), ValueError, r"teacher requires grad.*teacher\.detach\(\)"),
