@@ -6,9 +6,10 @@ import math
 import os
 import shutil
 import signal
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -111,21 +112,8 @@ def killed_after(n):
     return report
 
 
-# The files at whose writing a training is killed, one after the other: the name, and which time it is written.
-KILLS = [
-    ("config.json", 1),
-    ("checkpoint.safetensors", 1),
-    ("checkpoint.safetensors", 5),
-    ("weights.safetensors", 1),
-    ("scores.safetensors", 1),
-    ("calibration.json", 1),
-]
-
-
 @pytest.mark.slow
-def test_killed_at_any_file_it_goes_on_and_ends_with_the_same_bits(
-    category, options, tmp_path, fork, always_due, reference
-):
+def test_killed_at_any_file_it_ends_with_the_same_bits(category, options, tmp_path, fork, always_due, reference):
     run, steps = tmp_path / "run", tmp_path / "steps"
 
     def report(state):
@@ -148,8 +136,12 @@ def test_killed_at_any_file_it_goes_on_and_ends_with_the_same_bits(
         else:
             start_run(run, category, options, holdout=0.1, report=report)
 
-    for kill in KILLS:
-        assert fork(lambda kill=kill: train(*kill))() == -signal.SIGKILL
+    # The files at whose writing a training is killed, one after the other, and which time that is.
+    kills = {"config.json": (1,), "checkpoint.safetensors": (1, 5)}
+    kills |= dict.fromkeys(("weights.safetensors", "scores.safetensors", "calibration.json"), (1,))
+    for name, all_times in kills.items():
+        for times in all_times:
+            assert fork(lambda name=name, times=times: train(name, times))() == -signal.SIGKILL
     with pytest.raises(UserError, match=r"has not finished: .*dskd-fast train --resume .*run"):
         load_run(run)
     resume_run(run)
@@ -160,7 +152,7 @@ def test_killed_at_any_file_it_goes_on_and_ends_with_the_same_bits(
 
 
 def test_checkpoints_cost_little_time(tmp_path, monkeypatch):
-    now = 1000.0
+    now, due = 1000.0, []
     monkeypatch.setattr(checkpoints_module.time, "monotonic", lambda: now)
 
     def slowly(*_):
@@ -168,9 +160,7 @@ def test_checkpoints_cost_little_time(tmp_path, monkeypatch):
         now += 10
 
     monkeypatch.setattr(checkpoints_module, "save_tensors", slowly)
-    checkpoints = Checkpoints(tmp_path / "checkpoint.safetensors")
-    trainer = namedtuple("Trainer", "state")(dict)
-    due = []
+    checkpoints, trainer = Checkpoints(tmp_path / "checkpoint.safetensors"), SimpleNamespace(state=dict)
     for _ in range(1000):
         now += 1
         if checkpoints.is_due():
@@ -207,8 +197,8 @@ def test_a_signal_saves_and_says_how_to_go_on(start, tmp_path, reference):
 
 def test_ctrl_c_twice_stops_at_once_unless_it_is_ignored(start, tmp_path):
     def report(_):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         start(report)
@@ -227,14 +217,9 @@ def test_ctrl_c_twice_stops_at_once_unless_it_is_ignored(start, tmp_path):
 def test_from_the_command_line(cli, cli_error, category, tiny_arguments, tmp_path, monkeypatch):
     run = tmp_path / "a run"
     arguments = ["train", "--data-root", category.root, *tiny_arguments, "--out", run]
-    original = train_module.Trainer.step
-
-    def step(*given):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(*given)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_module.Trainer, "step", step)
+        step = train_module.Trainer.step
+        patch.setattr(train_module.Trainer, "step", lambda *x: signal.raise_signal(signal.SIGINT) or step(*x))
         code, _, err = cli(*arguments)
     assert code == 130
     go_on = f"go on with `dskd-fast train --resume '{run}'`"
@@ -277,21 +262,20 @@ def test_other_images_are_refused(stopped, own_data):
         with pytest.raises(UserError, match=r"are not those with which .* began \(.*\"train\": 7.* then, "):
             resume_run(stopped, data_root=own_data)
 
-    validation, image = own_data / "validation" / "good", own_data / "train" / "good" / "001.png"
-    more = shutil.copy(validation / "001.png", validation / "999.png")
+    image, more = own_data / "train" / "good" / "001.png", own_data / "validation" / "good" / "999.png"
+    shutil.copy(image, more)
     refused()
     more.unlink()
-    content = image.read_bytes()
-    image.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    content = bytearray(image.read_bytes())
+    content[-20] ^= 1
+    image.write_bytes(content)
     refused()
 
 
-def test_a_run_of_a_version_that_compared_names_and_sizes_and_whose_data_moved(
-    stopped, category, own_data, reference, edit, caplog
-):
+def test_a_run_of_a_version_that_compared_names_and_sizes(stopped, category, own_data, reference, edit, caplog):
+    """Whose data have moved, and in neither of whose files are the options that came later."""
     gone = str(own_data.parent / "gone")
     edit(stopped / "config.json", lambda config: config.update(images=category.names_and_sizes, data_root=gone))
-    # Options that it does not know are in neither of its files.
     edit(stopped / "config.json", lambda config: [config["options"].pop(name) for name in ADDED_OPTIONS])
     tensors, state = load_tensors(stopped / "checkpoint.safetensors")
     assert state["owner"].startswith(category.fingerprint)
@@ -307,11 +291,9 @@ def test_a_run_of_a_version_that_compared_names_and_sizes_and_whose_data_moved(
     assert "not used: 1 image file (formats that are not read): train/good/more.gif" in caplog.messages
     assert (stopped / "weights.safetensors").read_bytes() == (reference / "weights.safetensors").read_bytes()
     # From here on it is known by its contents.
-    config = json.loads((stopped / "config.json").read_text())
-    assert config["images"] == category.fingerprint
+    assert json.loads((stopped / "config.json").read_text())["images"] == category.fingerprint
     detector, options, _ = load_run(stopped, "cpu")
-    assert options.bits is None
-    assert detector.calibrated is None
+    assert options.bits is detector.calibrated is None
 
 
 def test_a_checkpoint_that_is_damaged_or_of_another_training_is_refused(stopped, edit):
@@ -366,10 +348,7 @@ def test_weights_that_are_not_finite_are_never_saved(start, tmp_path, always_due
     ],
 )
 def test_too_little_memory_names_the_batch_size_to_try(start, monkeypatch, error, raised, batch_size, message):
-    def step(*_):
-        raise error
-
-    monkeypatch.setattr(train_module.Trainer, "step", step)
+    monkeypatch.setattr(train_module.Trainer, "step", Mock(side_effect=error))
     with pytest.raises(raised, match=message):
         start(batch_size=batch_size)
 
@@ -387,10 +366,9 @@ def test_it_may_be_compiled_and_a_compiler_that_is_missing_is_named(start, tmp_p
         raise OSError("no compiler")
 
     monkeypatch.setattr(torch, "compile", traced)
-    start(name="compiled", compile=True, batch_size=7, epochs=1)
-    assert len(compiled) == 2  # the teacher apart from the students
-    start(name="eager", batch_size=7, epochs=1)
-    assert len(compiled) == 2
+    for name in ("compiled", "eager"):
+        start(name=name, compile=name == "compiled", batch_size=7, epochs=1)
+        assert len(compiled) == 2  # the teacher apart from the students
     same_result(tmp_path / "compiled", tmp_path / "eager")
     monkeypatch.setattr(torch, "compile", lambda _: original(lambda batch: batch.sin(), backend=failing))
     with pytest.raises(UserError, match=r"torch\.compile cannot compile the training here \(.*no compiler.*leave --co"):
@@ -398,8 +376,7 @@ def test_it_may_be_compiled_and_a_compiler_that_is_missing_is_named(start, tmp_p
 
 
 def test_a_disk_without_room_is_named_before_the_training(start, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checkpoints_module.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(checkpoints_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     monkeypatch.setattr(train_module, "ImageStore", lambda *_: pytest.fail("too late"))
     with pytest.raises(UserError, match=r"needs \d+\.\d\d GiB on the disk of .*run .* 0\.00 GiB are free: make room"):
         start()
@@ -414,11 +391,11 @@ def test_a_run_is_had_by_going_on_or_finding_it(stopped, category, own_data, opt
     same_result(stopped, reference)
     before = (stopped / "weights.safetensors").stat().st_mtime_ns
     assert not ensure()
-    assert (stopped / "weights.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"holds a run with lr 0\.005, not 0\.1"):
         ensure(lr=0.1)
     edit(stopped / "config.json", lambda config: config.update(images=category.names_and_sizes))
     assert not ensure()
+    assert (stopped / "weights.safetensors").stat().st_mtime_ns == before
     (own_data / "train" / "good" / "000.png").unlink()
     with pytest.raises(UserError, match="was trained on other images"):
         ensure(open_category(own_data, None))
