@@ -85,9 +85,7 @@ def test_two_processes_train_what_one_trains(in_two, train, tmp_path, cli, below
 
 
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_signal_to_one_stops_both_and_a_dead_one_leaves_no_other_behind(
-    in_two, train, tmp_path, cli, monkeypatch, killed
-):
+def test_a_signal_to_one_stops_both_and_a_dead_one_leaves_none(in_two, train, tmp_path, cli, monkeypatch, killed):
     original, steps = Trainer.step, []
 
     def step(*arguments):
@@ -237,8 +235,7 @@ def test_categories_are_shared_out(in_two, all_categories, tmp_path):
     """What is wrong with one ends neither its own process nor, through torchrun, the other's."""
     codes, (first, second) = in_two(lambda: main([*all_categories, str(tmp_path / "shared")]))
     assert codes == [2, 2]
-    assert "a: trained on 12 images" in first
-    assert "c: trained on 12 images" in first
+    assert all(f"{name}: trained on 12 images" in first for name in "ac")
     assert (first + second).count("dskd-fast: ") == second.count("dskd-fast: bad: ") == 1
 
 
@@ -263,7 +260,7 @@ def test_each_process_trains_on_its_share_of_a_batch_with_the_weight_of_it(data_
     category = open_category(data_root, "screw_bag")
     for group in (ALONE, Second(0, 2), Second(1, 2)):
         train_module.train(category, tiny_options(batch_size=5), group=group)
-    whole, first, second = steps[:3], steps[3:6], steps[6:]
-    for one, other, batch in zip(first, second, whole, strict=True):
-        assert torch.equal(torch.cat([one[0], other[0]]), batch[0])
-    assert [weight for _, weight in steps] == [1, 1, 1, 0.8, 0.8, 1, 1.2, 1.2, 1]
+    parts, weights = zip(*steps, strict=True)
+    for whole, one, other in zip(parts[:3], parts[3:6], parts[6:], strict=True):
+        assert torch.equal(torch.cat([one, other]), whole)
+    assert weights == (1, 1, 1, 0.8, 0.8, 1, 1.2, 1.2, 1)
