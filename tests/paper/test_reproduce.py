@@ -53,13 +53,12 @@ def run_in(data_root, recipe):
     """Reproduces into a folder: run_in(out, "loco", ...) -> (outcome, runs that were trained, all sentences)."""
 
     def run(out, experiment, **different):
-        records = []
+        records, given = [], {"data_root": data_root, "recipe": recipe, "seeds": 1}
         handler = logging.Handler(logging.INFO)
         handler.emit = records.append
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         try:
-            given = {"data_root": data_root, "recipe": recipe, "seeds": 1}
             outcome = reproduce(experiment, out=out, **given | different)
         finally:
             log.removeHandler(handler)
@@ -109,23 +108,21 @@ def test_the_command_prints_the_table_and_what_exists_is_kept(first, out, run_in
 
 
 def test_the_figures_are_those_of_evaluate_and_their_mean_over_the_seeds(first, data_root):
-    out = first[0]
-    aurocs = []
+    out, aurocs = first[0], []
     for seed in (0, 1):
         run = out / RUNS / "dskd" / f"seed-{seed}"
         detector, options, _ = load_run(run, "cpu")
         assert options.seed == seed
         threshold = detector.calibration.threshold.value
         figures = evaluate(detector, open_category(data_root, "screw_bag"), threshold=threshold, batch_size=4)
-        metrics = json.loads((run / "metrics.json").read_text())
-        assert {name: metrics[name] for name in figures} == figures
+        assert json.loads((run / "metrics.json").read_text()).items() >= figures.items()
         aurocs.append(figures["auroc"]["logical"])
     content = json.loads((out / "table-loco.json").read_text())
     assert [entry["auroc"]["logical"] for entry in content["figures"] if entry["row"] == "DSKD"] == aurocs
     assert content["categories"][0]["is_synthetic"]
+    key = {"table": "DSKD here, by category", "row": "mean", "column": "AUROC logical"}
     with (out / "table-loco.csv").open(newline="") as file:
-        rows = {(row["table"], row["row"], row["column"]): row for row in csv.DictReader(file)}
-    row = rows["DSKD here, by category", "mean", "AUROC logical"]
+        (row,) = (row for row in csv.DictReader(file) if row.items() >= key.items())
     assert float(row["value"]) == pytest.approx(np.mean(aurocs))
     assert float(row["spread"]) == pytest.approx(np.std(aurocs, ddof=1))
 
@@ -156,17 +153,14 @@ def test_the_tables_share_their_trainings(first, ablations):
     assert areas["local Pi + global CA"] == list(metrics["auroc"].values())
 
 
+MASK = "ground_truth/logical_anomalies/002/000.png"
 DAMAGES = {
     "broken metrics": lambda run, _: (run / "metrics.json").write_text('{"auroc": '),
     "evaluate": lambda run, _: main(["evaluate", str(run), "--threshold", "0"]),
     "image": lambda _, category: (category / "test" / "good" / "003.png").unlink(),
-    "content of a mask": lambda _, category: blank(category / MASK),  # not its name or size
+    # Not its name or size.
+    "content of a mask": lambda _, category: (category / MASK).write_bytes(bytes((category / MASK).stat().st_size)),
 }
-MASK = "ground_truth/logical_anomalies/002/000.png"
-
-
-def blank(file):
-    file.write_bytes(bytes(file.stat().st_size))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -221,7 +215,7 @@ def test_a_bad_category_does_not_stop_the_others(out, run_in, own_data):
     bad = {"breakfast_box": "test", "pushpins": "train/good/001.png"}
     for name in bad:
         shutil.copytree(own_data / "screw_bag", own_data / name)
-    shutil.rmtree(own_data / "breakfast_box" / "test")
+    shutil.rmtree(own_data / "breakfast_box" / bad["breakfast_box"])
     (own_data / "pushpins" / bad["pushpins"]).write_bytes(b"")
     outcome, trained, _ = run_in(out, "loco", data_root=own_data)
     assert trained == []
@@ -240,9 +234,7 @@ def test_a_bad_category_does_not_stop_the_others(out, run_in, own_data):
         ("ablation-temperature", {}, UserError, r'needs matplotlib.*pip install "dskd-fast\[plots\]"'),
     ],
 )
-def test_what_cannot_succeed_is_known_before_anything_is_done(
-    run_in, recipe, monkeypatch, tmp_path, experiment, different, error, message
-):
+def test_what_cannot_be_is_known_at_once(run_in, recipe, monkeypatch, tmp_path, experiment, different, error, message):
     monkeypatch.setattr(reproduction.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(error, match=message):
         run_in(tmp_path / "new", experiment, recipe=dataclasses.replace(recipe, **different))
