@@ -67,6 +67,16 @@ def test_dtypes_may_differ(function):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("is_close", [False, True])
+def test_gradient_is_that_of_finite_differences(function, is_close):
+    student, teacher = (random(2, 4, 3, 2, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    if is_close:  # where the map takes its series
+        student = teacher + 1e-2 * student
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: function(x, teacher), student, eps=1e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_gradient_is_made_only_where_it_is_wanted(spy, function):
     student, teacher = random(1, 5, 3, seed=1), random(1, 5, 3, seed=2)
     assert not function(student, teacher).requires_grad
