@@ -36,11 +36,16 @@ def test_it_agrees_with_the_textbook_in_120_digits(truth, noise, temperature):
     np.testing.assert_allclose(kl[0], exact, rtol=1e-12 + 1e-14 / float(noise))
 
 
-def test_vectors_without_a_direction_are_the_textbooks(truth):
+def test_gradients_and_vectors_without_a_direction_are_the_textbooks(truth):
     student, teacher = torch.randn(2, 1, 9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     student[0, [0, 5]] = teacher[0, [0, 6]] = 0
+    student.requires_grad_()
     expected = reference.contextual_affinity(student, teacher, 0.5)
-    np.testing.assert_allclose(truth(student, teacher, 0.5)[0], expected, rtol=1e-12, atol=1e-15)
+    expected.sum().backward()
+    kl, gradient = truth(student, teacher, 0.5)
+    np.testing.assert_allclose(kl, expected.detach(), rtol=1e-12, atol=1e-15)
+    has_direction = np.array([i not in (0, 5) for i in range(9)])  # the textbook's gradient at 0 is another
+    np.testing.assert_allclose(gradient[0, has_direction], student.grad[0, has_direction], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("quantity", [0, 1])
@@ -49,16 +54,10 @@ def test_the_check_sees_errors_of_a_few_times_what_rounding_makes(truth, make_fe
     """In all positions together, or in a single one."""
     student, teacher = make_features(40, 24, 0.1)
     exact, limits = truth(student, teacher, 1.0), truth.limits(student, teacher, 1.0, "bf16")
-    off = [torch.from_numpy(x.copy()) for x in exact]
-    truth.check(off, exact, limits)
-    where = slice(None) if everywhere else slice(7, 8)
-    size = (3 if everywhere else 13) * torch.from_numpy(limits[quantity][0, where])
-    if quantity == 0:
-        off[0][0, where] += size
-    else:
-        off[1][0, where, 0] += size
-    with pytest.raises(AssertionError):
-        truth.check(off, exact, limits)
-    off[quantity] *= math.nan
-    with pytest.raises(AssertionError):
-        truth.check(off, exact, limits)
+    truth.check(map(torch.from_numpy, exact), exact, limits)
+    where = (0, slice(None) if everywhere else slice(7, 8))
+    for size in (3 if everywhere else 13, math.nan):
+        off = [torch.from_numpy(x.copy()) for x in exact]
+        off[quantity][(*where, 0)[: off[quantity].dim()]] += size * torch.from_numpy(limits[quantity][where])
+        with pytest.raises(AssertionError):
+            truth.check(off, exact, limits)
