@@ -2,9 +2,12 @@
 
 import contextlib
 import math
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dskd_fast.backends.common import PreparedKeys, accumulation_dtype
 from dskd_fast.ops import dispatch
@@ -107,8 +110,14 @@ def all_backends():
 
 
 @pytest.fixture
-def cpu(all_backends):
-    return _available(all_backends, "cpu-cpu")
+def one_of(all_backends):
+    """one_of(name) -> the backend, where it runs here."""
+    return partial(_available, all_backends)
+
+
+@pytest.fixture
+def cpu(one_of):
+    return one_of("cpu-cpu")
 
 
 @pytest.fixture
@@ -198,6 +207,47 @@ def guarded(monkeypatch):
             assert (torch.cat((outer[:guard], outer[-guard:])) == mark).all()
 
     return run
+
+
+class Watch(TorchDispatchMode):
+    """Counts launches of kernels (by name), which need not happen, and what a backend has torch do around them."""
+
+    def __init__(self, monkeypatch, kernels, launches=True):
+        super().__init__()
+        self.launches, self.operations = Counter(), Counter()
+        for name, kernel in kernels.items():
+            # Before 3.7 the interpreter's kernels go past their `run`.
+            monkeypatch.setattr(
+                type(kernel), "__getitem__", lambda kernel, grid: partial(kernel.run, grid=grid, warmup=False)
+            )
+            monkeypatch.setattr(kernel, "run", partial(self._launch, name, kernel.run if launches else None))
+
+    def _launch(self, name, run, *arguments, **keywords):
+        self.launches[name] += 1
+        if run is not None:
+            run(*arguments, **keywords)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations[func.overloadpacket._qualified_op_name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    return partial(Watch, monkeypatch)
+
+
+@pytest.fixture
+def use_tiles(monkeypatch):
+    """Sets (rows, keys, channels of a product) of both kernels over pairs, and columns of the gradient at a time."""
+
+    def use(forward, gradient, chunk=64):
+        from dskd_fast.kernels import configs
+
+        forward, gradient = (configs.Blocks(*sizes, warps=4, stages=1) for sizes in (forward, gradient))
+        monkeypatch.setattr(configs, "config", lambda *_: configs.Config(forward, gradient, chunk))
+
+    return use
 
 
 @pytest.fixture(params=_parameters("triton-interpreter", "triton-cuda"))

@@ -1,18 +1,16 @@
 """What the Triton backend alone has of the distillation against any keys: launches, splits, buffers, fp16's range."""
 
 import itertools
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from dskd_fast.backends import triton as triton_fused
 from dskd_fast.backends.common import DISTILLATION_TEMPERATURE_LIMITS
-from dskd_fast.kernels import configs, distillation, prepare, prepare_distillation
+from dskd_fast.kernels import distillation, prepare, prepare_distillation
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:triton\.runtime\.interpreter")
 
@@ -31,40 +29,21 @@ def inputs(make_features):
     return *make_features(70, 20, 0.3, "normal", batch=2), make_features(300, 20, 0, "normal", seed=1)[1]
 
 
-class Operations(TorchDispatchMode):
-    """Counts what the host has torch do."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func.overloadpacket._qualified_op_name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_host_only_allocates_and_launches(triton_backend, inputs, monkeypatch):
+def test_the_host_only_allocates_and_launches(triton_backend, inputs, watch):
     """With keys that are prepared; but for two temperatures, which are filled in. No mask is copied either."""
+    assert (prepare_distillation.LOWEST.value, prepare.HIGHEST.value) == DISTILLATION_TEMPERATURE_LIMITS
     student, teacher, keys = inputs
     keys = triton_backend.prepared(keys)
-    launches = []
-    assert (prepare_distillation.LOWEST.value, prepare.HIGHEST.value) == DISTILLATION_TEMPERATURE_LIMITS
-    for module, name in (
-        (prepare_distillation, "bias"), (prepare_distillation, "rows"), (distillation, "forward"),
-        (distillation, "merge"), (distillation, "gradient"), (prepare_distillation, "sum"),
-        (prepare_distillation, "project"),
-    ):  # fmt: skip
-        kernel = SimpleNamespace(run=lambda *_, name=name, **__: launches.append(name))
-        launcher = type("Kernel", (), {"__getitem__": lambda self, grid, kernel=kernel: kernel.run})()
-        monkeypatch.setattr(module, f"{name}_kernel", launcher)
+    modules = {distillation: ("forward", "merge", "gradient"), prepare_distillation: ("bias", "rows", "sum", "project")}
+    kernels = {name: getattr(module, f"{name}_kernel") for module, names in modules.items() for name in names}
     masks = {"key_mask": torch.ones(2, 300, dtype=torch.bool), "row_mask": torch.ones(2, 70, dtype=torch.bool)}
-    with Operations() as operations:
+    with watch(kernels, launches=False) as found:
         for options in ({}, masks):
             triton_backend.distillation(student, teacher, keys, **T, **options)
-    assert launches == ["bias", "rows", "forward", "merge", "gradient", "sum", "project"] * 2
+    assert found.launches == dict.fromkeys(kernels, 2)
     views = "detach view transpose unsqueeze flatten _unsafe_view select as_strided alias expand split _to_copy"
-    assert operations.counts.keys() <= {"empty", "empty_like", "full", *views.split()}
-    assert operations.counts["full"] == 4
+    assert found.operations.keys() <= {"empty", "empty_like", "full", *views.split()}
+    assert found.operations["full"] == 4
 
 
 def test_splits_fill_the_device_and_no_more(monkeypatch):
@@ -79,24 +58,22 @@ def test_splits_fill_the_device_and_no_more(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("splits", "precision", "forward", "gradient", "chunk"),
+    ("splits", "precision", "tiles"),
     [
-        (1, "fp32", (64, 32, 64), (32, 128, 16), 64),
-        (3, "fp16", (32, 64, 32), (64, 64, 64), 32),
-        (7, "tf32", (128, 128, 64), (64, 32, 64), 64),
+        (1, "fp32", ((64, 32, 64), (32, 128, 16), 64)),
+        (3, "fp16", ((32, 64, 32), (64, 64, 64), 32)),
+        (7, "tf32", ((128, 128, 64), (64, 32, 64), 64)),
     ],
 )
 def test_results_do_not_depend_on_splits_and_tiles(
-    triton_backend, check_distillation, inputs, monkeypatch, splits, precision, forward, gradient, chunk
+    triton_backend, check_distillation, inputs, monkeypatch, use_tiles, splits, precision, tiles
 ):
     """More splits than there are tiles with keys; one mask leaves two splits without any."""
-    forward, gradient = (configs.Blocks(*sizes, warps=4, stages=1) for sizes in (forward, gradient))
-    monkeypatch.setattr(configs, "config", lambda *_: configs.Config(forward, gradient, chunk))
+    use_tiles(*tiles)
     monkeypatch.setattr(triton_fused, "_splits", lambda *_: splits)
     key_mask = torch.ones(2, 300, dtype=torch.bool)
     key_mask[1, :260] = False
-    options = {**T, "key_mask": key_mask}
-    check_distillation(triton_backend, *inputs, precision=precision, **options)
+    check_distillation(triton_backend, *inputs, precision=precision, key_mask=key_mask, **T)
 
 
 def test_nothing_is_written_outside_of_the_buffers(triton_backend, inputs, guarded):
