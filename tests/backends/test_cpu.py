@@ -5,13 +5,12 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from dskd_fast.backends import torch as torch_tiled
-
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 @pytest.mark.parametrize(
@@ -42,23 +41,6 @@ def test_the_number_of_threads_changes_no_bit(cpu, threads, make_features, preci
         assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize("temperature", [1, 0.05, 0.01])
-@pytest.mark.parametrize(("n", "c"), [(33, 20), (150, 3)])
-def test_float64_inputs_are_worked_on_in_float64(cpu, truth, make_features, temperature, n, c):
-    student, teacher = (x.double() for x in make_features(n, c, 0.1, batch=2))
-    student[0, :5] *= -1
-    result = cpu.affinity(student, teacher, temperature)
-    assert [x.dtype for x in result] == [torch.float64] * 2
-    truth.check(result, truth(student, teacher, temperature), truth.limits(student, teacher, temperature, "fp32"))
-    assert cpu.affinity(student, teacher.float(), temperature)[0].dtype == torch.float64
-    assert cpu.cosine(student, teacher)[1].dtype == torch.float64
-    for precision in PRECISIONS[1:]:
-        result = cpu.affinity(student, teacher, temperature, precision)
-        assert [x.dtype for x in result] == [torch.float32] * 2
-        limits = truth.limits(student, teacher, temperature, precision)
-        truth.check(result, truth(student, teacher, temperature), limits)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_its_own_products_where_onednns_are_switched_off(cpu, truth, make_features, precision):
     student, teacher = make_features(97, 40, 0.1, batch=2)
@@ -80,8 +62,7 @@ def test_every_half_precision_number_is_read_as_it_is(cpu, dtype):
     exact = cpu.cosine_of_maps(student.float(), teacher)
     for layout in (torch.contiguous_format, torch.channels_last):
         got = cpu.cosine_of_maps(student.contiguous(memory_format=layout), teacher)
-        for x, y in zip(got, exact, strict=True):
-            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(got, exact, rtol=0, atol=0, equal_nan=True)
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -107,10 +88,9 @@ def test_other_capabilities_pass_the_same_tests(cpu, capability):
     """As on processors without AVX-512, and without any of what is compiled apart. ATen reads the variable once."""
     files = ["tests/backends/test_backends.py", "tests/backends/test_distillation.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
-    cases = "cpu-cpu and (rounding_makes or far_off)"
+    command += ["-k", "cpu-cpu and (rounding_makes or far_off)"]
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    result = subprocess.run([*command, "-k", cases], env=environment, cwd=root, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout
@@ -118,17 +98,17 @@ def test_other_capabilities_pass_the_same_tests(cpu, capability):
 
 def test_scratch_memory_does_not_grow_with_the_square(cpu):
     """9,216 positions: a dense matrix would take 324 MiB."""
-    code = (
-        "import resource, torch\n"
-        "from dskd_fast import functional\n"
-        "torch.set_num_threads(1)\n"
-        "x = torch.randn(1, 16, 96, 96)\n"
-        "s = (x + 0.1 * torch.randn(x.shape)).requires_grad_()\n"
-        "functional.contextual_affinity(s[..., :8, :8], x[..., :8, :8], backend='cpu').sum().backward()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "functional.contextual_affinity(s, x, backend='cpu').sum().backward()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
-    )
+    code = """if True:
+        import resource, torch
+        from dskd_fast import functional
+        torch.set_num_threads(1)
+        x = torch.randn(1, 16, 96, 96)
+        s = (x + 0.1 * torch.randn(x.shape)).requires_grad_()
+        for side in (8, 96):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            functional.contextual_affinity(s[..., :side, :side], x[..., :side, :side], backend="cpu").sum().backward()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 16 * 1024  # KiB
 
