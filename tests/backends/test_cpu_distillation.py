@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from dskd_fast.backends.common import PreparedKeys
-
 T = {"student_temperature": 0.1, "teacher_temperature": 0.05}
 
 
@@ -21,14 +19,10 @@ def many_keys(make_features):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_panels_and_splits_are_as_good_as_one(cpu, keys_truth, many_keys, precision):
-    result = cpu.distillation(*many_keys, precision=precision, **T)
-    keys_truth.check(result, keys_truth(*many_keys, **T), keys_truth.limits(*many_keys, precision=precision, **T))
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_neither_threads_nor_the_gradient_change_a_bit(cpu, many_keys, threads, precision):
-    expected = cpu.distillation(*many_keys, precision=precision, **T)
+def test_panels_and_splits_are_as_good_as_one_whatever_the_threads(
+    cpu, check_distillation, many_keys, threads, precision
+):
+    expected = check_distillation(cpu, *many_keys, precision=precision, **T)
     threads(3 if torch.get_num_threads() < 3 else 1)
     again = cpu.distillation(*many_keys, precision=precision, **T)
     assert all(map(torch.equal, expected, again))
@@ -47,15 +41,13 @@ def test_keys_replaced_in_parts_are_the_same_bits(cpu, make_features, precision)
 
 
 @pytest.mark.parametrize("t", [(1, 1), (0.07, 0.01), (0.005, 0.005)])
-def test_float64_inputs_are_worked_on_in_float64(cpu, keys_truth, make_features, t):
+def test_float64_inputs_are_worked_on_in_float64(cpu, check_distillation, make_features, t):
     student, teacher = (x.double() for x in make_features(33, 20, 0.1, batch=2))
     student[0, :5] *= -1
     call = student, teacher, make_features(150, 20, 0, batch=2, seed=1)[1].double()
-    options = dict(zip(T, t, strict=True))
-    result = cpu.distillation(*call, **options)
-    assert [x.dtype for x in result] == [torch.float64] * 2
-    keys_truth.check(result, keys_truth(*call, **options), keys_truth.limits(*call, precision="fp32", **options))
-    assert [x.dtype for x in cpu.distillation(*call, precision="tf32", **options)] == [torch.float32] * 2
+    for precision, dtype in (("fp32", torch.float64), ("tf32", torch.float32)):
+        result = check_distillation(cpu, *call, precision=precision, **dict(zip(T, t, strict=True)))
+        assert [x.dtype for x in result] == [dtype] * 2
 
 
 def test_logits_of_thousands(cpu, make_features):
@@ -80,13 +72,9 @@ def test_a_nan_stays_in_its_row_and_in_keys_that_are_left_out(cpu, make_features
     keys = make_features(200, 20, 0, seed=1)[1]
     expected = cpu.distillation(student, teacher, keys[:, 1:], **T)
     student[0, 3, 5], teacher[0, 66, 0], keys[0, 0, 2] = math.nan, math.inf, math.nan
-    mask = torch.arange(200)[None] > 0
-    packed = cpu.module.prepare_keys(keys, True, "fp32")
-    for some in (keys, PreparedKeys(packed, tuple(keys.shape), True, "fp32", "cpu")):
-        result = cpu.distillation(student, teacher, some, key_mask=mask, **T)
-        for got, x in zip(result, expected, strict=True):
-            finite = torch.arange(70)
-            finite = finite[(finite != 3) & (finite != 66)]
-            assert got[0, [3, 66]].isnan().all()
-            np.testing.assert_allclose(got[0, finite], x[0, finite], rtol=1e-4, atol=1e-6)
+    mask, bad = torch.arange(200)[None] > 0, torch.tensor([n in (3, 66) for n in range(70)])
+    for some in (keys, cpu.prepared(keys)):
+        for got, x in zip(cpu.distillation(student, teacher, some, key_mask=mask, **T), expected, strict=True):
+            assert got[0, bad].isnan().all()
+            np.testing.assert_allclose(got[0, ~bad], x[0, ~bad], rtol=1e-4, atol=1e-6)
         assert all(x.isnan().all() for x in cpu.distillation(student, teacher, some, **T))
