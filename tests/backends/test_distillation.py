@@ -11,7 +11,6 @@ from dskd_fast.backends.common import DISTILLATION_TEMPERATURE_LIMITS
 pytestmark = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:triton\.runtime\.interpreter")
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-PROMISED = {"fp32": (2e-5, 1e-4), "tf32": (3e-4, 1e-3), "fp16": (3e-4, 1e-3), "bf16": (2e-3, 5e-3)}
 
 
 def temperatures(student, teacher=None):
@@ -51,21 +50,6 @@ def test_error_is_no_more_than_rounding_makes_it(
     check_distillation(backend, student, teacher, keys, precision=precision, **options)
 
 
-@pytest.mark.parametrize(
-    ("t", "noise", "precision"), [((1, 1), 1, "bf16"), ((0.1, 0.1), 0.01, "bf16"), ((0.1, 0.1), 0.1, "fp32"),
-                                  ((0.2, 0.1), 0.1, "fp16"), ((1, 1), 0.01, "tf32")],
-)  # fmt: skip
-def test_errors_at_a_real_size(backend, keys_truth, make_features, request, t, noise, precision):
-    if backend.is_interpreted:
-        request.getfixturevalue("set_tiles")(128, 128)
-    student, teacher = make_features(300, 128, noise)
-    keys = make_features(1500, 128, 0, seed=1)[1]
-    exact = keys_truth(student, teacher, keys, **temperatures(*t))
-    result = backend.distillation(student, teacher, keys, precision=precision, **temperatures(*t))
-    for got, true, promised in zip(result, exact, PROMISED[precision], strict=True):
-        assert np.linalg.norm(got.double().numpy() - true) <= promised * np.linalg.norm(true)
-
-
 @pytest.mark.parametrize(("precision", "kind", "noise"), [("bf16", "normal", 0.1), ("bf16", "clustered", 0.01),
                                                           ("fp16", "normal", 0.01)])  # fmt: skip
 def test_keys_that_all_but_repeat_the_rows(
@@ -82,6 +66,15 @@ def test_keys_that_all_but_repeat_the_rows(
     roundoff = {"bf16": 2.0**-8, "fp16": 2.0**-11}[precision]
     for got, true, promised in zip(result, exact, (1.5 * roundoff, 3 * roundoff), strict=True):
         assert np.linalg.norm(got.double().numpy() - true) <= promised * np.linalg.norm(true)
+
+
+def test_few_rows_have_their_digits_with_many_keys(backend, keys_truth):
+    """A product adds up float32 one after another: over a tile's keys, of which 2^13 walk off by 5e-6, not over all."""
+    student, keys = normal(1, 2, 4, seed=0), normal(1, 1 << (14 if backend.is_slow else 18), 4, seed=1)
+    call = student, student + 0.01 * normal(1, 2, 4, seed=2), keys
+    _, gradient = backend.distillation(*call, **temperatures(0.1))
+    _, exact = keys_truth(*call, **temperatures(0.1))
+    assert np.linalg.norm(gradient.double().numpy() - exact) <= 1e-5 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("k", range(4))
@@ -156,60 +149,52 @@ def test_temperatures_in_memory_give_the_same_bits_and_nan_out_of_range(backend,
 def test_what_is_not_a_number_stays_in_its_row(backend, inputs, who):
     """That of a key is in all rows of its image; without its gradient, a map is the same."""
     options = {**temperatures(0.1, 0.05), "precision": ("fp32", "tf32", "fp16")[who]}
-    student, teacher, keys = inputs
-    inputs = student, teacher, keys.expand(2, -1, -1).clone()
+    inputs = *inputs[:2], inputs[2].expand(2, -1, -1).clone()
     clean = backend.distillation(*inputs, **options)
     inputs[who][0, 5, 3] = (math.nan, math.inf, -math.inf)[who]
-    kl, gradient = backend.distillation(*inputs, **options)
-    bad = np.zeros((2, 70), bool)
-    bad[0, 5] = True
-    bad[0] |= who == 2
-    assert (kl.isnan().numpy() == bad).all()
-    assert (gradient.isnan().all(-1).numpy() == bad).all()
-    assert all(torch.equal(x[~bad], y[~bad]) for x, y in zip((kl, gradient), clean, strict=True))
+    result = backend.distillation(*inputs, **options)
+    bad = torch.zeros(2, 70, dtype=torch.bool)
+    bad[0, slice(None) if who == 2 else 5] = True
+    for x, y in zip(result, clean, strict=True):
+        assert x[bad].isnan().all()
+        assert torch.equal(x[~bad], y[~bad])
     alone, none = backend.distillation(*inputs, with_gradient=False, **options)
     assert none is None
-    assert torch.equal(alone[~bad], kl[~bad])
+    assert torch.equal(alone[~bad], clean[0][~bad])
 
 
 def test_keys_may_be_shared_prepared_and_replaced_in_part(backend, make_features):
     """Shared and prepared keys change no bit, replaced ones rounding alone: the centre stays."""
-    student, teacher = make_features(20, 33, 0.3, batch=2)
+    pair = make_features(20, 33, 0.3, batch=2)
     keys = make_features(200, 33, 0, seed=1)[1]
     options = {**temperatures(0.1), "precision": "bf16"}
-    expected = backend.distillation(student, teacher, keys.expand(2, -1, -1), **options)
-    shared = backend.distillation(student, teacher, keys, **options)
-    of_prepared = backend.distillation(student, teacher, backend.prepared(keys, "bf16"), **options)
-    for x, y, z in zip(expected, shared, of_prepared, strict=True):
-        torch.testing.assert_close(y, x, rtol=2e-6, atol=1e-9)
-        assert torch.equal(y, z)
     queue = backend.prepared(keys + 0.2 * normal(1, 200, 33, seed=3).abs(), "bf16")
-    for start in (0, 77, 150):
-        part = keys[:, start : start + (77, 73, 50)[start // 75]].to(backend.device)
-        backend.module.update_keys(queue.packed, part, start, True, "bf16")
-    for x, y in zip(expected, backend.distillation(student, teacher, queue, **options), strict=True):
-        assert (x - y).norm() <= 1e-2 * x.norm()
+    for start, end in ((0, 77), (77, 150), (150, 200)):
+        backend.module.update_keys(queue.packed, keys[:, start:end].to(backend.device), start, True, "bf16")
+    forms = keys.expand(2, -1, -1), keys, backend.prepared(keys, "bf16"), queue
+    results = (backend.distillation(*pair, x, **options) for x in forms)
+    for expected, shared, prepared, replaced in zip(*results, strict=True):
+        torch.testing.assert_close(shared, expected, rtol=2e-6, atol=1e-9)
+        assert torch.equal(shared, prepared)
+        assert (expected - replaced).norm() <= 1e-2 * expected.norm()
 
 
 def test_any_strides_and_types_and_the_same_bits_again(backend, keys_truth, layouts, make_features):
-    student, teacher = (x.mT.unflatten(2, (4, 6)) for x in make_features(24, 10, 0.3, "normal", batch=2))
+    maps = (x.mT.unflatten(2, (4, 6)) for x in make_features(24, 10, 0.3, "normal", batch=2))
     student, teacher = (
         layout(x.to(dtype, copy=True)).to(backend.device)
-        for layout, x, dtype in zip(layouts, (student, teacher), (torch.float32, torch.bfloat16), strict=True)
+        for layout, x, dtype in zip(layouts, maps, (torch.float32, torch.bfloat16), strict=True)
     )
     keys = normal(10, 2, 70, seed=1).to(torch.float16).permute(1, 2, 0).to(backend.device)
     before = [x.clone() for x in (student, teacher, keys)]
     assert backend.module.distillation_refusal(student, teacher, keys, "fp32") is None
     call = student, teacher, keys, 0.2, 0.1, None, None, True, "fp32", True
-    kl, gradient = backend.module.affinity_distillation(*call)
-    again = backend.module.affinity_distillation(*call)
-    assert torch.equal(kl, again[0])
-    assert torch.equal(gradient, again[1])
-    assert kl.dtype == gradient.dtype == torch.float32
+    result, again = (backend.module.affinity_distillation(*call) for _ in range(2))
+    assert all(map(torch.equal, (*result, *before), (*again, student, teacher, keys)))
+    assert [x.dtype for x in result] == [torch.float32] * 2
+    kl, gradient = result
     assert gradient.stride() == torch.empty_like(student).stride()
-    assert all(torch.equal(x, y) for x, y in zip(before, (student, teacher, keys), strict=True))
-    rows = [x.flatten(2).mT.float().cpu() for x in (student, teacher)]
-    options = temperatures(0.2, 0.1)
-    exact = keys_truth(*rows, keys.cpu(), **options)
-    limits = keys_truth.limits(*rows, keys.cpu(), precision="fp32", **options)
+    rows = *(x.flatten(2).mT.float().cpu() for x in (student, teacher)), keys.cpu()
+    exact = keys_truth(*rows, **temperatures(0.2, 0.1))
+    limits = keys_truth.limits(*rows, precision="fp32", **temperatures(0.2, 0.1))
     keys_truth.check((kl.flatten(1).cpu(), gradient.flatten(2).mT.cpu()), exact, limits)
