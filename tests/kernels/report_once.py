@@ -14,27 +14,27 @@ all_cases = report.cases
 
 
 def some_cases(architectures, precisions):
-    """About an eighth of all: half of the table's entries with one kind of row each, by turns.
+    """About a ninth of all: on every architecture one precision for each width, with one kind of row for each kernel.
 
-    Of every architecture all widths, precisions and kinds come up, and of every entry half of the architectures. Of the
-    kernels over positions all on one, on the others those that halves are made by, or on the other vendor's floats.
+    By turns, so that all widths, precisions and kinds come up on every architecture, and every precision with every
+    kind. Of the kernels over positions all on one, on the others those that halves are made by, or on the other
+    vendor's floats.
     """
     for case in all_cases(architectures, precisions):
-        precision = precisions.index(case.precision)
         if case.kernel in ("forward", "gradient"):
-            turn = report.WIDTHS.index(case.width) + precision
-            is_turn = (turn + architectures.index(case.architecture)) % 2 == 0
-            if is_turn and KINDS[(turn + (case.kernel == "gradient")) % 4] == case.kind:
+            width, architecture = report.WIDTHS.index(case.width), architectures.index(case.architecture)
+            is_turn = (width + precisions.index(case.precision) + architecture) % len(precisions) == 0
+            if is_turn and KINDS[(width + architecture // 2 + (case.kernel == "gradient")) % 4] == case.kind:
                 yield case
         elif case.architecture == "sm_90" or case.precision == {"gfx942": "fp32"}.get(case.architecture, "bf16"):
             yield case
 
 
 def few_cases(architectures, precisions):
-    """Every 7th of those, and all kinds of rows of one entry."""
+    """Every 5th of those, and all kinds of rows of one entry."""
     some = list(some_cases(architectures, precisions))
     of_one_entry = [c for c in all_cases(["sm_80"], ["bf16"]) if c.width == 64]
-    return [*some[::7], *(case for case in of_one_entry if case not in some[::7])]
+    return [*some[::5], *(case for case in of_one_entry if case not in some[::5])]
 
 
 def main(folder, *selection):
