@@ -1,4 +1,4 @@
-"""From image files to scores, decisions and heat maps: `predict` beside what it cannot do without.
+"""From image files to scores, decisions and heat maps: `predict` and `evaluate` beside what they cannot do without.
 
 Reading the files and running the networks, each alone on all cores, are rows of the same table, and the networks alone
 take turns with each of the others: what `predict` takes beyond the slower of the two is what the pipeline does not
@@ -16,7 +16,9 @@ import torch
 from bench.lab import row
 from bench.work import BATCH, N_PHOTOGRAPHS
 from dskd_fast.data.images import read_image
+from dskd_fast.data.layout import open_category
 from dskd_fast.detection.predict import predict
+from dskd_fast.evaluation.evaluate import evaluate
 from dskd_fast.workers import n_threads
 
 _READING, _NETWORKS = "reading the files alone", "the networks alone"
@@ -27,6 +29,7 @@ _CONTESTANTS: dict[str, dict] = {
     f"{_PREDICT} --overlay-format png": {"overlay_format": "png"},
     f"{_PREDICT} --save-maps": {"save_maps": True},
 }
+_EVALUATE = "dskd-fast evaluate, without masks"
 _PYTHON = "Detector.predict"
 _ANOMALIB = "anomalib Engine.predict"
 # Width and height of the images of MVTec LOCO AD's categories, the first of them breakfast_box's.
@@ -56,16 +59,16 @@ class Case(NamedTuple):
             self.work,
             "predict",
             self.contestant,
-            ours=self.contestant in _CONTESTANTS or self.contestant == _PYTHON,
+            ours=self.contestant in (*_CONTESTANTS, _EVALUATE, _PYTHON),
             reference=self.contestant == _NETWORKS,
             images=N_PHOTOGRAPHS,
         )
 
 
 def cases(is_full: bool) -> list[Case]:
-    contestants = (_READING, _NETWORKS, *_CONTESTANTS, _PYTHON, _ANOMALIB)
+    contestants = (_READING, _NETWORKS, *_CONTESTANTS, _EVALUATE, _PYTHON, _ANOMALIB)
     if not is_full:
-        return [Case(name) for name in (_READING, _NETWORKS, _PREDICT)]
+        return [Case(name) for name in (_READING, _NETWORKS, _PREDICT, _EVALUATE)]
     works = [(size, 128) for size in _SIZES] + [(_SIZES[0], 512)]
     return [Case(name, *work) for work in works for name in contestants]
 
@@ -92,6 +95,9 @@ def test_predict(benchmark, lab, case, files, detectors, tmp_path):
         return
     if case.contestant == _READING:
         call: Callable[[], object] = read
+    elif case.contestant == _EVALUATE:
+        category = open_category(paths[0].parents[3], paths[0].parents[2].name)
+        call = functools.partial(evaluate, detector, category, threshold=None, batch_size=BATCH)
     elif case.contestant == _PYTHON:
         call = functools.partial(detector.predict, paths, batch_size=BATCH)
     else:
