@@ -41,7 +41,7 @@ from dskd_fast.data.layout import (
 from dskd_fast.detection.export import SUFFIXES
 from dskd_fast.detection.export import export as export_detector
 from dskd_fast.detection.predict import predict as predict_images
-from dskd_fast.detection.scoring.calibrated import PARTS
+from dskd_fast.detection.scoring.parts import PARTS
 from dskd_fast.device import resolve_device
 from dskd_fast.errors import TrainingStopped, UserError
 from dskd_fast.evaluation.evaluate import evaluate as evaluate_detector

@@ -22,7 +22,7 @@ from dskd_fast.detection.calibration import Threshold, is_above, threshold_from
 from dskd_fast.detection.detector import Detector, calibration_of
 from dskd_fast.detection.export import SUFFIXES
 from dskd_fast.detection.findings import has_place
-from dskd_fast.detection.scoring.calibrated import PARTS
+from dskd_fast.detection.scoring.parts import PARTS
 from dskd_fast.device import has_fast_bf16
 from dskd_fast.errors import UserError
 from dskd_fast.runs import folder as runs

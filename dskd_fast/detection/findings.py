@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as nnf
 
-from dskd_fast.detection.scoring.calibrated import PARTS
+from dskd_fast.detection.scoring.parts import PARTS
 
 Variant = Literal["combined", "local", "global"]
 VARIANTS: tuple[Variant, ...] = ("combined", "local", "global")

@@ -27,7 +27,7 @@ from dskd_fast.detection.calibration import decide
 from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.findings import Variant, has_place
 from dskd_fast.detection.overlay import colour_range, colours
-from dskd_fast.detection.scoring.calibrated import PARTS
+from dskd_fast.detection.scoring.parts import PARTS
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import (
     ScoredImages,

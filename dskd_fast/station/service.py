@@ -31,7 +31,7 @@ from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.overlay import colour_range
 from dskd_fast.detection.pictures import drawable, overlay_file
 from dskd_fast.detection.prediction import Prediction, caption, judge, map_to_draw
-from dskd_fast.detection.scoring.calibrated import PARTS
+from dskd_fast.detection.scoring.parts import PARTS
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.html import filled, resource
 from dskd_fast.metrics.maps import map_file

@@ -14,7 +14,7 @@ from PIL import Image
 from dskd_fast.cli import commands
 from dskd_fast.data.augment import for_category
 from dskd_fast.detection.export import Exported
-from dskd_fast.detection.scoring.calibrated import PARTS
+from dskd_fast.detection.scoring.parts import PARTS
 from dskd_fast.errors import UserError
 from dskd_fast.files import write_file
 from dskd_fast.runs.options import CHOICES, TrainingOptions, recipe_options

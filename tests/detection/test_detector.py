@@ -23,7 +23,7 @@ from dskd_fast.detection.calibration import (
     threshold_from,
 )
 from dskd_fast.detection.detector import Detector
-from dskd_fast.detection.scoring.calibrated import PARTS
+from dskd_fast.detection.scoring.parts import PARTS
 from dskd_fast.errors import UserError
 
 
@@ -171,7 +171,8 @@ def test_calibrated_scores_are_found_with_their_parts_and_the_one_that_decides(c
     for student in ("local", "global"):
         np.testing.assert_array_equal(found.scores[student], found.parts[student])
     maps = calibrated.calibrated(calibrated.measured(others)).maps
-    shares = softmax(1.5 * values[:, : len(maps)], axis=1)
+    raised = (calibrated.calibrated.map_handicap - calibrated.calibrated.handicap).numpy()
+    shares = softmax(1.5 * (values + raised)[:, : len(maps)], axis=1)
     expected = sum(share[:, None, None] * maps[name].numpy() for share, name in zip(shares.T, PARTS, strict=False))
     np.testing.assert_allclose(found.maps.combined, expected, rtol=1e-4, atol=1e-4)
     assert found.maps.combined.dtype == np.float32

@@ -27,7 +27,7 @@ from dskd_fast.detection.calibration import Calibration, Exposure, Scoring, Stat
 from dskd_fast.detection.detector import Detector
 from dskd_fast.detection.export import METADATA, OPSET, SUFFIXES, TOLERANCE, export
 from dskd_fast.detection.program import Inspection, enlarge, resize_square
-from dskd_fast.detection.scoring.calibrated import PARTS
+from dskd_fast.detection.scoring.parts import PARTS
 from dskd_fast.errors import UserError
 
 FORMATS = ("onnx", "openvino", "torch")

@@ -17,7 +17,7 @@ from dskd_fast.cli import main
 from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.store import ImageStore
-from dskd_fast.detection.scoring.calibrated import PARTS
+from dskd_fast.detection.scoring.parts import PARTS
 from dskd_fast.errors import UserError
 from dskd_fast.evaluation.evaluate import evaluate
 from dskd_fast.evaluation.page import Path, render, write_report

@@ -12,7 +12,7 @@ from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
 from dskd_fast.detection.overlay import colours
-from dskd_fast.detection.scoring.calibrated import PARTS
+from dskd_fast.detection.scoring.parts import PARTS
 from dskd_fast.evaluation.page import render, write_report
 
 KINDS = ("good", "structural", "logical")

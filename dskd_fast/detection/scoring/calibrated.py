@@ -3,7 +3,6 @@
 import keyword
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,56 +13,9 @@ from torch import Tensor, nn
 
 from dskd_fast.detection.scoring.distances import Mahalanobis, NearestNeighbour
 from dskd_fast.detection.scoring.maps import MapPart, SumPart
+from dskd_fast.detection.scoring.parts import LEVELS, PARTS
 from dskd_fast.detection.scoring.patches import PatchPart, PatchSample
 from dskd_fast.models import DSKD, Measurements
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What a part is, and how much it counts.
-
-    Attributes:
-        meaning: for people.
-        weight: what is thought of its share in the anomalies there are.
-        weight_by_heart: the same where the students know their training images by heart.
-        least_spread: what its deviation is at least, as a share of its normal value. Validation images are few and
-            alike, and other normal images are farther from the training images by a factor, not by a sum: distances
-            of whole images are told from their double.
-        has_map: whether it has a place.
-    """
-
-    meaning: str
-    weight: float
-    weight_by_heart: float
-    least_spread: float
-    has_map: bool = False
-
-
-PARTS: dict[str, _Kind] = {
-    "local": _Kind("the local student's map, its two finest levels", 1.0, 0.01, 0.1, has_map=True),
-    "global": _Kind("the global student's map", 0.5, 0.01, 0.1, has_map=True),
-    "sum": _Kind("the sum of both students' maps", 0.1, 0.01, 0.1, has_map=True),
-    "patches": _Kind(
-        "the teacher's patches, distance of each from the nearest one of the training images'",
-        0.03,
-        1.0,
-        0.2,
-        has_map=True,
-    ),
-    "condensed": _Kind(
-        "the global student's condensed vector, distance from the nearest training image's", 0.1, 0.01, 1.0
-    ),
-    "global-means": _Kind(
-        "the global student's mean features, Mahalanobis distance from the training images'", 0.1, 0.01, 1.0
-    ),
-    "teacher-means": _Kind(
-        "the teacher's mean features, Mahalanobis distance from the training images'", 0.3, 0.01, 1.0
-    ),
-}
-"""Everything a calibrated score is made of; a run has those whose student there is."""
-
-LEVELS = {"local": (0, 1), "global": (0, 1, 2), "sum": (0, 1, 2)}
-"""Which levels make a map. The local student's coarsest finds what the global one finds, less well."""
 
 # Of the soft maximum: two equal values together are ln 2 / 1.5 = 0.46 deviations more than one.
 _SHARPNESS = 1.5
@@ -77,6 +29,10 @@ _FAR_BELOW = 1e6
 # Where the local student's error at its coarsest level is so many times as large on validation images as on those that
 # it was trained on, it begins to know, and knows, these by heart: with 200 training images it is 1.6, with 30 2.8.
 _BEGINS_BY_HEART, _BY_HEART = 1.5, 2.5
+
+# Where validation images are farther from the training images than these from each other, other normal images will be
+# farther still, by several times as much: a part's least deviation grows by so many times what they are farther.
+_FARTHER_STILL = 8.0
 
 
 class Scored(NamedTuple):
@@ -117,12 +73,14 @@ class CalibratedScore(nn.Module):
     spread: Tensor
     is_used: Tensor
     handicap: Tensor
+    map_handicap: Tensor
     filter: Tensor
     map_filter: Tensor
 
     def __init__(self, model: DSKD, sigma: float) -> None:
         super().__init__()
         self.size = model.image_size
+        self._among_training: dict[str, float] = {}
         has = {
             "local": "local" in model.students,
             "global": "global" in model.students,
@@ -134,7 +92,8 @@ class CalibratedScore(nn.Module):
         }
         self.names = tuple(name for name in PARTS if has[name])
         self.parts = nn.ModuleDict({_module_name(name): _make_part(name) for name in self.names})
-        self.register_buffer("handicap", _handicaps(self.names, 0.0))
+        for name, handicap in zip(("handicap", "map_handicap"), _handicaps(self.names, 0.0), strict=True):
+            self.register_buffer(name, handicap)
         self.register_buffer("training_error", torch.zeros(()))
         self.register_buffer("centre", torch.zeros(len(self.names)))
         self.register_buffer("spread", torch.ones(len(self.names)))
@@ -171,7 +130,8 @@ class CalibratedScore(nn.Module):
         """The maps of parts that decide, if any of these has one, by their shares in the image's score: (B, S, S)."""
         places = [self.names.index(name) for name in scored.maps]
         lowered = self._unused()[places]
-        shares = torch.softmax(_SHARPNESS * (scored.values[:, places] - (lowered - lowered.amin(0))), 1)
+        raised = (self.map_handicap - self.handicap)[places]
+        shares = torch.softmax(_SHARPNESS * (scored.values[:, places] + raised - (lowered - lowered.amin(0))), 1)
         return (torch.stack(list(scored.maps.values()), 1) * shares[:, :, None, None]).sum(1)
 
     def fit(self, training: Iterable[Measurements]) -> None:
@@ -187,6 +147,8 @@ class CalibratedScore(nn.Module):
                 self._part(name).fit(sample)
             elif not PARTS[name].has_map:
                 self._part(name).fit(_vectors(name, of_all))
+            if PARTS[name].least_if_alike is not None:
+                self._among_training[name] = float(self._part(name).of_training(_vectors(name, of_all)).mean())
         if of_all.local_levels is not None:
             self.training_error.copy_(of_all.local_levels[-1].mean())
 
@@ -221,8 +183,9 @@ class CalibratedScore(nn.Module):
         raw = torch.stack([column.double().cpu() for column in columns], 1).numpy()
         if kind != "new":
             by_heart = 1.0 if kind == "train" else self._share_by_heart(normal)  # so few images that none were held out
-            self.handicap.copy_(_handicaps(self.names, by_heart))
-        least = [PARTS[name].least_spread for name in self.names]
+            for own, handicap in zip((self.handicap, self.map_handicap), _handicaps(self.names, by_heart), strict=True):
+                own.copy_(handicap)
+        least = [self._least_spread(name, normal, kind) for name in self.names]
         rounding = [self._part(name).rounding() if PARTS[name].has_map else 0.0 for name in self.names]
         floors = np.array(least), np.array(rounding)
         centre, spread = _centre_and_spread(raw, *floors)
@@ -244,6 +207,15 @@ class CalibratedScore(nn.Module):
         return sum(
             self._part(name).rounding() / float(self.spread[i]) for i, name in enumerate(self.names) if name in LEVELS
         )
+
+    def _least_spread(self, name: str, normal: Measurements, kind: str) -> float:
+        """As a share of the part's normal value; the smaller, the more validation images are like training images."""
+        most, if_alike = PARTS[name].least_spread, PARTS[name].least_if_alike
+        among = self._among_training.get(name, 0.0)
+        if if_alike is None or kind != "validation" or not among > 0:
+            return most
+        distances = self._part(name)(_vectors(name, normal))
+        return min(most, if_alike + _FARTHER_STILL * max(0.0, float(distances.mean()) / among - 1))
 
     def _share_by_heart(self, normal: Measurements) -> float:
         """How much the students know the training images by heart, from 0 to 1."""
@@ -279,12 +251,23 @@ class CalibratedScore(nn.Module):
             ValueError: it is another run's.
         """
         own, tensors = self.state_dict(), dict(tensors)
+        self._complete(tensors, "")
         PatchPart.complete(tensors, f"parts.{_module_name('patches')}.")
         if own.keys() != tensors.keys():
             raise ValueError("it holds other parts than this run has")
         for key, tensor in tensors.items():
             path, _, name = key.rpartition(".")
             setattr(self.get_submodule(path), name, tensor)
+
+    @staticmethod
+    def _complete(state: dict[str, Any], prefix: str) -> None:
+        """Add to a state of an earlier version what it lacks: weights of maps were those of scores."""
+        if (handicap := state.get(prefix + "handicap")) is not None:
+            state.setdefault(prefix + "map_handicap", handicap.clone())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._complete(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def filter_matrix(size: int, sigma: float) -> Tensor:
@@ -334,10 +317,19 @@ def _maps(name: str, measured: Measurements) -> Any:
     }[name]
 
 
-def _handicaps(names: Sequence[str], by_heart: float) -> Tensor:
-    """(parts,): what takes the parts' weights into a maximum; between those of the two kinds of students."""
-    ends = [(math.log(PARTS[name].weight), math.log(PARTS[name].weight_by_heart)) for name in names]
-    return torch.tensor([(1 - by_heart) * low + by_heart * high for low, high in ends]) / _SHARPNESS
+def _handicaps(names: Sequence[str], by_heart: float) -> tuple[Tensor, Tensor]:
+    """(parts,): what takes the parts' weights into a maximum; between those of the two kinds of students.
+
+    The second one is for the map of all parts, and of those that have a place.
+    """
+
+    def between(low: float, high: float) -> float:
+        return ((1 - by_heart) * math.log(low) + by_heart * math.log(high)) / _SHARPNESS
+
+    kinds = [PARTS[name] for name in names]
+    of_scores = [between(kind.weight, kind.weight_by_heart) for kind in kinds]
+    of_maps = [between(kind.weight_in_map or kind.weight, kind.weight_by_heart) for kind in kinds]
+    return torch.tensor(of_scores), torch.tensor(of_maps)
 
 
 def _vectors(name: str, measured: Measurements) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from scipy import ndimage
 
 from dskd_fast.detection.scoring import calibrated as calibrated_module
-from dskd_fast.detection.scoring.calibrated import PARTS, CalibratedScore, collected, soft_maximum
+from dskd_fast.detection.scoring.calibrated import CalibratedScore, collected, soft_maximum
+from dskd_fast.detection.scoring.parts import PARTS
 from dskd_fast.models import Measurements
 
 SIZE, SIGMA = 32, 1.5
@@ -75,6 +76,15 @@ def test_a_run_has_the_parts_whose_student_there_is(which, names):
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in (scored.score, scored.values))
 
 
+def least_spread(name, score, normal, are_training):
+    kind = PARTS[name]
+    if are_training or kind.least_if_alike is None:
+        return kind.least_spread
+    among = score._part(name).of_training(calibrated_module._vectors(name, measured(8, 1))).mean()
+    farther = score._part(name)(calibrated_module._vectors(name, normal)).mean() / among - 1
+    return min(kind.least_spread, kind.least_if_alike + calibrated_module._FARTHER_STILL * max(0, float(farther)))
+
+
 @pytest.mark.parametrize("are_training", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 3, 9])
 def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_scored(n, are_training):
@@ -85,7 +95,7 @@ def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_
     left_out = score.calibrate(normal, "train" if are_training else "validation")
     scored, new = score(new), score.reduced(new)
     expected, of_normal = [], []
-    for i, (name, handicap) in enumerate(zip(score.names, handicaps(score.names, are_training), strict=True)):
+    for i, (name, handicap) in enumerate(zip(score.names, handicaps(score.names, are_training)[0], strict=True)):
         part = score._part(name)
         if PARTS[name].has_map:
             of_normal_maps, of_new = (calibrated_module._maps(name, images) for images in (normal, new))
@@ -105,7 +115,9 @@ def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_
             raw_new = part(calibrated_module._vectors(name, new)).double().numpy()
             rounding = 0
 
-        def standardised(values, others, least=PARTS[name].least_spread, rounding=rounding, handicap=handicap):
+        least = least_spread(name, score, normal, are_training)
+
+        def standardised(values, others, least=least, rounding=rounding, handicap=handicap):
             deviation = others.std(ddof=1) if len(others) > 1 else 0
             spread = max(max(deviation, least * abs(others.mean())) * math.sqrt(1 + 1 / len(others)), rounding)
             return (values - others.mean()) / (spread or 1) + handicap
@@ -163,6 +175,15 @@ def test_a_saved_score_is_loaded_whatever_the_number_of_its_references_and_no_ot
         make_score(gccb=0).load(score.state_dict())
 
 
+@pytest.mark.parametrize("load", ["load", "load_state_dict"])
+def test_in_states_of_earlier_versions_parts_count_in_maps_as_in_scores(load):
+    score, _ = trained(measured(4))
+    state = score.state_dict()
+    assert not torch.equal(state.pop("map_handicap"), score.handicap)
+    getattr(score, load)(state)
+    assert torch.equal(score.map_handicap, score.handicap)
+
+
 def with_error(images, times):
     """The same where the local student's error at its coarsest level is so many times as large."""
     *finer, coarsest = images.local_levels
@@ -170,8 +191,11 @@ def with_error(images, times):
 
 
 def handicaps(names, by_heart):
-    weights = [(PARTS[name].weight, PARTS[name].weight_by_heart) for name in names]
-    return [((1 - by_heart) * math.log(low) + by_heart * math.log(high)) / SHARPNESS for low, high in weights]
+    """Those of the score and of the map."""
+    kinds = [PARTS[name] for name in names]
+    weights = [kind.weight for kind in kinds], [kind.weight_in_map or kind.weight for kind in kinds]
+    last = by_heart * np.log([kind.weight_by_heart for kind in kinds])
+    return [((1 - by_heart) * np.log(first) + last) / SHARPNESS for first in weights]
 
 
 @pytest.mark.parametrize("by_heart", [-1, 0, 0.3, 1, 2])
@@ -182,4 +206,6 @@ def test_weights_move_the_more_the_larger_the_error_is_on_validation_than_on_tra
     # New images leave them as they were.
     for normal, source in ((with_error(images, first + by_heart * (last - first)), "validation"), (images, "new")):
         score.calibrate(score.reduced(normal), source)
-        np.testing.assert_allclose(score.handicap, handicaps(score.names, min(1, max(0, by_heart))), rtol=1e-5)
+        expected = handicaps(score.names, min(1, max(0, by_heart)))
+        for found, of_kind in zip((score.handicap, score.map_handicap), expected, strict=True):
+            np.testing.assert_allclose(found, of_kind, rtol=1e-5)
