@@ -50,7 +50,7 @@ PARTS: dict[str, Kind] = {
         "the global student's mean features, Mahalanobis distance from the training images'", 0.1, 0.01, 1.0
     ),
     "teacher-means": Kind(
-        "the teacher's mean features, Mahalanobis distance from the training images'", 0.1, 0.01, 1.0, 0.25
+        "the teacher's mean features, Mahalanobis distance from the training images'", 0.2, 0.01, 1.0, 0.25
     ),
 }
 """Everything a calibrated score is made of; a run has those whose student there is."""
