@@ -17,17 +17,22 @@ def some_cases(architectures, precisions):
     """About a ninth of all: on every architecture one precision for each width, with one kind of row for each kernel.
 
     By turns, so that all widths, precisions and kinds come up on every architecture, and every precision with every
-    kind. Of the kernels over positions all on one, on the others those that halves are made by, or on the other
-    vendor's floats.
+    kind. Of the kernels over positions all on one, on the others by turns every other one of those that halves are made
+    by, or on the other vendor's floats.
     """
+    of_others = 0
     for case in all_cases(architectures, precisions):
         if case.kernel in ("forward", "gradient"):
             width, architecture = report.WIDTHS.index(case.width), architectures.index(case.architecture)
             is_turn = (width + precisions.index(case.precision) + architecture) % len(precisions) == 0
             if is_turn and KINDS[(width + architecture // 2 + (case.kernel == "gradient")) % 4] == case.kind:
                 yield case
-        elif case.architecture == "sm_90" or case.precision == {"gfx942": "fp32"}.get(case.architecture, "bf16"):
+        elif case.architecture == "sm_90":
             yield case
+        elif case.precision == {"gfx942": "fp32"}.get(case.architecture, "bf16"):
+            of_others += 1
+            if (of_others + architectures.index(case.architecture)) % 2:
+                yield case
 
 
 def few_cases(architectures, precisions):
