@@ -30,9 +30,12 @@ _FAR_BELOW = 1e6
 # it was trained on, it begins to know, and knows, these by heart: with 200 training images it is 1.6, with 30 2.8.
 _BEGINS_BY_HEART, _BY_HEART = 1.5, 2.5
 
-# Where validation images are farther from the training images than these from each other, other normal images will be
-# farther still, by several times as much: a part's least deviation grows by so many times what they are farther.
+# Least deviation = `least_if_alike` + 8 (ratio - 1), of the validation images' mean distance over that of training
+# images: where new photographs are farther than training images are from each other, other ones are farther still.
 _FARTHER_STILL = 8.0
+
+# With fewer training images a fifth of them changes too much of what the distances are measured from.
+_ENOUGH_TO_TELL = 20
 
 
 class Scored(NamedTuple):
@@ -64,6 +67,8 @@ class CalibratedScore(nn.Module):
         names: of the parts there are.
         left_out: after `calibrate`, the values (n, parts) of the images that it was called with, each left out of what
             it is compared with.
+        handicap, map_handicap: (parts,), the logarithms of the weights in a score, which values and maps contain, and
+            of those by which `combined` weighs the maps.
     """
 
     left_out: NDArray[np.float64]
@@ -127,7 +132,7 @@ class CalibratedScore(nn.Module):
         return measured._replace(patches=self._part("patches").distances(measured.patches, training_image))
 
     def combined(self, scored: Scored) -> Tensor:
-        """The maps of parts that decide, if any of these has one, by their shares in the image's score: (B, S, S)."""
+        """The maps of parts that decide, if any of these has one, by what their values weigh in a map: (B, S, S)."""
         places = [self.names.index(name) for name in scored.maps]
         lowered = self._unused()[places]
         raised = (self.map_handicap - self.handicap)[places]
@@ -136,6 +141,8 @@ class CalibratedScore(nn.Module):
 
     def fit(self, training: Iterable[Measurements]) -> None:
         """Learn what training images are like; of the batches each is taken once."""
+        # Before the first batch is measured: what is learned anew is as in new runs, whatever version the run is of.
+        self._part("patches").counts_beyond.fill_(1.0)
         sample = PatchSample()
         batches = []
         for measured in training:
@@ -147,7 +154,7 @@ class CalibratedScore(nn.Module):
                 self._part(name).fit(sample)
             elif not PARTS[name].has_map:
                 self._part(name).fit(_vectors(name, of_all))
-            if PARTS[name].least_if_alike is not None:
+            if PARTS[name].least_if_alike is not None and len(of_all.teacher_means) >= _ENOUGH_TO_TELL:
                 self._among_training[name] = float(self._part(name).of_training(_vectors(name, of_all)).mean())
         if of_all.local_levels is not None:
             self.training_error.copy_(of_all.local_levels[-1].mean())
@@ -161,7 +168,8 @@ class CalibratedScore(nn.Module):
             normal: of n images, `reduced`.
             kind: "train" for those of `fit`, since there are no others; they then stand in for new ones, a fold at a
                 time. "new": they look different from the training images, and so do all from now on: distances are
-                measured from them, too.
+                measured from them, too. With both, nothing tells how far other images will be, and all least deviations
+                are the large ones.
 
         Returns:
             The scores (n,) that these images have where each is left out of what it is compared with: as new images.
@@ -214,8 +222,9 @@ class CalibratedScore(nn.Module):
         among = self._among_training.get(name, 0.0)
         if if_alike is None or kind != "validation" or not among > 0:
             return most
-        distances = self._part(name)(_vectors(name, normal))
-        return min(most, if_alike + _FARTHER_STILL * max(0.0, float(distances.mean()) / among - 1))
+        farther = float(self._part(name)(_vectors(name, normal)).mean()) / among - 1
+        least = if_alike + _FARTHER_STILL * max(farther, 0.0)
+        return least if least < most else most  # NaN, too
 
     def _share_by_heart(self, normal: Measurements) -> float:
         """How much the students know the training images by heart, from 0 to 1."""
@@ -318,9 +327,9 @@ def _maps(name: str, measured: Measurements) -> Any:
 
 
 def _handicaps(names: Sequence[str], by_heart: float) -> tuple[Tensor, Tensor]:
-    """(parts,): what takes the parts' weights into a maximum; between those of the two kinds of students.
+    """What takes the parts' weights into a maximum, (parts,), between those of the two kinds of students.
 
-    The second one is for the map of all parts, and of those that have a place.
+    The second one is for the map of all parts; of parts without a place it is not used.
     """
 
     def between(low: float, high: float) -> float:
@@ -328,7 +337,10 @@ def _handicaps(names: Sequence[str], by_heart: float) -> tuple[Tensor, Tensor]:
 
     kinds = [PARTS[name] for name in names]
     of_scores = [between(kind.weight, kind.weight_by_heart) for kind in kinds]
-    of_maps = [between(kind.weight_in_map or kind.weight, kind.weight_by_heart) for kind in kinds]
+    of_maps = [
+        between(kind.weight if kind.weight_in_map is None else kind.weight_in_map, kind.weight_by_heart)
+        for kind in kinds
+    ]
     return torch.tensor(of_scores), torch.tensor(of_maps)
 
 

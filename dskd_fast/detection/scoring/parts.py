@@ -16,8 +16,8 @@ class Kind:
             of whole images are told from their double.
         least_if_alike: the same where validation images are no farther from the training images than these are from
             each other; None where that tells nothing, as of students, which these have trained.
-        weight_in_map: its weight in the map of all parts, for which the maps with the sharpest borders count; None if
-            it has no place.
+        weight_in_map: its weight in the map of all parts, where coarse maps would blur finer ones; None if it has no
+            place.
     """
 
     meaning: str

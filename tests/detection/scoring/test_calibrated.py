@@ -76,13 +76,19 @@ def test_a_run_has_the_parts_whose_student_there_is(which, names):
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in (scored.score, scored.values))
 
 
-def least_spread(name, score, normal, are_training):
-    kind = PARTS[name]
-    if are_training or kind.least_if_alike is None:
-        return kind.least_spread
-    among = score._part(name).of_training(calibrated_module._vectors(name, measured(8, 1))).mean()
-    farther = score._part(name)(calibrated_module._vectors(name, normal)).mean() / among - 1
-    return min(kind.least_spread, kind.least_if_alike + calibrated_module._FARTHER_STILL * max(0, float(farther)))
+@pytest.mark.parametrize(
+    ("farther", "least"), [(0.9, 0.25), (1.0, 0.25), (1.05, 0.65), (1.2, 1.0), (math.nan, 1.0)], ids=str
+)
+def test_a_least_deviation_grows_by_how_much_farther_validation_images_are_than_training_images(farther, least):
+    normal, name = measured(9), "teacher-means"
+    for n_training, kind, expected in ((20, "validation", least), (20, "train", 1.0), (19, "validation", 1.0)):
+        score, training = make_score(), measured(n_training, 1)
+        score.fit([training])
+        part = score._part(name)
+        ratio = part(normal.teacher_means).mean() / part.of_training(training.teacher_means).mean()
+        part.whitening *= farther / ratio  # of the distances of new images alone
+        assert score._least_spread(name, normal, kind) == pytest.approx(expected, rel=1e-5)
+    assert score._least_spread("condensed", normal, "validation") == 1.0
 
 
 @pytest.mark.parametrize("are_training", [False, True])
@@ -90,7 +96,7 @@ def least_spread(name, score, normal, are_training):
 def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_scored(n, are_training):
     normal, new = measured(n), measured(4, 2)
     score = make_score()
-    score.fit([normal if are_training else measured(8, 1)])
+    score.fit([normal if are_training else measured(24, 1)])
     normal = score.reduced(normal, 0 if are_training else None)
     left_out = score.calibrate(normal, "train" if are_training else "validation")
     scored, new = score(new), score.reduced(new)
@@ -115,7 +121,7 @@ def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_
             raw_new = part(calibrated_module._vectors(name, new)).double().numpy()
             rounding = 0
 
-        least = least_spread(name, score, normal, are_training)
+        least = score._least_spread(name, normal, "train" if are_training else "validation")
 
         def standardised(values, others, least=least, rounding=rounding, handicap=handicap):
             deviation = others.std(ddof=1) if len(others) > 1 else 0
@@ -180,8 +186,12 @@ def test_in_states_of_earlier_versions_parts_count_in_maps_as_in_scores(load):
     score, _ = trained(measured(4))
     state = score.state_dict()
     assert not torch.equal(state.pop("map_handicap"), score.handicap)
+    del state["parts.patches.counts_beyond"]
     getattr(score, load)(state)
     assert torch.equal(score.map_handicap, score.handicap)
+    # Fitted anew it is as in new runs, from the first batch on.
+    assert not score.counts_beyond
+    score.fit(measured(4) for _ in range(1) if score.counts_beyond)
 
 
 def with_error(images, times):
