@@ -193,7 +193,7 @@ class CalibratedScore(nn.Module):
             by_heart = 1.0 if kind == "train" else self._share_by_heart(normal)  # so few images that none were held out
             for own, handicap in zip((self.handicap, self.map_handicap), _handicaps(self.names, by_heart), strict=True):
                 own.copy_(handicap)
-        least = [self._least_spread(name, normal, kind) for name in self.names]
+        least = [self._least_spread(name, mean, kind) for name, mean in zip(self.names, raw.mean(0), strict=True)]
         rounding = [self._part(name).rounding() if PARTS[name].has_map else 0.0 for name in self.names]
         floors = np.array(least), np.array(rounding)
         centre, spread = _centre_and_spread(raw, *floors)
@@ -216,14 +216,13 @@ class CalibratedScore(nn.Module):
             self._part(name).rounding() / float(self.spread[i]) for i, name in enumerate(self.names) if name in LEVELS
         )
 
-    def _least_spread(self, name: str, normal: Measurements, kind: str) -> float:
-        """As a share of the part's normal value; the smaller, the more validation images are like training images."""
+    def _least_spread(self, name: str, mean: float, kind: str) -> float:
+        """As a share of the part's normal value `mean`; the smaller, the nearer validation images are."""
         most, if_alike = PARTS[name].least_spread, PARTS[name].least_if_alike
         among = self._among_training.get(name, 0.0)
         if if_alike is None or kind != "validation" or not among > 0:
             return most
-        farther = float(self._part(name)(_vectors(name, normal)).mean()) / among - 1
-        least = if_alike + _FARTHER_STILL * max(farther, 0.0)
+        least = if_alike + _FARTHER_STILL * max(mean / among - 1, 0.0)
         return least if least < most else most  # NaN, too
 
     def _share_by_heart(self, normal: Measurements) -> float:

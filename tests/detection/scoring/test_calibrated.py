@@ -80,15 +80,13 @@ def test_a_run_has_the_parts_whose_student_there_is(which, names):
     ("farther", "least"), [(0.9, 0.25), (1.0, 0.25), (1.05, 0.65), (1.2, 1.0), (math.nan, 1.0)], ids=str
 )
 def test_a_least_deviation_grows_by_how_much_farther_validation_images_are_than_training_images(farther, least):
-    normal, name = measured(9), "teacher-means"
+    name = "teacher-means"
     for n_training, kind, expected in ((20, "validation", least), (20, "train", 1.0), (19, "validation", 1.0)):
         score, training = make_score(), measured(n_training, 1)
         score.fit([training])
-        part = score._part(name)
-        ratio = part(normal.teacher_means).mean() / part.of_training(training.teacher_means).mean()
-        part.whitening *= farther / ratio  # of the distances of new images alone
-        assert score._least_spread(name, normal, kind) == pytest.approx(expected, rel=1e-5)
-    assert score._least_spread("condensed", normal, "validation") == 1.0
+        among = float(score._part(name).of_training(training.teacher_means).mean())
+        assert score._least_spread(name, farther * among, kind) == pytest.approx(expected, rel=1e-5)
+    assert score._least_spread("condensed", farther, "validation") == 1.0
 
 
 @pytest.mark.parametrize("are_training", [False, True])
@@ -121,7 +119,7 @@ def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_
             raw_new = part(calibrated_module._vectors(name, new)).double().numpy()
             rounding = 0
 
-        least = score._least_spread(name, normal, "train" if are_training else "validation")
+        least = score._least_spread(name, raw.mean(), "train" if are_training else "validation")
 
         def standardised(values, others, least=least, rounding=rounding, handicap=handicap):
             deviation = others.std(ddof=1) if len(others) > 1 else 0
