@@ -19,6 +19,7 @@
 #include <memory>
 #include <random>
 #include <source_location>
+#include <utility>
 #include <vector>
 
 #include "launch.h"
@@ -60,7 +61,9 @@ struct Copy {
 struct Fiber {
   enum class State { ready, at_barrier, in_warp, done };
 
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  void* place_to_go_on[5];
+  bool has_begun = false;
   std::unique_ptr<char[]> stack;
   void* fake_stack = nullptr;
   State state = State::ready;
@@ -81,7 +84,7 @@ struct Block {
   std::vector<Fiber> fibers;
   int current = 0;
   bool any_vote = false;
-  ucontext_t scheduler;
+  void* scheduler[5];
   void* scheduler_stack = nullptr;
   const void* scheduler_bottom = nullptr;
   size_t scheduler_size = 0;
@@ -94,27 +97,38 @@ inline Block& block() {
   return it;
 }
 
+// From one stack to the other and, once somebody jumps back, on. swapcontext would ask the kernel for the signals' mask
+// each time, and AddressSanitizer would clear the stack's shadow before a jump, since it knows none that come back.
+__attribute__((noinline, no_sanitize("address"))) inline void jump(void** from, void** to, const ucontext_t* begin) {
+  if (__builtin_setjmp(from) != 0) return;
+  if (begin != nullptr) setcontext(begin);
+  __builtin_longjmp(to, 1);
+}
+
 // Back to the scheduler, until it goes on with this fiber.
-inline void wait(bool is_last = false) {
+inline void wait() {
   Block& b = block();
   Fiber& fiber = b.fibers[b.current];
 #if EMULATION_SANITIZED
-  __sanitizer_start_switch_fiber(is_last ? nullptr : &fiber.fake_stack, b.scheduler_bottom, b.scheduler_size);
+  __sanitizer_start_switch_fiber(&fiber.fake_stack, b.scheduler_bottom, b.scheduler_size);
 #endif
-  swapcontext(&fiber.context, &b.scheduler);
+  jump(fiber.place_to_go_on, b.scheduler, nullptr);
 #if EMULATION_SANITIZED
   __sanitizer_finish_switch_fiber(fiber.fake_stack, &b.scheduler_bottom, &b.scheduler_size);
 #endif
 }
 
+// What a fiber does: the same thread of one block after the other.
 inline void enter() {
   Block& b = block();
 #if EMULATION_SANITIZED
   __sanitizer_finish_switch_fiber(nullptr, &b.scheduler_bottom, &b.scheduler_size);
 #endif
-  b.kernel();
-  b.fibers[b.current].state = Fiber::State::done;
-  wait(true);
+  while (true) {
+    b.kernel();
+    b.fibers[b.current].state = Fiber::State::done;
+    wait();
+  }
 }
 
 inline void resume(int index) {
@@ -125,7 +139,7 @@ inline void resume(int index) {
 #if EMULATION_SANITIZED
   __sanitizer_start_switch_fiber(&b.scheduler_stack, fiber.stack.get(), kStack);
 #endif
-  swapcontext(&b.scheduler, &fiber.context);
+  jump(b.scheduler, fiber.place_to_go_on, std::exchange(fiber.has_begun, true) ? nullptr : &fiber.context);
 #if EMULATION_SANITIZED
   __sanitizer_finish_switch_fiber(b.scheduler_stack, nullptr, nullptr);
 #endif
@@ -231,17 +245,16 @@ inline void run_block(int threads) {
   Block& b = block();
   b.fibers.resize(static_cast<size_t>(threads));
   for (Fiber& fiber : b.fibers) {
-    if (fiber.stack == nullptr) fiber.stack.reset(new char[kStack]);
     fiber.state = Fiber::State::ready;
     fiber.open.clear();
     fiber.groups.clear();
-    fiber.fake_stack = nullptr;
+    if (fiber.has_begun) continue;
+    fiber.stack.reset(new char[kStack]);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
-    fiber.context.uc_stack.ss_size = 0;  // or AddressSanitizer's swapcontext forgets the whole stack each time
   }
   std::vector<int> ready;
   while (true) {
