@@ -41,6 +41,19 @@ CHROMIUM_OPTIONS = (
 # Two threads that wait for each other on busy cores are many times slower than one.
 torch.set_num_threads(1)
 
+# Triton's interpreter looks through its whole language at every call of a function within a kernel, which is a third of
+# its time, though it has replaced all of it where the kernel began.
+with contextlib.suppress(ImportError):
+    from triton.runtime import interpreter as triton_interpreter
+
+    def _patch_once(fn, tl=triton_interpreter.tl, patch=triton_interpreter._patch_lang):
+        originals = [language for language in (tl, tl.core) if tl.core.is_builtin(language.load)]
+        if any(x is language for language in originals for x in fn.__globals__.values()):
+            return patch(fn)
+        return getattr(triton_interpreter, "_LangPatchScope", lambda: None)()  # older versions never put it back
+
+    triton_interpreter._patch_lang = _patch_once
+
 # In the background of a script Ctrl-C is ignored, by the processes that tests start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
