@@ -167,7 +167,7 @@ def set_tiles(monkeypatch):
     """
 
     def patch(rows, keys):
-        from dskd_fast.kernels import configs, prepare
+        from dskd_fast.kernels import configs, distillation, prepare, prepare_distillation
 
         def config(architecture, precision, width):
             channels = min(width, configs.LARGEST_WIDTH)
@@ -178,6 +178,9 @@ def set_tiles(monkeypatch):
         monkeypatch.setattr(configs, "DISTILLATION", {})
         monkeypatch.setattr(prepare, "BLOCK_P", configs.ROW_MULTIPLE)
         monkeypatch.setattr(prepare, "BLOCK_C", configs.SMALLEST_WIDTH)
+        monkeypatch.setattr(distillation, "MERGE_BLOCK", (configs.ROW_MULTIPLE, distillation.MERGE_BLOCK[1]))
+        elements = configs.ROW_MULTIPLE * configs.SMALLEST_WIDTH
+        monkeypatch.setattr(prepare_distillation, "SUM_BLOCK", (prepare_distillation.SUM_BLOCK[0], elements))
 
     return patch
 
