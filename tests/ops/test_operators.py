@@ -1,6 +1,4 @@
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -67,30 +65,24 @@ def test_registration(place, pair):
     torch.library.opcheck(cosine_gradient, (student.detach(), teacher, weights, place.backend), test_utils=REGISTRATION)
 
 
-TRACING = """
-import torch
-from dskd_fast import functional
-
-ops, one = torch.ops.dskd_fast, torch.tensor(0.5)
-student, teacher = (torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last) for _ in range(2))
-student.requires_grad_()
-keys, mask = torch.randn(1, 40, 5), torch.rand(1, 40) > 0.5
-for operator, call in (
-    (ops.contextual_affinity.tensor, (student, teacher, one, "fp32", "torch", True)),
-    (ops.cosine_distance.map, (student, teacher, "torch")),
-    (
-        ops.affinity_distillation.default,
-        (student, teacher, [keys], None, one, one / 2, mask, None, True, "bf16", "torch", True),
-    ),
-):
-    torch.library.opcheck(operator, call, test_utils="test_aot_dispatch_dynamic")
-"""
-
-
 @pytest.mark.slow
-def test_tracing():
+def test_tracing(fork):
     """In a process of its own: once fake tensors had a backward, none can be forked from here that needs one, too."""
-    subprocess.run([sys.executable, "-c", TRACING], check=True, timeout=120)
+
+    def work():
+        ops, one = torch.ops.dskd_fast, torch.tensor(0.5)
+        student, teacher = (torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last) for _ in range(2))
+        student.requires_grad_()
+        keys, mask = torch.randn(1, 40, 5), torch.rand(1, 40) > 0.5
+        of_keys = student, teacher, [keys], None, one, one / 2, mask, None, True, "bf16", "torch", True
+        for operator, call in (
+            (ops.contextual_affinity.tensor, (student, teacher, one, "fp32", "torch", True)),
+            (ops.cosine_distance.map, (student, teacher, "torch")),
+            (ops.affinity_distillation.default, of_keys),
+        ):
+            torch.library.opcheck(operator, call, test_utils="test_aot_dispatch_dynamic")
+
+    assert fork(work)() == 0
 
 
 def test_only_the_student_gets_a_gradient_and_one_that_was_not_asked_for_is_an_error():
