@@ -30,9 +30,17 @@ from dskd_fast.backends.common import DISTILLATION_TEMPERATURE_LIMITS, TEMPERATU
 from dskd_fast.choices import DISTILLATION_TEMPERATURE_RANGE, TEMPERATURE_RANGE
 from dskd_fast.ops import dispatch
 
+# Defined without `custom_op`, whose checks at every call take as long as the smallest maps do.
+_LIBRARY = torch.library.Library("dskd_fast", "FRAGMENT")
+_LIBRARY.define(
+    "contextual_affinity.tensor(Tensor student, Tensor teacher, Tensor temperature, str precision, str backend, "
+    "bool with_gradient) -> (Tensor, Tensor)"
+)
+contextual_affinity = torch.ops.dskd_fast.contextual_affinity.tensor
 
-@torch.library.custom_op("dskd_fast::contextual_affinity.tensor", mutates_args=())
-def contextual_affinity(
+
+@torch.library.impl(_LIBRARY, "contextual_affinity.tensor", "CompositeExplicitAutograd")
+def _(
     student: Tensor, teacher: Tensor, temperature: Tensor, precision: str, backend: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """(B, C, H, W) twice -> KL (B, H, W) and its gradient (B, C, H, W), the latter empty unless `with_gradient`.
@@ -50,7 +58,6 @@ def contextual_affinity(
 
 
 # After the overload above: of those that take an argument the first serves a call, and a float takes a tensor, too.
-_LIBRARY = torch.library.Library("dskd_fast", "FRAGMENT")
 _LIBRARY.define(
     "contextual_affinity(Tensor student, Tensor teacher, float temperature, str precision, str backend, "
     "bool with_gradient) -> (Tensor, Tensor)"
@@ -62,7 +69,6 @@ def _(student, teacher, temperature, *options):
     return contextual_affinity(student, teacher, torch.tensor(temperature, dtype=torch.float64, device="cpu"), *options)
 
 
-# Defined without `custom_op`, whose checks at every call take as long as the smallest maps do.
 _LIBRARY.define("cosine_distance.map(Tensor student, Tensor teacher, str backend) -> Tensor")
 _LIBRARY.define("cosine_gradient(Tensor student, Tensor teacher, Tensor weights, str backend) -> Tensor")
 cosine_distance = torch.ops.dskd_fast.cosine_distance.map
@@ -94,7 +100,7 @@ def _(student: Tensor, teacher: Tensor, weights: Tensor, backend: str) -> Tensor
     return module.cosine_distance(student, teacher, weights)[1]
 
 
-@contextual_affinity.register_fake
+@torch.library.register_fake(contextual_affinity, lib=_LIBRARY)
 def _(student, teacher, temperature, precision, backend, with_gradient):
     dtype = accumulation_dtype(student, teacher, dispatch.current_name(precision))
     values = student.new_empty((student.shape[0], *student.shape[2:]), dtype=dtype)
@@ -318,8 +324,8 @@ def register(operator: Any, names: Sequence[str], joins: Callable[..., bool] = l
         names: of its inputs up to the last one that could have a derivative: that by any but the first is refused.
         joins: of its inputs, whether images of several calls make one call, as they know nothing of each other.
     """
-    operator.register_autograd(_scale_gradient, setup_context=_save_gradient)
-    operator.register_vmap(functools.partial(_fold, operator, names, joins))
+    torch.library.register_autograd(operator, _scale_gradient, setup_context=_save_gradient, lib=_LIBRARY)
+    torch.library.register_vmap(operator, functools.partial(_fold, operator, names, joins), lib=_LIBRARY)
     _TRANSFORMED[operator] = _transformed(operator, names, joins)
 
 
