@@ -22,6 +22,11 @@ inline bool has_float64(const Call& call) {
   return is_float64(call.student) || is_float64(call.teacher);
 }
 
+// Whether an image's positions lie one after the other, and its channels do not.
+inline bool lies_side_by_side(const Maps& maps, const Shape& shape) {
+  return maps.stride_c != 1 && maps.stride_w == 1 && maps.stride_h == shape.width;
+}
+
 struct Places {
   int64_t offset[kRows];
   bool is_run;  // one element after the other

@@ -29,29 +29,66 @@ void add_samples(const Affinity& call, int64_t image, double* mean, Real* buffer
   }
 }
 
+// The same of an image of few positions, which are all samples, and lie side by side: in the order of memory, and in
+// the input's type, as any centre is right.
+template <class Real>
+void add_channels(const Affinity& call, int64_t image, double* mean) {
+  const int64_t channels = call.shape.channels, n = call.shape.positions;
+  constexpr int64_t kStride = kSample + kPad;
+  // Each channel read as the vector of a position.
+  const Maps turned{call.teacher.data, call.teacher.dtype, call.teacher.stride_b, 1, 0, call.teacher.stride_c};
+  const Shape shape{call.shape.batch, n, 1, channels, channels};
+  alignas(64) Real buffer[kPad * kStride];
+  const auto each = [&](auto visit) {
+    for (int64_t start = 0; start < channels; start += kPad) {
+      const int64_t count = least(kPad, channels - start);
+      load(turned, Places(turned, shape, image, start, count), count, n, buffer, kStride);
+      for (int64_t i = 0; i < count; i++) visit(start + i, buffer + i * kStride);
+    }
+  };
+  Real scale[kSample] = {};
+  each([&](int64_t, const Real* y) {
+    for (int64_t p = 0; p < n; p++) scale[p] += y[p] * y[p];
+  });
+  for (int64_t p = 0; p < n; p++) scale[p] = static_cast<Real>(inverse_norm(scale[p]) / static_cast<double>(n));
+  each([&](int64_t c, const Real* y) { mean[c] = sum_of(n, [=, &scale](int64_t p) { return y[p] * scale[p]; }); });
+}
+
+template <class Real>
+void find_centre(const Affinity& call, int64_t image, double* mean, Real* buffer) {
+  for (int64_t c = 0; c < call.c_pad; c++) mean[c] = 0;
+  if (call.shape.positions <= kSample && lies_side_by_side(call.teacher, call.shape)) {
+    add_channels<Real>(call, image, mean);
+  } else {
+    add_samples(call, image, mean, buffer);
+  }
+}
+
 template <class Real, class Element>
 void prepare_block(const Affinity& call, int64_t image, int64_t block, const Keys& keys, char* scratch) {
   const int64_t channels = call.shape.channels, stride = row_stride(channels);
   const int64_t start = block * kRows, count = least(kRows, call.shape.positions - start);
   const int64_t padded = least(kRows, call.n_pad - start);
-  double* k = reinterpret_cast<double*>(scratch);       // (stride): one key
-  Real* teacher = reinterpret_cast<Real*>(k + stride);  // (kRows, stride), as are
+  Real* teacher = reinterpret_cast<Real*>(scratch);  // (kRows, stride), as are
   Element* rounded = reinterpret_cast<Element*>(teacher + kRows * stride);
   load(call.teacher, Places(call.teacher, call.shape, image, start, count), count, channels, teacher, stride);
   const double* mean = keys.mean;
-  for (int64_t c = channels; c < stride; c++) k[c] = 0;
   for (int64_t p = 0; p < padded; p++) {
     const Real* y = teacher + p * stride;
+    Element* to = rounded + p * stride;
     double bias = kNever;
     if (p < count) {
       const double inverse =
           inverse_norm(sum_of(channels, [=](int64_t c) { return static_cast<double>(y[c]) * y[c]; }));
-      for (int64_t c = 0; c < channels; c++) k[c] = y[c] * inverse - mean[c];
-      bias = sum_of(channels, [=](int64_t c) { return k[c] * mean[c]; }) / call.temperature * kLog2E;
-    } else {
-      for (int64_t c = 0; c < channels; c++) k[c] = 0;
+      bias = sum_of(channels,
+                    [=](int64_t c) {
+                      const double k = y[c] * inverse - mean[c];
+                      convert(k, call.dropped_bits, to[c]);
+                      return k * mean[c];
+                    }) /
+             call.temperature * kLog2E;
     }
-    for (int64_t c = 0; c < stride; c++) convert(k[c], call.dropped_bits, rounded[p * stride + c]);
+    for (int64_t c = p < count ? channels : 0; c < stride; c++) to[c] = 0;
     keys.bias[start + p] = bias;
     keys.bias32[start + p] = static_cast<float>(bias);
   }
@@ -78,11 +115,10 @@ void prepare_block(const Affinity& call, int64_t image, int64_t block, const Key
 namespace DSKD_CAPABILITY {
 
 void centre(const Affinity& call, int64_t image, const Keys& keys, char* scratch) {
-  for (int64_t c = 0; c < call.c_pad; c++) keys.mean[c] = 0;
   if (is_float64(call.teacher)) {
-    add_samples(call, image, keys.mean, reinterpret_cast<double*>(scratch));
+    find_centre(call, image, keys.mean, reinterpret_cast<double*>(scratch));
   } else {
-    add_samples(call, image, keys.mean, reinterpret_cast<float*>(scratch));
+    find_centre(call, image, keys.mean, reinterpret_cast<float*>(scratch));
   }
 }
 
