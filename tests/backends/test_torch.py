@@ -1,4 +1,4 @@
-"""What the torch backend alone has: two ways through a slab of rows, process-wide settings to mind, float64."""
+"""What the torch backend alone has: slabs of rows, process-wide settings to mind, small angles in float64."""
 
 import math
 import threading
@@ -18,40 +18,6 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 @pytest.fixture
 def torch_cpu(all_backends):
     return all_backends["torch-cpu"]
-
-
-@pytest.fixture
-def general_path(monkeypatch):
-    """What a GPU runs, and a CPU too once a student is far off: no row takes the series for small differences."""
-
-    def rows(a, d, with_gradient):
-        teacher = a.exp()
-        z = teacher.sum(-1, keepdim=True)
-        d.sub_((teacher * d).sum(-1, keepdim=True) / z)
-        return torch_tiled._rows_general(teacher, z, a + d, d, with_gradient)
-
-    monkeypatch.setattr(torch_tiled, "_rows", rows)
-
-
-@pytest.mark.parametrize(("k", "temperature"), list(enumerate((0.01, 0.05, 0.0999, 1, 100))))
-@pytest.mark.parametrize(
-    ("n", "c", "noise", "kind"),
-    [(129, 48, 0.001, "rectified"), (63, 130, 0.1, "normal"), (15, 3, 1, "clustered"), (1, 1024, 0.01, "normal")],
-)
-@pytest.mark.usefixtures("general_path")
-def test_close_students_on_the_general_path(
-    torch_cpu, check_affinity, make_features, n, c, noise, kind, k, temperature
-):
-    student, teacher = make_features(n, c, noise, kind)
-    check_affinity(torch_cpu, student, teacher, temperature, PRECISIONS[(k + n // 16) % 4])
-
-
-@pytest.mark.parametrize("temperature", [1, 0.05])
-@pytest.mark.usefixtures("general_path")
-def test_float64_inputs_on_the_general_path(torch_cpu, check_affinity, make_features, temperature):
-    student, teacher = (x.double() for x in make_features(33, 20, 0.1, batch=2))
-    result = check_affinity(torch_cpu, student, teacher, temperature)
-    assert [x.dtype for x in result] == [torch.float64] * 2
 
 
 @pytest.mark.parametrize("angle", [1e-3, 1e-6, 1e-9])
