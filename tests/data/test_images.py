@@ -16,7 +16,6 @@ from dskd_fast.data.images import (
     read_image,
     read_image_and_peak,
     read_mask,
-    resize_square,
 )
 
 
@@ -392,27 +391,6 @@ def test_a_mask_without_exact_values_is_refused(tmp_path, rgb):
     for data, reason in (*((data, "save masks as PNG") for data in smeared), (floats, "integers")):
         with pytest.raises(ImageError, match=reason):
             read_mask(write(tmp_path / "m.png", data))
-
-
-def triangle_resize(signal, size):
-    """Antialiased bilinear resize of axis 0: a triangle as wide as the output pixel, normalised at the borders."""
-    scale = len(signal) / size
-    centres = (np.arange(size) + 0.5) * scale
-    distances = np.abs(np.arange(len(signal)) + 0.5 - centres[:, None])
-    weights = np.clip(1 - distances / max(scale, 1.0), 0, None)
-    return np.tensordot(weights / weights.sum(axis=1, keepdims=True), signal, 1)
-
-
-@pytest.mark.parametrize("size", [1, 16, 32, 77])
-def test_resize_square_is_an_antialiased_triangle_filter(rgb, size):
-    before = rgb.copy()
-    resized = resize_square(rgb, size)
-    down = triangle_resize(rgb.astype(float), size)
-    expected = triangle_resize(down.swapaxes(0, 1), size).swapaxes(0, 1)
-    assert (resized.shape, resized.dtype) == ((size, size, 3), np.uint8)
-    # Pillow rounds after each of its two passes.
-    assert np.abs(resized - expected).max() <= 1.01
-    np.testing.assert_array_equal(rgb, before)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
