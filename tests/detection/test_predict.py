@@ -186,16 +186,6 @@ def test_overlays_are_drawn_of_the_images_that_are_asked_for(predicted, out, wri
         predicted(images, overlay_format="gif")
 
 
-def test_an_overlay_is_of_the_map_from_the_normal_mean_to_twice_the_threshold(predicted, out, data_root):
-    path = data_root / "screw_bag" / "validation" / "good" / "000.png"
-    (prediction,) = predicted(path, save_maps=True, threshold=3.0, overlay_format="png")
-    anomaly_map = tifffile.imread(out / prediction.map)
-    assert (anomaly_map < 0).any()
-    expected = overlay(np.asarray(Image.open(path)), anomaly_map, "", 0.0, 6.0)
-    drawn = np.asarray(Image.open(out / prediction.overlay))
-    assert np.abs(drawn[:96] - np.asarray(expected)[:96].astype(int)).max() <= 1
-
-
 def test_a_decision_without_a_place_says_so_and_is_drawn_over_the_map_of_the_global_student(
     tiny_detector, predicted, out, write_images, tmp_path, monkeypatch
 ):
@@ -257,18 +247,6 @@ def test_an_input_without_images_stops_before_anything_is_written(tiny_detector,
         with pytest.raises(UserError, match=message):
             predict(tiny_detector, [tmp_path / name for name in names], out, threshold=None)
     assert not out.exists()
-
-
-def test_what_was_scored_before_an_interrupt_is_written(tiny_detector, out, write_images, tmp_path):
-    write_images(tmp_path / "images", 5)
-
-    def interrupt(_, done, __):
-        if done == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        predict(tiny_detector, [tmp_path / "images"], out, threshold=1.0, batch_size=2, progress=interrupt)
-    assert [row["error"] for row in lines(out)] == [None] * 4
 
 
 def test_an_error_in_a_thread_is_raised_and_the_others_are_written(
