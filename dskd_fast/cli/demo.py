@@ -6,7 +6,7 @@ from typing import TypedDict
 from dskd_fast.data.category import Category
 from dskd_fast.data.layout import open_category
 from dskd_fast.data.synthetic import CATEGORY, make_screw_bag
-from dskd_fast.device import has_fast_bf16, resolve_device
+from dskd_fast.device import has_fast_bf16, keep_freed_memory, resolve_device
 from dskd_fast.models.teacher import LITE
 from dskd_fast.runs.options import TrainingOptions, recipe_options
 
@@ -24,6 +24,7 @@ _COUNTS: _Counts = {"n_train": 96, "n_validation": 16, "n_test_good": 24, "n_str
 
 def make_data(folder: Path, seed: int) -> Category:
     """Draw the data set into `folder`, or take it from there if it is this one already."""
+    keep_freed_memory()  # a sixth of the time, for drawing's many large arrays; the training has it, too
     make_screw_bag(folder, **_COUNTS, seed=seed)
     return open_category(folder, CATEGORY)
 
