@@ -140,12 +140,13 @@ def run_python(code):
 
 
 def test_importing_is_cheap_and_touches_no_gpu():
-    """Neither timm, which takes seconds, nor a compiler, nor a GPU: a process may only want a loss, or fork."""
+    """Neither timm, which takes seconds, nor a compiler, nor a GPU: a process may want a loss, a score, or to fork."""
     heavy = {"timm", "torchvision", "triton", "torch._inductor", "torch._dynamo", "sklearn", "scipy", "rich"}
     found = run_python(
         "import sys, dskd_fast; alone = {*sys.modules}\n"
         "import torch; already = {*sys.modules}\n"
-        "from dskd_fast import ContextualAffinityLoss, functional\n"
+        "from dskd_fast import DSKD, ContextualAffinityLoss, functional\n"
+        "DSKD('lite', image_size=64, gccb=8, pretrained=False).fold()\n"
         "assert not torch.cuda.is_initialized()\n"
         "print(*alone, *{*sys.modules} - already)"
     )

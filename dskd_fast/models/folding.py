@@ -1,14 +1,22 @@
 """Networks that do not learn, made cheaper: batch norm within the convolutions, weights rounded once."""
 
+import sys
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-_CONVOLUTIONS = (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d)
+
+def _of_timm(name: str) -> tuple[type[nn.Module], ...]:
+    """One of timm's kinds of layers, or none where nothing has imported them: then no network has any."""
+    layers = sys.modules.get("timm.layers")
+    return () if layers is None else (getattr(layers, name),)
+
+
+def _convolutions() -> tuple[type[nn.Module], ...]:
+    return (nn.Conv2d, nn.ConvTranspose2d, *_of_timm("Conv2dSame"))
 
 
 def fold(network: nn.Module) -> None:
@@ -31,12 +39,14 @@ def fold(network: nn.Module) -> None:
         before, name = node.args[0], str(node.target)
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
-        conv, norm = modules[str(before.target)], modules[name]
+        conv: Any = modules[str(before.target)]
+        norm: Any = modules[name]
         once = targets.count(name) == targets.count(str(before.target)) == 1
         if once and not {name, str(before.target)} & read and _can_hold_bias(conv) and _can_be_folded(norm):
             _fold_pair(conv, norm)
             parent, _, own_name = name.rpartition(".")
-            left = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+            has_more = isinstance(norm, _of_timm("BatchNormAct2d"))
+            left = nn.Sequential(norm.drop, norm.act) if has_more else nn.Identity()
             setattr(network.get_submodule(parent), own_name, left)
 
 
@@ -46,7 +56,7 @@ def round_weights(network: nn.Module, dtype: torch.dtype) -> None:
     Under autocast to `dtype` nothing changes but that they are not rounded again in every call.
     """
     for part in network.modules():
-        if _is_plain(part, *_CONVOLUTIONS, nn.Linear):
+        if _is_plain(part, *_convolutions(), nn.Linear):
             part.to(dtype)
 
 
@@ -64,11 +74,11 @@ def _is_plain(part: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def _can_hold_bias(part: nn.Module) -> bool:
     # The weights of groups that are transposed lie in another order.
-    return _is_plain(part, *_CONVOLUTIONS) and not (isinstance(part, nn.ConvTranspose2d) and part.groups > 1)
+    return _is_plain(part, *_convolutions()) and not (isinstance(part, nn.ConvTranspose2d) and part.groups > 1)
 
 
 def _can_be_folded(part: nn.Module) -> bool:
-    return type(part) in (nn.BatchNorm2d, BatchNormAct2d) and part.running_var is not None
+    return type(part) in (nn.BatchNorm2d, *_of_timm("BatchNormAct2d")) and part.running_var is not None
 
 
 @torch.no_grad()

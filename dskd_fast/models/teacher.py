@@ -5,16 +5,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import safetensors.torch
-import timm
 import torch
-from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from dskd_fast.choices import DEFAULT_TEACHER, LITE
 from dskd_fast.errors import UserError
+from dskd_fast.models.lite import LiteFeatures
+
+if TYPE_CHECKING:
+    from timm.models import FeatureInfo
 
 # The paper's teacher has torchvision's first ImageNet weights; timm's own default for that name is another training.
 _TIMM_NAMES = {DEFAULT_TEACHER: "wide_resnet50_2.tv_in1k"}
@@ -62,7 +64,7 @@ class Teacher(nn.Module):
         mean: tuple[float, ...]
         std: tuple[float, ...]
         if name == LITE:
-            self.net = lite = _LiteFeatures()
+            self.net = lite = LiteFeatures()
             self.levels = [Level(c, c // 4, s) for c, s in zip(lite.channels, _PREFERRED_STRIDES, strict=True)]
             self.rectified = True
             self.is_bottleneck_resnet = False
@@ -70,6 +72,8 @@ class Teacher(nn.Module):
             self.fixed_size = None
             self._channels_last_output = False
         else:
+            import timm  # here and below when it is needed: two seconds
+
             self.net, self.levels = _timm_features(name)
             stages: list[Any] = [getattr(self.net, f"layer{i}", None) for i in (1, 2, 3)]
             self.is_bottleneck_resnet = all(
@@ -186,13 +190,15 @@ def select_weights(
 
 
 def _timm_features(name: str) -> tuple[nn.Module, list[Level]]:
+    import timm
+
     full_name = _TIMM_NAMES.get(name, name)
     if not timm.is_model(full_name):
         similar = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
         hint = f" (similar: {', '.join(similar)})" if similar else ""
         raise UserError(f"timm has no model {name!r}{hint}: pass the name of a timm model, or {LITE!r}")
     try:
-        info = cast(FeatureInfo, timm.create_model(full_name, features_only=True, pretrained=False).feature_info)
+        info = cast("FeatureInfo", timm.create_model(full_name, features_only=True, pretrained=False).feature_info)
         strides, channels = list(info.reduction()), list(info.channels())
         indices = _three_levels(strides)
         if indices is None:
@@ -218,6 +224,8 @@ def _three_levels(strides: Sequence[int]) -> list[int] | None:
 
 
 def _download(name: str) -> dict[str, Tensor]:
+    import timm
+
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level
     hub_log.setLevel(logging.CRITICAL)  # its retries would bury the one sentence below
@@ -249,40 +257,7 @@ def _with_timm_lite_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The bundled file lists the same tensors in the same order as timm, under other names."""
     if "_conv_stem.weight" not in state:
         return state
+    import timm
+
     names = timm.create_model("tf_efficientnet_lite0").state_dict().keys()
     return dict(zip(names, state.values(), strict=False))  # what is left over or missing fails the check of the shapes
-
-
-class _LiteFeatures(nn.Module):
-    """EfficientNet-Lite0 up to the expansion of its last strided block.
-
-    Features are the expanded activations (after ReLU6) that enter the depthwise convolution of the three strided
-    blocks after the first: wide, rectified, and much better for distillation than the narrow linear block outputs.
-    """
-
-    channels = (144, 240, 672)
-
-    def __init__(self) -> None:
-        super().__init__()
-        full: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        self.conv_stem, self.bn1 = full.conv_stem, full.bn1
-        expansion = nn.Module()
-        expansion.conv_pw, expansion.bn1 = full.blocks[5][0].conv_pw, full.blocks[5][0].bn1
-        self.blocks = nn.Sequential(*full.blocks[:5], nn.Sequential(expansion))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.bn1(self.conv_stem(x))
-        for early in self.blocks[:2]:
-            x = early(x)
-        features = []
-        for index in (2, 3, 5):
-            stage: Any = self.blocks[index]
-            block = stage[0]
-            features.append(block.bn1(block.conv_pw(x)))
-            if index != 5:
-                x = block.bn3(block.conv_pwl(block.bn2(block.conv_dw(features[-1]))))
-                for later in stage[1:]:
-                    x = later(x)
-            if index == 3:
-                x = self.blocks[4](x)
-        return features

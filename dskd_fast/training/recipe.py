@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dskd_fast.choices import LITE
 from dskd_fast.losses import make_loss
 from dskd_fast.models import DSKD, Features
 from dskd_fast.runs.options import TrainingOptions
@@ -20,6 +21,11 @@ def first_networks(options: TrainingOptions, *, pretrained: bool) -> DSKD:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
+        if options.teacher == LITE:
+            import timm  # only to train
+
+            # Its random weights are drawn before the students', as they always were, so that a seed gives the same.
+            timm.create_model("tf_efficientnet_lite0")
         return options.networks(pretrained=pretrained)
 
 

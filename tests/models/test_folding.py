@@ -9,9 +9,11 @@ from dskd_fast.models import DSKD
 from dskd_fast.models.folding import fold
 
 
-def test_folded_networks_give_what_they_gave(with_statistics, images):
+# The second has layers of timm's own.
+@pytest.mark.parametrize("teacher", ["lite", "tf_efficientnet_lite0"])
+def test_folded_networks_give_what_they_gave(with_statistics, images, teacher):
     torch.manual_seed(0)
-    model = with_statistics(DSKD("lite", image_size=64, gccb=8, pretrained=False).double())
+    model = with_statistics(DSKD(teacher, image_size=64, gccb=8, pretrained=False).double())
     before = model(images.double())
     model.fold()
     torch.testing.assert_close(model(images.double()), before, rtol=1e-9, atol=1e-9)
