@@ -52,6 +52,8 @@ class Measurements(NamedTuple):
         global_means, teacher_means: spatial means of the first level's features, (B, C) each.
         patches: (B, h, w, C), the teacher's second and third level side by side at the second's size, each the mean of
             3 x 3 positions, see `DSKD.measure`.
+        local_errors: features of the local student less the teacher's, each at unit length, of the two finest levels,
+            (B, C, h, w).
     """
 
     local_levels: list[Tensor] | None
@@ -60,6 +62,7 @@ class Measurements(NamedTuple):
     global_means: Tensor | None
     teacher_means: Tensor
     patches: Tensor
+    local_errors: list[Tensor] | None
 
 
 class DSKD(nn.Module):
@@ -259,6 +262,7 @@ class DSKD(nn.Module):
             None if features.global_student is None else features.global_student[0].float().mean((2, 3)),
             features.teacher[0].float().mean((2, 3)),
             _patches(features.teacher, counts_beyond),
+            None if features.local_student is None else _errors(features.local_student[:2], features.teacher[:2]),
         )
 
     def _level_maps(
@@ -304,6 +308,12 @@ def _patches(teacher: list[Tensor], counts_beyond: bool) -> Tensor:
     second, third = (nnf.avg_pool2d(x.float(), 3, 1, 1, count_include_pad=counts_beyond) for x in teacher[1:])
     third = nnf.interpolate(third, second.shape[2:], mode="bilinear")
     return torch.cat([second, third], 1).permute(0, 2, 3, 1)
+
+
+def _errors(student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
+    return [
+        nnf.normalize(s.float(), dim=1) - nnf.normalize(t.float(), dim=1) for s, t in zip(student, teacher, strict=True)
+    ]
 
 
 def enlarged(level_maps: Sequence[Tensor], size: Sequence[int], align_corners: bool = False) -> Tensor:

@@ -183,7 +183,15 @@ def test_the_switch_changes_scores_curves_and_maps_but_no_decision(shown):
 
 def test_a_part_without_a_map_of_its_own_has_scores_and_curves_and_another_map(shown):
     page, run, images = shown()
-    assert page.texts("#variants button")[3:] == ["Sum", "Patches", "Condensed", "Global means", "Teacher means"]
+    assert page.texts("#variants button")[2:] == [
+        "Local whitened",
+        "Global",
+        "Sum",
+        "Patches",
+        "Condensed",
+        "Global means",
+        "Teacher means",
+    ]
     for part in WITHOUT_MAP:
         page.press("variants", part)
         figures = run["variants"][part]

@@ -2,7 +2,7 @@
 
 import keyword
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from dskd_fast.detection.scoring.distances import Mahalanobis, NearestNeighbour
 from dskd_fast.detection.scoring.maps import MapPart, SumPart
-from dskd_fast.detection.scoring.parts import LEVELS, PARTS
+from dskd_fast.detection.scoring.parts import LEVELS, PARTS, SHARPNESS, Kind, handicaps
 from dskd_fast.detection.scoring.patches import PatchPart, PatchSample
+from dskd_fast.detection.scoring.whitening import ErrorCovariances, WhitenedPart
 from dskd_fast.models import DSKD, Measurements
-
-# Of the soft maximum: two equal values together are ln 2 / 1.5 = 0.46 deviations more than one.
-_SHARPNESS = 1.5
 
 # Of the filter for maps that are looked at, as a multiple of the score's.
 _MAP_SIGMA = 3.0
@@ -30,9 +28,9 @@ _FAR_BELOW = 1e6
 # it was trained on, it begins to know, and knows, these by heart: with 200 training images it is 1.6, with 30 2.8.
 _BEGINS_BY_HEART, _BY_HEART = 1.5, 2.5
 
-# Least deviation = `least_if_alike` + 8 (ratio - 1), of the validation images' mean distance over that of training
-# images: where new photographs are farther than training images are from each other, other ones are farther still.
-_FARTHER_STILL = 8.0
+# Where validation images are farther from the training images than these are from each other, other images are farther
+# still: all that depends on it has changed where the teacher's mean features are farther by this share.
+_FARTHER = 0.1
 
 # With fewer training images a fifth of them changes too much of what the distances are measured from.
 _ENOUGH_TO_TELL = 20
@@ -85,9 +83,10 @@ class CalibratedScore(nn.Module):
     def __init__(self, model: DSKD, sigma: float) -> None:
         super().__init__()
         self.size = model.image_size
-        self._among_training: dict[str, float] = {}
+        self._among_training = 0.0  # mean distance of training images' teacher-means from each other's
         has = {
             "local": "local" in model.students,
+            "local-whitened": "local" in model.students,
             "global": "global" in model.students,
             "condensed": "global" in model.students and model.gccb > 0,
             "global-means": "global" in model.students,
@@ -95,16 +94,21 @@ class CalibratedScore(nn.Module):
             "patches": True,
             "teacher-means": True,
         }
-        self.names = tuple(name for name in PARTS if has[name])
-        self.parts = nn.ModuleDict({_module_name(name): _make_part(name) for name in self.names})
-        for name, handicap in zip(("handicap", "map_handicap"), _handicaps(self.names, 0.0), strict=True):
-            self.register_buffer(name, handicap)
+        self._all_names = tuple(name for name in PARTS if has[name])
+        self._begin()
         self.register_buffer("training_error", torch.zeros(()))
+        for name, deviation in (("filter", sigma), ("map_filter", _MAP_SIGMA * sigma)):
+            self.register_buffer(name, filter_matrix(self.size, deviation).float(), persistent=False)
+
+    def _begin(self) -> None:
+        """Have all parts, none of which knows anything."""
+        self.names = self._all_names
+        self.parts = nn.ModuleDict({_module_name(name): _make_part(name) for name in self.names})
+        for name, handicap in zip(("handicap", "map_handicap"), handicaps(self.names, 0.0, 0.0), strict=True):
+            self.register_buffer(name, handicap)
         self.register_buffer("centre", torch.zeros(len(self.names)))
         self.register_buffer("spread", torch.ones(len(self.names)))
         self.register_buffer("is_used", torch.ones(len(self.names)))
-        for name, deviation in (("filter", sigma), ("map_filter", _MAP_SIGMA * sigma)):
-            self.register_buffer(name, filter_matrix(self.size, deviation).float(), persistent=False)
 
     def forward(self, measured: Measurements) -> Scored:
         measured = self.reduced(measured)
@@ -128,34 +132,42 @@ class CalibratedScore(nn.Module):
         return bool(self._part("patches").counts_beyond)
 
     def reduced(self, measured: Measurements, training_image: int | None = None) -> Measurements:
-        """The same with distances (B, h, w) in place of the patches, which are many; see `PatchPart.distances`."""
-        return measured._replace(patches=self._part("patches").distances(measured.patches, training_image))
+        """The same with distances (B, h, w) in place of vectors, which are many; see `PatchPart.distances`."""
+        errors = measured.local_errors
+        return measured._replace(
+            patches=self._part("patches").distances(measured.patches, training_image),
+            local_errors=self._part("local-whitened").distances(errors) if "local-whitened" in self.names else None,
+        )
 
     def combined(self, scored: Scored) -> Tensor:
         """The maps of parts that decide, if any of these has one, by what their values weigh in a map: (B, S, S)."""
         places = [self.names.index(name) for name in scored.maps]
         lowered = self._unused()[places]
         raised = (self.map_handicap - self.handicap)[places]
-        shares = torch.softmax(_SHARPNESS * (scored.values[:, places] + raised - (lowered - lowered.amin(0))), 1)
+        shares = torch.softmax(SHARPNESS * (scored.values[:, places] + raised - (lowered - lowered.amin(0))), 1)
         return (torch.stack(list(scored.maps.values()), 1) * shares[:, :, None, None]).sum(1)
 
     def fit(self, training: Iterable[Measurements]) -> None:
         """Learn what training images are like; of the batches each is taken once."""
         # Before the first batch is measured: what is learned anew is as in new runs, whatever version the run is of.
-        self._part("patches").counts_beyond.fill_(1.0)
-        sample = PatchSample()
+        self._begin()
+        sample, covariances = PatchSample(), ErrorCovariances()
         batches = []
         for measured in training:
             sample.add(measured.patches)
-            batches.append(measured._replace(patches=torch.empty(0)))
+            if measured.local_errors is not None:
+                covariances.add(measured.local_errors)
+            batches.append(measured._replace(patches=torch.empty(0), local_errors=None))
         of_all = collected(batches)
         for name in self.names:
             if name == "patches":
                 self._part(name).fit(sample)
+            elif name == "local-whitened":
+                self._part(name).fit(covariances)
             elif not PARTS[name].has_map:
                 self._part(name).fit(_vectors(name, of_all))
-            if PARTS[name].least_if_alike is not None and len(of_all.teacher_means) >= _ENOUGH_TO_TELL:
-                self._among_training[name] = float(self._part(name).of_training(_vectors(name, of_all)).mean())
+        if len(of_all.teacher_means) >= _ENOUGH_TO_TELL:
+            self._among_training = float(self._part("teacher-means").of_training(of_all.teacher_means).mean())
         if of_all.local_levels is not None:
             self.training_error.copy_(of_all.local_levels[-1].mean())
 
@@ -189,11 +201,13 @@ class CalibratedScore(nn.Module):
                 distances = {"validation": part, "train": part.of_training, "new": part.add}[kind]
                 columns.append(distances(vectors))
         raw = torch.stack([column.double().cpu() for column in columns], 1).numpy()
+        farther = self._farther(raw, kind)
         if kind != "new":
             by_heart = 1.0 if kind == "train" else self._share_by_heart(normal)  # so few images that none were held out
-            for own, handicap in zip((self.handicap, self.map_handicap), _handicaps(self.names, by_heart), strict=True):
+            weights = handicaps(self.names, by_heart, farther)
+            for own, handicap in zip((self.handicap, self.map_handicap), weights, strict=True):
                 own.copy_(handicap)
-        least = [self._least_spread(name, mean, kind) for name, mean in zip(self.names, raw.mean(0), strict=True)]
+        least = [_least_spread(PARTS[name], farther) for name in self.names]
         rounding = [self._part(name).rounding() if PARTS[name].has_map else 0.0 for name in self.names]
         floors = np.array(least), np.array(rounding)
         centre, spread = _centre_and_spread(raw, *floors)
@@ -216,14 +230,19 @@ class CalibratedScore(nn.Module):
             self._part(name).rounding() / float(self.spread[i]) for i, name in enumerate(self.names) if name in LEVELS
         )
 
-    def _least_spread(self, name: str, mean: float, kind: str) -> float:
-        """As a share of the part's normal value `mean`; the smaller, the nearer validation images are."""
-        most, if_alike = PARTS[name].least_spread, PARTS[name].least_if_alike
-        among = self._among_training.get(name, 0.0)
-        if if_alike is None or kind != "validation" or not among > 0:
-            return most
-        least = if_alike + _FARTHER_STILL * max(mean / among - 1, 0.0)
-        return least if least < most else most  # NaN, too
+    def _farther(self, raw: NDArray[np.float64], kind: str) -> float:
+        """How much farther validation images are from training images than these from each other, from 0 to 1.
+
+        The teacher has not learned these, so that its mean features tell; 1 if nothing tells.
+
+        Args:
+            raw: the parts' values (n, parts) of validation images.
+            kind: as of `calibrate`.
+        """
+        if kind != "validation" or not self._among_training > 0:
+            return 1.0
+        ratio = raw[:, self.names.index("teacher-means")].mean() / self._among_training
+        return min(1.0, max(0.0, (ratio - 1) / _FARTHER)) if math.isfinite(ratio) else 1.0
 
     def _share_by_heart(self, normal: Measurements) -> float:
         """How much the students know the training images by heart, from 0 to 1."""
@@ -258,8 +277,9 @@ class CalibratedScore(nn.Module):
         Raises:
             ValueError: it is another run's.
         """
-        own, tensors = self.state_dict(), dict(tensors)
+        tensors = dict(tensors)
         self._complete(tensors, "")
+        own = self.state_dict()
         PatchPart.complete(tensors, f"parts.{_module_name('patches')}.")
         if own.keys() != tensors.keys():
             raise ValueError("it holds other parts than this run has")
@@ -267,11 +287,19 @@ class CalibratedScore(nn.Module):
             path, _, name = key.rpartition(".")
             setattr(self.get_submodule(path), name, tensor)
 
-    @staticmethod
-    def _complete(state: dict[str, Any], prefix: str) -> None:
-        """Add to a state of an earlier version what it lacks: weights of maps were those of scores."""
+    def _complete(self, state: dict[str, Any], prefix: str) -> None:
+        """Bring a state of an earlier version and this together.
+
+        Weights of maps were those of scores, and errors were not whitened.
+        """
         if (handicap := state.get(prefix + "handicap")) is not None:
             state.setdefault(prefix + "map_handicap", handicap.clone())
+            name = "local-whitened"
+            if name in self.names and f"{prefix}parts.{_module_name(name)}.mean0" not in state:
+                del self.parts[_module_name(name)]
+                self.names = tuple(x for x in self.names if x != name)
+                for own in ("handicap", "map_handicap", "centre", "spread", "is_used"):
+                    setattr(self, own, torch.empty(len(self.names), device=self.filter.device))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._complete(state_dict, prefix)
@@ -289,7 +317,7 @@ def _filtered(maps: Tensor, matrix: Tensor) -> Tensor:
 
 def soft_maximum(values: Tensor) -> Tensor:
     """(B, parts) -> (B,): the maximum, raised a little by what else is high."""
-    return torch.logsumexp(_SHARPNESS * values, 1) / _SHARPNESS
+    return torch.logsumexp(SHARPNESS * values, 1) / SHARPNESS
 
 
 def collected(measured: Iterable[Measurements]) -> Measurements:
@@ -308,6 +336,8 @@ def collected(measured: Iterable[Measurements]) -> Measurements:
 def _make_part(name: str) -> nn.Module:
     if name == "sum":
         return SumPart(LEVELS[name])
+    if name == "local-whitened":
+        return WhitenedPart(LEVELS[name])
     if name in LEVELS:
         return MapPart(LEVELS[name])
     if name == "patches":
@@ -319,28 +349,11 @@ def _maps(name: str, measured: Measurements) -> Any:
     """What the map of a part is made of."""
     return {
         "local": measured.local_levels,
+        "local-whitened": measured.local_errors,
         "global": measured.global_levels,
         "sum": (measured.local_levels, measured.global_levels),
         "patches": measured.patches,
     }[name]
-
-
-def _handicaps(names: Sequence[str], by_heart: float) -> tuple[Tensor, Tensor]:
-    """What takes the parts' weights into a maximum, (parts,), between those of the two kinds of students.
-
-    The second one is for the map of all parts; of parts without a place it is not used.
-    """
-
-    def between(low: float, high: float) -> float:
-        return ((1 - by_heart) * math.log(low) + by_heart * math.log(high)) / _SHARPNESS
-
-    kinds = [PARTS[name] for name in names]
-    of_scores = [between(kind.weight, kind.weight_by_heart) for kind in kinds]
-    of_maps = [
-        between(kind.weight if kind.weight_in_map is None else kind.weight_in_map, kind.weight_by_heart)
-        for kind in kinds
-    ]
-    return torch.tensor(of_scores), torch.tensor(of_maps)
 
 
 def _vectors(name: str, measured: Measurements) -> Tensor:
@@ -356,6 +369,13 @@ def _vectors(name: str, measured: Measurements) -> Tensor:
 def _module_name(name: str) -> str:
     """Of a part: exported programs are Python, in which "global" is a word of the language."""
     return name.replace("-", "_") + ("_" if keyword.iskeyword(name) else "")
+
+
+def _least_spread(kind: Kind, farther: float) -> float:
+    """As a share of a part's normal value."""
+    if kind.least_if_alike is None:
+        return kind.least_spread
+    return (1 - farther) * kind.least_if_alike + farther * kind.least_spread
 
 
 def _centre_and_spread(

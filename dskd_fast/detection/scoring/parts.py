@@ -1,6 +1,14 @@
 """What a calibrated score is made of, and how much each part counts."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Of the soft maximum: two equal values together are ln 2 / 1.5 = 0.46 deviations more than one.
+SHARPNESS = 1.5
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,8 @@ class Kind:
             each other; None where that tells nothing, as of students, which these have trained.
         weight_in_map: its weight in the map of all parts, where coarse maps would blur finer ones; None if it has no
             place.
+        weight_if_farther: its weight in both where validation images are farther from the training images than these
+            are from each other, or nothing tells; None if it stays.
     """
 
     meaning: str
@@ -26,6 +36,7 @@ class Kind:
     least_spread: float
     least_if_alike: float | None = None
     weight_in_map: float | None = None
+    weight_if_farther: float | None = None
 
     @property
     def has_map(self) -> bool:
@@ -33,7 +44,15 @@ class Kind:
 
 
 PARTS: dict[str, Kind] = {
-    "local": Kind("the local student's map, its two finest levels", 1.0, 0.01, 0.1, weight_in_map=1.0),
+    "local": Kind("the local student's map, its two finest levels", 2.0, 0.01, 0.1, weight_in_map=1.0),
+    "local-whitened": Kind(
+        "the local student's map, in which directions of errors that are usual count less",
+        2.0,
+        0.01,
+        0.1,
+        weight_in_map=1.0,
+        weight_if_farther=0.001,
+    ),
     "global": Kind("the global student's map", 0.3, 0.01, 0.1, weight_in_map=0.5),
     "sum": Kind("the sum of both students' maps", 0.03, 0.01, 0.1, weight_in_map=0.1),
     "patches": Kind(
@@ -50,10 +69,34 @@ PARTS: dict[str, Kind] = {
         "the global student's mean features, Mahalanobis distance from the training images'", 0.1, 0.01, 1.0
     ),
     "teacher-means": Kind(
-        "the teacher's mean features, Mahalanobis distance from the training images'", 0.2, 0.01, 1.0, 0.25
+        "the teacher's mean features, Mahalanobis distance from the training images'", 0.4, 0.01, 1.0, 0.25
     ),
 }
 """Everything a calibrated score is made of; a run has those whose student there is."""
 
-LEVELS = {"local": (0, 1), "global": (0, 1, 2), "sum": (0, 1, 2)}
+LEVELS = {"local": (0, 1), "local-whitened": (0, 1), "global": (0, 1, 2), "sum": (0, 1, 2)}
 """Which levels make a map. The local student's coarsest finds what the global one finds, less well."""
+
+
+def handicaps(names: Sequence[str], by_heart: float, farther: float) -> tuple[Tensor, Tensor]:
+    """What takes the parts' weights into a soft maximum, (parts,): in scores, and in the map of all parts.
+
+    Parts without a place in the map have a number there that is not used.
+
+    Args:
+        names: of the parts.
+        by_heart: how much the students know their training images by heart, from 0 to 1.
+        farther: how much farther validation images are from the training images, from 0 to 1.
+    """
+
+    def handicap(kind: Kind, weight: float) -> float:
+        far = weight if kind.weight_if_farther is None else kind.weight_if_farther
+        not_by_heart = (1 - farther) * math.log(weight) + farther * math.log(far)
+        return ((1 - by_heart) * not_by_heart + by_heart * math.log(kind.weight_by_heart)) / SHARPNESS
+
+    kinds = [PARTS[name] for name in names]
+    in_maps = [kind.weight if kind.weight_in_map is None else kind.weight_in_map for kind in kinds]
+    return (
+        torch.tensor([handicap(kind, kind.weight) for kind in kinds]),
+        torch.tensor([handicap(kind, weight) for kind, weight in zip(kinds, in_maps, strict=True)]),
+    )

@@ -10,11 +10,10 @@ from scipy import ndimage
 
 from dskd_fast.detection.scoring import calibrated as calibrated_module
 from dskd_fast.detection.scoring.calibrated import CalibratedScore, collected, soft_maximum
-from dskd_fast.detection.scoring.parts import PARTS
+from dskd_fast.detection.scoring.parts import PARTS, SHARPNESS
 from dskd_fast.models import Measurements
 
 SIZE, SIGMA = 32, 1.5
-SHARPNESS = calibrated_module._SHARPNESS
 BOTH = ("local", "global")
 
 
@@ -39,6 +38,7 @@ def measured(n, seed=0, students=BOTH, gccb=6):
         random(5) if has_global else None,
         random(7),
         random(8, 8, 6),
+        [random(3, 16, 16), random(4, 8, 8)] if "local" in students else None,
     )
 
 
@@ -59,8 +59,8 @@ def split(images, size):
     ("which", "names"),
     [
         ({}, tuple(PARTS)),
-        ({"gccb": 0}, ("local", "global", "sum", "patches", "global-means", "teacher-means")),
-        ({"students": ("local",)}, ("local", "patches", "teacher-means")),
+        ({"gccb": 0}, ("local", "local-whitened", "global", "sum", "patches", "global-means", "teacher-means")),
+        ({"students": ("local",)}, ("local", "local-whitened", "patches", "teacher-means")),
         ({"students": ("global",)}, ("global", "patches", "condensed", "global-means", "teacher-means")),
     ],
     ids=str,
@@ -76,17 +76,18 @@ def test_a_run_has_the_parts_whose_student_there_is(which, names):
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in (scored.score, scored.values))
 
 
-@pytest.mark.parametrize(
-    ("farther", "least"), [(0.9, 0.25), (1.0, 0.25), (1.05, 0.65), (1.2, 1.0), (math.nan, 1.0)], ids=str
-)
-def test_a_least_deviation_grows_by_how_much_farther_validation_images_are_than_training_images(farther, least):
-    name = "teacher-means"
-    for n_training, kind, expected in ((20, "validation", least), (20, "train", 1.0), (19, "validation", 1.0)):
+@pytest.mark.parametrize(("ratio", "farther"), [(0.9, 0), (1.0, 0), (1.05, 0.5), (1.2, 1), (math.nan, 1)], ids=str)
+def test_how_much_farther_validation_images_are_than_training_images_sets_deviations_and_weights(ratio, farther):
+    for n_training, kind, expected in ((20, "validation", farther), (20, "train", 1), (19, "validation", 1)):
         score, training = make_score(), measured(n_training, 1)
         score.fit([training])
-        among = float(score._part(name).of_training(training.teacher_means).mean())
-        assert score._least_spread(name, farther * among, kind) == pytest.approx(expected, rel=1e-5)
-    assert score._least_spread("condensed", farther, "validation") == 1.0
+        own = score.names.index("teacher-means")
+        among = score._part("teacher-means").of_training(training.teacher_means).mean()
+        raw = np.zeros((3, len(score.names)))
+        raw[:, own] = ratio * float(among) * np.array([0.5, 1.0, 1.5])
+        assert score._farther(raw, kind) == pytest.approx(expected, abs=1e-5)
+    assert calibrated_module._least_spread(PARTS["teacher-means"], farther) == pytest.approx(0.25 + 0.75 * farther)
+    assert calibrated_module._least_spread(PARTS["condensed"], farther) == 1.0
 
 
 @pytest.mark.parametrize("are_training", [False, True])
@@ -99,7 +100,10 @@ def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_
     left_out = score.calibrate(normal, "train" if are_training else "validation")
     scored, new = score(new), score.reduced(new)
     expected, of_normal = [], []
-    for i, (name, handicap) in enumerate(zip(score.names, handicaps(score.names, are_training)[0], strict=True)):
+    ratio = float(score._part("teacher-means")(normal.teacher_means).mean()) / (score._among_training or math.inf)
+    farther = 1.0 if are_training else float(np.clip((ratio - 1) / calibrated_module._FARTHER, 0, 1))
+    weights = handicaps(score.names, are_training, farther)[0]
+    for i, (name, handicap) in enumerate(zip(score.names, weights, strict=True)):
         part = score._part(name)
         if PARTS[name].has_map:
             of_normal_maps, of_new = (calibrated_module._maps(name, images) for images in (normal, new))
@@ -119,7 +123,7 @@ def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_
             raw_new = part(calibrated_module._vectors(name, new)).double().numpy()
             rounding = 0
 
-        least = score._least_spread(name, raw.mean(), "train" if are_training else "validation")
+        least = calibrated_module._least_spread(PARTS[name], farther)
 
         def standardised(values, others, least=least, rounding=rounding, handicap=handicap):
             deviation = others.std(ddof=1) if len(others) > 1 else 0
@@ -180,16 +184,24 @@ def test_a_saved_score_is_loaded_whatever_the_number_of_its_references_and_no_ot
 
 
 @pytest.mark.parametrize("load", ["load", "load_state_dict"])
-def test_in_states_of_earlier_versions_parts_count_in_maps_as_in_scores(load):
+def test_states_of_earlier_versions_have_their_parts_which_count_in_maps_as_in_scores(load):
     score, _ = trained(measured(4))
     state = score.state_dict()
     assert not torch.equal(state.pop("map_handicap"), score.handicap)
     del state["parts.patches.counts_beyond"]
+    own = score.names.index("local-whitened")
+    for key in [key for key in state if "local_whitened" in key]:
+        del state[key]
+    for key in ("handicap", "centre", "spread", "is_used"):
+        state[key] = torch.cat([state[key][:own], state[key][own + 1 :]])
     getattr(score, load)(state)
     assert torch.equal(score.map_handicap, score.handicap)
+    assert score.names == tuple(name for name in PARTS if name != "local-whitened")
+    assert score(measured(2)).values.shape == (2, len(score.names))
     # Fitted anew it is as in new runs, from the first batch on.
     assert not score.counts_beyond
     score.fit(measured(4) for _ in range(1) if score.counts_beyond)
+    assert score.names == tuple(PARTS)
 
 
 def with_error(images, times):
@@ -198,12 +210,14 @@ def with_error(images, times):
     return images._replace(local_levels=[*finer, times * coarsest])
 
 
-def handicaps(names, by_heart):
+def handicaps(names, by_heart, farther):
     """Those of the score and of the map."""
     kinds = [PARTS[name] for name in names]
     weights = [kind.weight for kind in kinds], [kind.weight_in_map or kind.weight for kind in kinds]
     last = by_heart * np.log([kind.weight_by_heart for kind in kinds])
-    return [((1 - by_heart) * np.log(first) + last) / SHARPNESS for first in weights]
+    far = [[kind.weight_if_farther or weight for kind, weight in zip(kinds, first, strict=True)] for first in weights]
+    between = [(1 - farther) * np.log(first) + farther * np.log(x) for first, x in zip(weights, far, strict=True)]
+    return [((1 - by_heart) * first + last) / SHARPNESS for first in between]
 
 
 @pytest.mark.parametrize("by_heart", [-1, 0, 0.3, 1, 2])
@@ -214,6 +228,6 @@ def test_weights_move_the_more_the_larger_the_error_is_on_validation_than_on_tra
     # New images leave them as they were.
     for normal, source in ((with_error(images, first + by_heart * (last - first)), "validation"), (images, "new")):
         score.calibrate(score.reduced(normal), source)
-        expected = handicaps(score.names, min(1, max(0, by_heart)))
+        expected = handicaps(score.names, min(1, max(0, by_heart)), 1)
         for found, of_kind in zip((score.handicap, score.map_handicap), expected, strict=True):
             np.testing.assert_allclose(found, of_kind, rtol=1e-5)

@@ -1,0 +1,63 @@
+"""The local student's errors as vectors: directions in which it always errs count less."""
+
+import torch
+from torch import Tensor
+
+from dskd_fast.detection.scoring.maps import MapPart
+
+# Added to the covariance, as a share of a channel's mean variance: no direction counts for more than 1 / 0.3.
+_RIDGE = 0.3
+
+
+class WhitenedPart(MapPart):
+    """The map of the local student by Mahalanobis distance in place of the cosine distance, level by level.
+
+    Half the squared length of an error, the difference of student's and teacher's features at unit length, is the
+    cosine distance (paper eq. 1), in which all directions count alike. Here they count by the inverse of the
+    covariance, about zero, of the errors in the training images (ours).
+
+    Args:
+        levels: which of the local student's count, from 0, the finest.
+    """
+
+    def __init__(self, levels: tuple[int, ...]) -> None:
+        super().__init__(levels)
+        for level in self.levels:
+            self.register_buffer(f"whitening{level}", torch.empty(0))
+
+    def fit(self, covariances: "ErrorCovariances") -> None:
+        """Take over what training images have."""
+        for level in self.levels:
+            covariance = covariances.of_level(level)
+            variances, axes = torch.linalg.eigh(covariance)
+            mean = variances.clamp(min=0).mean()
+            scaled = variances.clamp(min=0) / torch.where(mean > 0, mean, 1.0)  # without errors all count alike
+            whitening = (axes / (scaled + _RIDGE).sqrt()).mT
+            setattr(self, f"whitening{level}", whitening.float().contiguous())
+
+    def distances(self, errors: list[Tensor]) -> list[Tensor]:
+        """Errors (B, C, h, w) of each level -> maps (B, h, w) of those that count, None for others."""
+        return [
+            (errors[level].permute(0, 2, 3, 1) @ getattr(self, f"whitening{level}").mT).square().sum(3)
+            for level in self.levels
+        ]
+
+
+class ErrorCovariances:
+    """Mean products of the channels of errors, level by level, over any number of images."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._n: list[int] = []
+
+    def add(self, errors: list[Tensor]) -> None:
+        """Take errors (B, C, h, w) of each level."""
+        vectors = [level.permute(0, 2, 3, 1).flatten(0, 2) for level in errors]
+        products = [(x.mT @ x).double().cpu() for x in vectors]
+        before = self._sums or [torch.zeros_like(x) for x in products]
+        self._sums = [total + x for total, x in zip(before, products, strict=True)]
+        self._n = [n + len(x) for n, x in zip(self._n or [0] * len(vectors), vectors, strict=True)]
+
+    def of_level(self, level: int) -> Tensor:
+        """(C, C), float64."""
+        return self._sums[level] / self._n[level]
