@@ -154,7 +154,7 @@ class Detector:
         with torch.inference_mode(), numerics("fp32", self.device):
             scored = self.calibrated(self.measured(images))
             combined = self.calibrated.combined(scored)
-        arrays = {name: found.cpu().numpy() for name, found in scored.maps.items()}
+            arrays = {name: self.calibrated.shown(scored.maps[name]).cpu().numpy() for name in self.model.students}
         values = scored.values.double().cpu().numpy()
         parts: dict[str, NDArray[np.float64]] = dict(zip(self.parts, values.T, strict=True))
         of_students: dict[Variant, NDArray[np.float64]] = {name: parts[name] for name in self.model.students}

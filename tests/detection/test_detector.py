@@ -170,8 +170,9 @@ def test_calibrated_scores_are_found_with_their_parts_and_the_one_that_decides(c
     assert (found.scores["combined"] >= values.max(1)).all()
     for student in ("local", "global"):
         np.testing.assert_array_equal(found.scores[student], found.parts[student])
-    maps = calibrated.calibrated(calibrated.measured(others)).maps
-    raised = (calibrated.calibrated.map_handicap - calibrated.calibrated.handicap).numpy()
+    scores = calibrated.calibrated
+    maps = {name: scores.shown(x) for name, x in scores(calibrated.measured(others)).maps.items()}
+    raised = (scores.map_handicap - scores.handicap).numpy()
     shares = softmax(1.5 * (values + raised)[:, : len(maps)], axis=1)
     expected = sum(share[:, None, None] * maps[name].numpy() for share, name in zip(shares.T, PARTS, strict=False))
     np.testing.assert_allclose(found.maps.combined, expected, rtol=1e-4, atol=1e-4)

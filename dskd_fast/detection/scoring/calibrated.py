@@ -42,7 +42,7 @@ class Scored(NamedTuple):
     Attributes:
         score: (B,).
         values: (B, parts), the calibrated values of the parts there are, in the order of `CalibratedScore.names`.
-        maps: of the parts that have one, (B, S, S), in the unit of their values, filtered to be looked at.
+        maps: of the parts that have one, (B, S, S), in the unit of their values, not filtered.
     """
 
     score: Tensor
@@ -119,7 +119,7 @@ class CalibratedScore(nn.Module):
                 found = self._part(name)(_maps(name, measured), self.size)
                 found = (found - self.centre[i]) / self.spread[i] + self.handicap[i]
                 values.append(_filtered(found, self.filter).amax((1, 2)))
-                maps[name] = _filtered(found, self.map_filter)
+                maps[name] = found
             else:
                 distance = self._part(name)(_vectors(name, measured))
                 values.append((distance - self.centre[i]) / self.spread[i] + self.handicap[i])
@@ -145,7 +145,11 @@ class CalibratedScore(nn.Module):
         lowered = self._unused()[places]
         raised = (self.map_handicap - self.handicap)[places]
         shares = torch.softmax(SHARPNESS * (scored.values[:, places] + raised - (lowered - lowered.amin(0))), 1)
-        return (torch.stack(list(scored.maps.values()), 1) * shares[:, :, None, None]).sum(1)
+        return self.shown((torch.stack(list(scored.maps.values()), 1) * shares[:, :, None, None]).sum(1))
+
+    def shown(self, maps: Tensor) -> Tensor:
+        """Maps (B, S, S) filtered to be looked at."""
+        return _filtered(maps, self.map_filter)
 
     def fit(self, training: Iterable[Measurements]) -> None:
         """Learn what training images are like; of the batches each is taken once."""

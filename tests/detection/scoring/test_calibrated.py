@@ -116,7 +116,7 @@ def test_a_part_counts_in_deviations_of_normal_images_each_left_out_where_it_is_
             sigma = calibrated_module._MAP_SIGMA * SIGMA
             shown = ndimage.gaussian_filter(maps, (0, sigma, sigma))
             shown = (shown - float(score.centre[i])) / float(score.spread[i]) + handicap
-            np.testing.assert_allclose(scored.maps[name], shown, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(score.shown(scored.maps[name]), shown, rtol=1e-4, atol=1e-4)
         else:
             vectors = calibrated_module._vectors(name, normal)
             raw = (part.of_training(vectors) if are_training else part(vectors)).double().numpy()

@@ -54,16 +54,35 @@ def test_a_tenth_is_kept_within_limits_and_distances_are_those_from_the_nearest_
     assert_are_distances(part.distances(new), new, part.bank)
 
 
+def test_many_channels_are_compared_along_principal_axes_and_by_the_length_of_the_rest(monkeypatch):
+    monkeypatch.setattr(patches_module, "_N_COMPARED", 4)
+    training, new = patches(5), patches(3, seed=1)
+    part = fitted(training)
+    rows, images = numbers(training), numbers(new)
+    origin = rows.mean(0)
+    axes = np.linalg.svd(rows - origin, full_matrices=False)[2][:3].T
+
+    def compared(x):
+        along = (x - origin) @ axes
+        rest = np.linalg.norm(x - origin - along @ axes.T, axis=1)
+        return torch.from_numpy(np.column_stack([along, rest]))
+
+    found = part.distances(new)
+    assert_are_distances(found, compared(images), compared(rows))
+    # The rest, a difference of squares, is known to half of the digits.
+    assert (found.numpy() <= cdist(images, rows).min(1).reshape(found.shape) + 1e-3).all()
+
+
 def test_kept_patches_cover_the_sample_better_than_random_ones(monkeypatch):
     monkeypatch.setattr(patches_module, "MAX_KEPT", 30)
     generator = np.random.default_rng(0)
     # Of many channels they have few dimensions, as features do, and the farther from the middle, the fewer they are.
-    training = (generator.normal(size=(640, 3)) ** 3 @ generator.normal(size=(3, 100))).astype(np.float32)
+    training = (generator.normal(size=(640, 3)) ** 3 @ generator.normal(size=(3, 90))).astype(np.float32)
 
     def farthest(bank):
         return cdist(training, bank).min(1).max()
 
-    ours = farthest(fitted(torch.from_numpy(training).reshape(40, SIDE, SIDE, 100)).bank)
+    ours = farthest(fitted(torch.from_numpy(training).reshape(40, SIDE, SIDE, 90)).bank)
     assert all(ours <= farthest(generator.choice(training, 30, replace=False)) for _ in range(20))
 
 
