@@ -88,9 +88,9 @@ def test_other_capabilities_pass_the_same_tests(cpu, capability):
     """As on processors without AVX-512, and without any of what is compiled apart. ATen reads the variable once."""
     files = ["tests/backends/test_backends.py", "tests/backends/test_distillation.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
-    # Without the whole suite's conftest.py, whose imports take longer than these tests.
+    # Without the whole suite's conftest.py, whose imports take longer than these tests, and without its options.
     command += ["--confcutdir=tests/backends", "-m", "not slow", "-k", "cpu-cpu and (rounding_makes or far_off)"]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTEST_ADDOPTS": ""}
     result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
