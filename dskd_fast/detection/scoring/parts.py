@@ -48,7 +48,7 @@ PARTS: dict[str, Kind] = {
     "local-whitened": Kind(
         "the local student's map, in which directions of errors that are usual count less",
         2.0,
-        0.01,
+        0.001,
         0.1,
         weight_in_map=1.0,
         weight_if_farther=0.001,

@@ -19,7 +19,7 @@ _ROUNDING = 1e-5
 # off by an eighth, with 32 by a quarter.
 _N_PROJECTED = 128
 # Dimensions in which patches are compared: principal axes, and the length of the rest as the last one. Of `lite`'s
-# patches the rest has 2 to 4 % of the variance; all 912 dimensions take six times as long and find no more.
+# patches the rest has 5 % of the variance; all 912 channels take five times as long and find no more.
 _N_COMPARED = 96
 # Batches that a sample keeps apart: each new one costs a look at all of them.
 _MAX_BATCHES = 100
