@@ -43,7 +43,7 @@ torch.set_num_threads(1)
 
 # Triton's interpreter looks through its whole language at every call of a function within a kernel, which is a third of
 # its time, though it has replaced all of it where the kernel began.
-with contextlib.suppress(ImportError):
+with contextlib.suppress(ImportError, AttributeError):
     from triton.runtime import interpreter as triton_interpreter
 
     def _patch_once(fn, tl=triton_interpreter.tl, patch=triton_interpreter._patch_lang):

@@ -29,8 +29,7 @@ void add_samples(const Affinity& call, int64_t image, double* mean, Real* buffer
   }
 }
 
-// The same of an image of few positions, which are all samples, and lie side by side: in the order of memory, and in
-// the input's type, as any centre is right.
+// The same of an image of few positions, which are all samples, and lie side by side: in the order of memory.
 template <class Real>
 void add_channels(const Affinity& call, int64_t image, double* mean) {
   const int64_t channels = call.shape.channels, n = call.shape.positions;
@@ -46,11 +45,11 @@ void add_channels(const Affinity& call, int64_t image, double* mean) {
       for (int64_t i = 0; i < count; i++) visit(start + i, buffer + i * kStride);
     }
   };
-  Real scale[kSample] = {};
+  double scale[kSample] = {};
   each([&](int64_t, const Real* y) {
-    for (int64_t p = 0; p < n; p++) scale[p] += y[p] * y[p];
+    for (int64_t p = 0; p < n; p++) scale[p] += static_cast<double>(y[p]) * y[p];
   });
-  for (int64_t p = 0; p < n; p++) scale[p] = static_cast<Real>(inverse_norm(scale[p]) / static_cast<double>(n));
+  for (int64_t p = 0; p < n; p++) scale[p] = inverse_norm(scale[p]) / static_cast<double>(n);
   each([&](int64_t c, const Real* y) { mean[c] = sum_of(n, [=, &scale](int64_t p) { return y[p] * scale[p]; }); });
 }
 

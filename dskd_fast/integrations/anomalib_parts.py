@@ -199,14 +199,6 @@ class DskdNetwork(nn.Module):
         self.detector.calibration = None if content is None else Calibration.from_dict(content, students)
         self.has_weights = True
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Sizes follow the number of training images, and tensors of inference mode cannot be written to.
-        for name, tensor in self.named_buffers():
-            if name.startswith("calibrated.") and (found := state_dict.get(prefix + name)) is not None:
-                path, _, own = name.rpartition(".")
-                setattr(self.get_submodule(path), own, torch.empty_like(found, device=tensor.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 class ExportedDskd(nn.Module):
     """Pre-processor, network and post-processor in plain operations, from images to what anomalib names.

@@ -121,3 +121,11 @@ def test_other_tensors_are_refused(cpu):
     assert refusal(good.to("meta"), good.to("meta"), "fp32") == "it does not run on meta devices"
     for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
         assert refusal(good, good.to(dtype), None) == f"it does not take {str(dtype).removeprefix('torch.')}"
+
+
+@pytest.mark.parametrize("power", [-80, 80])
+def test_only_directions_count_where_positions_lie_side_by_side(cpu, make_features, power):
+    """Their centre is summed in another way than those of other tests, whose channels lie side by side."""
+    student, teacher = (x.mT.unflatten(2, (8, 8)).contiguous() for x in make_features(64, 33, 0.1))
+    for x, y in zip(*(cpu.affinity_of_maps(student, t, 0.1) for t in (teacher, teacher * 2.0**power)), strict=True):
+        assert torch.equal(x, y)

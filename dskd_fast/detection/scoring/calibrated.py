@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dskd_fast.detection.scoring.distances import Mahalanobis, NearestNeighbour
 from dskd_fast.detection.scoring.maps import MapPart, SumPart
-from dskd_fast.detection.scoring.parts import LEVELS, PARTS, SHARPNESS, Kind, handicaps
+from dskd_fast.detection.scoring.parts import LEVELS, PARTS, SHARPNESS, Kind, handicaps, soft_maximum
 from dskd_fast.detection.scoring.patches import PatchPart, PatchSample
 from dskd_fast.detection.scoring.whitening import ErrorCovariances, WhitenedPart
 from dskd_fast.models import DSKD, Measurements
@@ -83,7 +83,6 @@ class CalibratedScore(nn.Module):
     def __init__(self, model: DSKD, sigma: float) -> None:
         super().__init__()
         self.size = model.image_size
-        self._among_training = 0.0  # mean distance of training images' teacher-means from each other's
         has = {
             "local": "local" in model.students,
             "local-whitened": "local" in model.students,
@@ -103,6 +102,7 @@ class CalibratedScore(nn.Module):
     def _begin(self) -> None:
         """Have all parts, none of which knows anything."""
         self.names = self._all_names
+        self._among_training = 0.0  # mean distance of training images' teacher-means from each other's
         self.parts = nn.ModuleDict({_module_name(name): _make_part(name) for name in self.names})
         for name, handicap in zip(("handicap", "map_handicap"), handicaps(self.names, 0.0, 0.0), strict=True):
             self.register_buffer(name, handicap)
@@ -211,6 +211,10 @@ class CalibratedScore(nn.Module):
             weights = handicaps(self.names, by_heart, farther)
             for own, handicap in zip((self.handicap, self.map_handicap), weights, strict=True):
                 own.copy_(handicap)
+        else:
+            may_fall = torch.tensor([PARTS[name].weight_if_farther is not None for name in self.names])
+            for own, handicap in zip((self.handicap, self.map_handicap), handicaps(self.names, 0, 1), strict=True):
+                own.copy_(torch.where(may_fall, torch.minimum(own, handicap), own))
         least = [_least_spread(PARTS[name], farther) for name in self.names]
         rounding = [self._part(name).rounding() if PARTS[name].has_map else 0.0 for name in self.names]
         floors = np.array(least), np.array(rounding)
@@ -282,31 +286,34 @@ class CalibratedScore(nn.Module):
             ValueError: it is another run's.
         """
         tensors = dict(tensors)
-        self._complete(tensors, "")
-        own = self.state_dict()
-        PatchPart.complete(tensors, f"parts.{_module_name('patches')}.")
-        if own.keys() != tensors.keys():
+        self._match(tensors, "")
+        if self.state_dict().keys() != tensors.keys():
             raise ValueError("it holds other parts than this run has")
         for key, tensor in tensors.items():
             path, _, name = key.rpartition(".")
             setattr(self.get_submodule(path), name, tensor)
 
-    def _complete(self, state: dict[str, Any], prefix: str) -> None:
-        """Bring a state of an earlier version and this together.
+    def _match(self, state: dict[str, Any], prefix: str) -> None:
+        """Have the parts that a state has, and complete it where it is of an earlier version.
 
-        Weights of maps were those of scores, and errors were not whitened.
+        Then weights of maps were those of scores, and errors were not whitened.
         """
         if (handicap := state.get(prefix + "handicap")) is not None:
             state.setdefault(prefix + "map_handicap", handicap.clone())
-            name = "local-whitened"
-            if name in self.names and f"{prefix}parts.{_module_name(name)}.mean0" not in state:
-                del self.parts[_module_name(name)]
-                self.names = tuple(x for x in self.names if x != name)
-                for own in ("handicap", "map_handicap", "centre", "spread", "is_used"):
-                    setattr(self, own, torch.empty(len(self.names), device=self.filter.device))
+        PatchPart.complete(state, f"{prefix}parts.{_module_name('patches')}.")
+        self._begin()
+        name = "local-whitened"
+        if name in self.names and f"{prefix}parts.{_module_name(name)}.mean0" not in state:
+            del self.parts[_module_name(name)]
+            self.names = tuple(x for x in self.names if x != name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._complete(state_dict, prefix)
+        self._match(state_dict, prefix)
+        # Sizes follow the number of training images, and tensors of inference mode cannot be written to.
+        for name in self.state_dict():
+            if (found := state_dict.get(prefix + name)) is not None:
+                path, _, own = name.rpartition(".")
+                setattr(self.get_submodule(path), own, torch.empty_like(found, device=self.filter.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -317,11 +324,6 @@ def filter_matrix(size: int, sigma: float) -> Tensor:
 
 def _filtered(maps: Tensor, matrix: Tensor) -> Tensor:
     return matrix @ maps @ matrix.mT
-
-
-def soft_maximum(values: Tensor) -> Tensor:
-    """(B, parts) -> (B,): the maximum, raised a little by what else is high."""
-    return torch.logsumexp(SHARPNESS * values, 1) / SHARPNESS
 
 
 def collected(measured: Iterable[Measurements]) -> Measurements:

@@ -26,8 +26,8 @@ class Kind:
             each other; None where that tells nothing, as of students, which these have trained.
         weight_in_map: its weight in the map of all parts, where coarse maps would blur finer ones; None if it has no
             place.
-        weight_if_farther: its weight in both where validation images are farther from the training images than these
-            are from each other, or nothing tells; None if it stays.
+        weight_if_farther: its weight in both where other images are farther from the training images than these are
+            from each other, as new ones are for which it is recalibrated, or nothing tells; None if it stays.
     """
 
     meaning: str
@@ -76,6 +76,11 @@ PARTS: dict[str, Kind] = {
 
 LEVELS = {"local": (0, 1), "local-whitened": (0, 1), "global": (0, 1, 2), "sum": (0, 1, 2)}
 """Which levels make a map. The local student's coarsest finds what the global one finds, less well."""
+
+
+def soft_maximum(values: Tensor) -> Tensor:
+    """(B, parts) -> (B,): the maximum, raised a little by what else is high."""
+    return torch.logsumexp(SHARPNESS * values, 1) / SHARPNESS
 
 
 def handicaps(names: Sequence[str], by_heart: float, farther: float) -> tuple[Tensor, Tensor]:

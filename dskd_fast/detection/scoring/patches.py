@@ -130,10 +130,6 @@ class PatchPart(nn.Module):
         for name in ("origin", "axes"):
             state.setdefault(prefix + name, torch.empty(0))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.complete(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 class PatchSample:
     """Patches of any number of images, of which `MAX_PATCHES` random ones are kept, so that memory is bounded.

@@ -10,14 +10,14 @@ _RIDGE = 0.3
 
 
 class WhitenedPart(MapPart):
-    """The map of the local student by Mahalanobis distance in place of the cosine distance, level by level.
+    """The map of the local student by the square of a Mahalanobis distance in place of the cosine distance.
 
     Half the squared length of an error, the difference of student's and teacher's features at unit length, is the
     cosine distance (paper eq. 1), in which all directions count alike. Here they count by the inverse of the
     covariance, about zero, of the errors in the training images (ours).
 
     Args:
-        levels: which of the local student's count, from 0, the finest.
+        levels: those of the local student's that errors are of, from 0, the finest.
     """
 
     def __init__(self, levels: tuple[int, ...]) -> None:
@@ -36,7 +36,7 @@ class WhitenedPart(MapPart):
             setattr(self, f"whitening{level}", whitening.float().contiguous())
 
     def distances(self, errors: list[Tensor]) -> list[Tensor]:
-        """Errors (B, C, h, w) of each level -> maps (B, h, w) of those that count, None for others."""
+        """Errors (B, C, h, w) of each level -> maps (B, h, w)."""
         return [
             (errors[level].permute(0, 2, 3, 1) @ getattr(self, f"whitening{level}").mT).square().sum(3)
             for level in self.levels
@@ -53,7 +53,7 @@ class ErrorCovariances:
     def add(self, errors: list[Tensor]) -> None:
         """Take errors (B, C, h, w) of each level."""
         vectors = [level.permute(0, 2, 3, 1).flatten(0, 2) for level in errors]
-        products = [(x.mT @ x).double().cpu() for x in vectors]
+        products = [(x.mT @ x).cpu().double() for x in vectors]
         before = self._sums or [torch.zeros_like(x) for x in products]
         self._sums = [total + x for total, x in zip(before, products, strict=True)]
         self._n = [n + len(x) for n, x in zip(self._n or [0] * len(vectors), vectors, strict=True)]

@@ -86,6 +86,10 @@ def test_how_much_farther_validation_images_are_than_training_images_sets_deviat
         raw = np.zeros((3, len(score.names)))
         raw[:, own] = ratio * float(among) * np.array([0.5, 1.0, 1.5])
         assert score._farther(raw, kind) == pytest.approx(expected, abs=1e-5)
+    # Images for which it is recalibrated are farther.
+    score.calibrate(score.reduced(measured(4)), "new")
+    for found, of_kind in zip((score.handicap, score.map_handicap), handicaps(score.names, 0, 1), strict=True):
+        np.testing.assert_allclose(found, of_kind, rtol=1e-5)
     assert calibrated_module._least_spread(PARTS["teacher-means"], farther) == pytest.approx(0.25 + 0.75 * farther)
     assert calibrated_module._least_spread(PARTS["condensed"], farther) == 1.0
 
@@ -185,9 +189,10 @@ def test_a_saved_score_is_loaded_whatever_the_number_of_its_references_and_no_ot
 
 @pytest.mark.parametrize("load", ["load", "load_state_dict"])
 def test_states_of_earlier_versions_have_their_parts_which_count_in_maps_as_in_scores(load):
-    score, _ = trained(measured(4))
-    state = score.state_dict()
-    assert not torch.equal(state.pop("map_handicap"), score.handicap)
+    expected, _ = trained(measured(4))
+    score, today = make_score(), expected.state_dict()
+    state = dict(today)
+    assert not torch.equal(state.pop("map_handicap"), expected.handicap)
     del state["parts.patches.counts_beyond"]
     own = score.names.index("local-whitened")
     for key in [key for key in state if "local_whitened" in key]:
@@ -197,7 +202,13 @@ def test_states_of_earlier_versions_have_their_parts_which_count_in_maps_as_in_s
     getattr(score, load)(state)
     assert torch.equal(score.map_handicap, score.handicap)
     assert score.names == tuple(name for name in PARTS if name != "local-whitened")
-    assert score(measured(2)).values.shape == (2, len(score.names))
+    new = measured(2)
+    values = score(new).values
+    torch.testing.assert_close(values, expected(new).values[:, [i for i in range(len(PARTS)) if i != own]])
+    # One of a run of today takes all of it again.
+    getattr(score, load)(today)
+    torch.testing.assert_close(score(new)[:2], expected(new)[:2], rtol=0, atol=0)
+    getattr(score, load)(state)
     # Fitted anew it is as in new runs, from the first batch on.
     assert not score.counts_beyond
     score.fit(measured(4) for _ in range(1) if score.counts_beyond)
