@@ -64,7 +64,7 @@ class Detection:
         local_map, global_map: of each student alone; None without that student.
         suspect: why the score means nothing, since brightness or contrast is beyond what normal images allow
             (`Exposure`), as with a camera that is off; None where it is not.
-        parts: the value of everything that the score is made of (`dskd_fast.detection.scoring.calibrated.PARTS`), in
+        parts: the value of everything that the score is made of (`dskd_fast.detection.scoring.parts.PARTS`), in
             the same unit.
         decided_by: the part with the largest value; None where the score is of the maps' sum (paper eq. 8).
 

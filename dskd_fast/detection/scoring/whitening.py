@@ -28,10 +28,10 @@ class WhitenedPart(MapPart):
     def fit(self, covariances: "ErrorCovariances") -> None:
         """Take over what training images have."""
         for level in self.levels:
-            covariance = covariances.of_level(level)
-            variances, axes = torch.linalg.eigh(covariance)
-            mean = variances.clamp(min=0).mean()
-            scaled = variances.clamp(min=0) / torch.where(mean > 0, mean, 1.0)  # without errors all count alike
+            variances, axes = torch.linalg.eigh(covariances.sums[level])
+            variances = variances.clamp(min=0)
+            mean = variances.mean()  # by which the number of errors cancels
+            scaled = variances / torch.where(mean > 0, mean, 1.0)  # without errors all count alike
             whitening = (axes / (scaled + _RIDGE).sqrt()).mT
             setattr(self, f"whitening{level}", whitening.float().contiguous())
 
@@ -44,20 +44,18 @@ class WhitenedPart(MapPart):
 
 
 class ErrorCovariances:
-    """Mean products of the channels of errors, level by level, over any number of images."""
+    """Products of the channels of errors, level by level, summed over any number of images.
+
+    Attributes:
+        sums: (C, C), float64, of each level; empty before the first images.
+    """
 
     def __init__(self) -> None:
-        self._sums: list[Tensor] = []
-        self._n: list[int] = []
+        self.sums: list[Tensor] = []
 
     def add(self, errors: list[Tensor]) -> None:
         """Take errors (B, C, h, w) of each level."""
         vectors = [level.permute(0, 2, 3, 1).flatten(0, 2) for level in errors]
         products = [(x.mT @ x).cpu().double() for x in vectors]
-        before = self._sums or [torch.zeros_like(x) for x in products]
-        self._sums = [total + x for total, x in zip(before, products, strict=True)]
-        self._n = [n + len(x) for n, x in zip(self._n or [0] * len(vectors), vectors, strict=True)]
-
-    def of_level(self, level: int) -> Tensor:
-        """(C, C), float64."""
-        return self._sums[level] / self._n[level]
+        before = self.sums or [torch.zeros_like(x) for x in products]
+        self.sums = [total + x for total, x in zip(before, products, strict=True)]
