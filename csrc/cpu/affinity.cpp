@@ -282,8 +282,8 @@ int64_t measure(const Affinity& call) {
   Parts parts{0};
   const Keys none{};
   Slab<Real, Element>(call, 0, 0, none, parts);
-  // The kernels that prepare the keys need a vector and two blocks, of which these are no smaller.
-  const int64_t blocks = (2 * kRows + 1) * row_stride(call.shape.channels) * static_cast<int64_t>(sizeof(double));
+  // The kernels that prepare the keys need two blocks, of which these are no smaller.
+  const int64_t blocks = 2 * kRows * row_stride(call.shape.channels) * static_cast<int64_t>(sizeof(double));
   return parts.used > blocks ? parts.used : blocks;
 }
 
