@@ -162,10 +162,11 @@ def render(data: dict[str, Any]) -> str:
     Raises:
         ValueError: a number is NaN or infinite.
     """
-    page, style, script = (
-        resource(__package__, f"report_page/{name}") for name in ("page.html", "style.css", "script.js")
+    page, style, *script = (
+        resource(__package__, f"report_page/{name}")
+        for name in ("page.html", "style.css", "figures.js", "gallery.js", "controls.js")
     )
-    return filled(page, style, script, data)
+    return filled(page, style, "\n".join(script), data)
 
 
 def _open(folders: Sequence[Path], data_root: Path | None) -> list[_Source]:

@@ -269,7 +269,7 @@ def test_a_wheel_has_the_sources_and_needs_no_compiler(install):
     sources = {f"dskd_fast/csrc/{path.relative_to(project / 'csrc')}" for path in (project / "csrc").glob("*/*")}
     assert {file for file in files if file.startswith("dskd_fast/csrc/")} == {*sources, "dskd_fast/csrc/__init__.py"}
     assert not [file for file in files if "/native/" in file]
-    page = {"page.html", "style.css", "script.js"}
+    page = {"page.html", "style.css", "figures.js", "gallery.js", "controls.js"}
     assert {Path(file).name for file in files if "/report_page/" in file} == page
 
 
