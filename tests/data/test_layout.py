@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import re
 import shutil
@@ -11,61 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dskd_fast.data.category import GroundTruth
-from dskd_fast.data.ground_truth import MaskError
 from dskd_fast.data.images import ImageError
 from dskd_fast.data.layout import DataNotFound, list_categories, open_category
 from dskd_fast.data.listing import list_folder
 from dskd_fast.data.store import ImageStore
 from dskd_fast.errors import UserError
 
-IMAGE = np.zeros((40, 64, 3), np.uint8)
-
-CONFIG = [
-    {"defect_name": "missing", "pixel_value": 255, "saturation_threshold": 0.5, "relative_saturation": True},
-    {"defect_name": "long", "pixel_value": 254, "saturation_threshold": 150, "relative_saturation": False},
-    {"defect_name": "huge", "pixel_value": 253, "saturation_threshold": 10**400, "relative_saturation": False},
-    {"defect_name": "tiny", "pixel_value": 252, "saturation_threshold": 0.1, "relative_saturation": True},
-]
-
-
-def write(root, *names):
-    """Empty files: discovery must not open an image."""
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-
-
-def numbered(folder, n, end=".png"):
-    return [f"{folder}/{i:03d}{end}" for i in range(n)]
-
-
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-
-
-def blob(value=255, rows=slice(5, 15), columns=slice(10, 30), shape=(40, 64)):
-    mask = np.zeros(shape, np.uint8)
-    mask[rows, columns] = value
-    return mask
-
-
-def item_of(category, key):
-    (item,) = [item for item in category.test if item.key == key]
-    return item
-
-
-@pytest.fixture
-def loco(tmp_path):
-    root = tmp_path / "data" / "screw_bag"
-    write(root, *numbered("train/good", 12), *numbered("validation/good", 3), *numbered("test/good", 2))
-    for folder, n in (("logical_anomalies", 2), ("structural_anomalies", 1)):
-        for i in range(n):
-            save(root / "test" / folder / f"{i:03d}.png", IMAGE)
-            save(root / "ground_truth" / folder / f"{i:03d}/000.png", blob())
-    (root / "defects_config.json").write_text(json.dumps(CONFIG))
-    return root
+from .conftest import item_of, mvtec_ad, numbered, write
 
 
 def test_a_folder_is_listed_in_natural_order_by_suffixes(tmp_path):
@@ -100,98 +51,6 @@ def test_loco(loco):
     assert re.search(rf"1 of the 2 logical test images .*{loco}/test/logical_anomalies/001\.png", obstacle)
 
 
-def test_loco_defects_and_their_saturation(loco):
-    folder = loco / "ground_truth/logical_anomalies/000"
-    # Mask, name, saturation threshold, and area.
-    expected = [
-        (blob(255), "missing", int(0.5 * 200), 200),
-        (blob(254), "long", min(150, 200), 200),
-        (blob(253), "huge", 200, 200),
-        (blob(255, slice(0, 7), slice(0, 3)), "missing", int(0.5 * 21), 21),
-        (blob(252, slice(0, 3), slice(0, 3)), "tiny", 1, 9),  # where int(0.1 * 9) is none
-        (blob(255) | blob(255, slice(30, 40), slice(40, 60)), "missing", 200, 400),  # two regions are one defect here
-    ]
-    for i, (mask, *_) in enumerate(expected):
-        save(folder / f"{2 * i:03d}.png", mask)
-    # An image that EXIF turns has masks of its upright size.
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(IMAGE.transpose(1, 0, 2).copy()).save(loco / "test/logical_anomalies/000.png", exif=exif)
-    for has_config in (True, False):
-        if not has_config:
-            (loco / "defects_config.json").unlink()
-        category = open_category(loco, None)
-        found = category.defects(item_of(category, "test/logical_anomalies/000"))
-        for defect, (mask, name, saturation, area) in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(defect.mask, mask > 0)
-            wanted = (name, saturation) if has_config else ("logical_anomalies", area)
-            assert (defect.name, defect.saturation) == wanted
-
-
-def test_bad_loco_masks(loco):
-    path, category = loco / "ground_truth/logical_anomalies/000/000.png", open_category(loco, None)
-    for mask, reason in (
-        (blob(7), "pixel value 7"),
-        (blob(0), "empty"),
-        (blob(shape=(64, 40), columns=slice(0, 9)), "40 x 64"),
-        (blob(255) + blob(254, slice(20, 30)), "2 values"),
-    ):
-        save(path, mask)
-        with pytest.raises(MaskError, match=f"{path} .*{reason}"):
-            category.defects(item_of(category, "test/logical_anomalies/000"))
-
-
-@pytest.mark.parametrize(
-    ("file", "kinds", "sentence"),
-    [
-        ("bad/1_mask.png", {"structural"}, "1_mask.png belongs to no image of {0}/test/bad"),
-        ("bad/0/deep/0.png", {"structural"}, "bad/0/deep/0.png belongs to no image of {0}/test/bad"),
-        ("bad/0.tif", {"structural"}, "bad/0.tif is a second one beside {0}/ground_truth/bad/0_mask.PNG"),
-        ("logical_anomalies/0.png", {"logical"}, "{0}/ground_truth/logical_anomalies holds masks, but {0}/test/"),
-        ("0.png", {"structural", "logical"}, "0.png lies directly in {0}/ground_truth"),
-    ],
-)
-def test_a_mask_without_an_image_of_its_own_is_named(tmp_path, file, kinds, sentence):
-    write(tmp_path, "train/good/0.png", "test/good/0.png")
-    save(tmp_path / "test/bad/0.png", IMAGE)
-    save(tmp_path / "ground_truth/bad/0_mask.PNG", blob())
-    category = open_category(tmp_path, None)
-    assert (category.stray_masks, category.unused) == ({}, {})
-    save(tmp_path / "ground_truth" / file, blob())
-    category = open_category(tmp_path, None)
-    truth = GroundTruth(category)
-    (found,) = truth.bad_masks()
-    assert sentence.format(tmp_path) in found
-    assert category.stray_masks == dict.fromkeys(kinds, (found,))
-    assert (truth.defects(item_of(category, "test/bad/0")) is None) == ("structural" in kinds)
-
-
-def test_bad_defects_config(loco):
-    path, (relative, absolute, *_) = loco / "defects_config.json", CONFIG
-    for content, reason in (
-        ("{not json", "JSON"),
-        ('{"a": 1}', "list"),
-        ([relative, {"defect_name": "long"}], "entry 2 .* lacks pixel_value"),
-        *(([relative | {"pixel_value": x}], "pixel_value must be an integer") for x in (0, 256, True, "1")),
-        ([relative | {"defect_name": 3}], "defect_name"),
-        ([relative | {"relative_saturation": 1}], "relative_saturation must be true or false"),
-        *(([absolute | {"saturation_threshold": x}], "positive") for x in (0, np.nan, np.inf, "1", True)),
-        ([absolute | {"saturation_threshold": 1.5}], "counts pixels"),
-        ([relative | {"saturation_threshold": 1.5}], "must not exceed 1"),
-        ([relative, absolute | {"pixel_value": 255}], "255 another"),
-    ):
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        with pytest.raises(UserError, match=reason) as caught:
-            open_category(loco, None)
-        assert str(path) in str(caught.value)
-
-
-def mvtec_ad(root, name, **n_images):
-    write(root / name, *numbered("train/good", 20), *numbered("test/good", 3))
-    for folder, n in n_images.items():
-        write(root / name, *numbered(f"test/{folder}", n), *numbered(f"ground_truth/{folder}", n, "_mask.png"))
-
-
 def test_the_papers_37_logical_images_of_mvtec_ad(tmp_path):
     # The numbers of images are those of MVTec AD.
     mvtec_ad(tmp_path, "cable", bent_wire=13, cable_swap=12, combined=11, cut_inner_insulation=14)
@@ -215,38 +74,6 @@ def test_the_papers_37_logical_images_of_mvtec_ad(tmp_path):
             if item.kind == "logical" and item.folder in ("combined", "faulty_imprint")
         ]
         assert logical == [f"test/{name}" for name in some]
-
-
-def test_mvtec_ad_defects_are_the_8_connected_components(tmp_path):
-    mvtec_ad(tmp_path, "bottle", broken=2)
-    mask = blob(255, slice(2, 4), slice(2, 4)) | blob(255, slice(20, 30), slice(20, 40))
-    mask[4, 4] = 1  # touches the first region at a corner; the value does not matter
-    dots = np.zeros((100, 100), np.uint8)
-    dots[::2, ::2] = 255
-    for name, image, content in (("000", IMAGE, mask), ("001", np.zeros((100, 100, 3), np.uint8), dots)):
-        save(tmp_path / f"bottle/test/broken/{name}.png", image)
-        save(tmp_path / f"bottle/ground_truth/broken/{name}_mask.png", content)
-    category = open_category(tmp_path, "bottle")
-    defects = category.defects(item_of(category, "test/broken/000"))
-    assert [(defect.saturation, defect.name) for defect in defects] == [(5, "broken"), (200, "broken")]
-    np.testing.assert_array_equal(defects[0].mask | defects[1].mask, mask > 0)
-    assert not (defects[0].mask & defects[1].mask).any()
-    with pytest.raises(UserError, match=r"001_mask\.png has 2500 separate regions"):
-        category.defects(item_of(category, "test/broken/001"))
-
-
-@pytest.mark.parametrize("mask_name", ["ein Kratzer.1.png", "ein Kratzer.1_mask.png", "ein Kratzer.1/0.png"])
-def test_own_folder_with_any_mask_convention(tmp_path, mask_name):
-    root = tmp_path / "Prüfling 7"
-    write(root, *numbered("train/good", 5), "test/good/gut.jpg")
-    save(root / "test/größer Kratzer/ein Kratzer.1.bmp", IMAGE)
-    save(root / "ground_truth/größer Kratzer" / mask_name, blob(1))
-    category = open_category(tmp_path, "Prüfling 7")
-    item = item_of(category, "test/größer Kratzer/ein Kratzer.1")
-    assert item.kind == "structural"
-    (defect,) = category.defects(item)
-    assert (defect.saturation, defect.name) == (200, "größer Kratzer")
-    assert category.localisation_obstacle("structural") is None
 
 
 @pytest.mark.parametrize("below", [".", "train", "train/good"])

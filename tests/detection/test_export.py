@@ -16,19 +16,17 @@ import openvino
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as nnf
 
-from dskd_fast import functional
 from dskd_fast.data.images import read_image
-from dskd_fast.data.images import resize_square as resize_with_pillow
 from dskd_fast.data.layout import open_category
 from dskd_fast.detection import export as export_module
-from dskd_fast.detection.calibration import Calibration, Exposure, Scoring, Statistics, Threshold
-from dskd_fast.detection.detector import Detector
+from dskd_fast.detection.calibration import Exposure
 from dskd_fast.detection.export import METADATA, OPSET, SUFFIXES, TOLERANCE, export
-from dskd_fast.detection.program import Inspection, enlarge, resize_square
+from dskd_fast.detection.program import Inspection
 from dskd_fast.detection.scoring.parts import PARTS
 from dskd_fast.errors import UserError
+
+from .conftest import assert_agrees, module_run, small_detector
 
 FORMATS = ("onnx", "openvino", "torch")
 
@@ -51,27 +49,8 @@ def load_program(path):
     return torch.export.load(path, extra_files=extra), extra[METADATA]
 
 
-def module_run(module):
-    return lambda images: {name: x.numpy() for name, x in module(torch.from_numpy(images)).items()}
-
-
 def openvino_run(compiled):
     return lambda images: {output.any_name: x.copy() for output, x in compiled({"images": images}).items()}
-
-
-def assert_agrees(found, detections, threshold):
-    """Within the stated tolerance; decisions must not differ where the scores are farther from the threshold."""
-    scores = np.array([one.score for one in detections])
-    maps = np.stack([one.map for one in detections])
-    parts = np.array([list(one.parts.values()) for one in detections])
-    for name, expected in (("score", scores), ("map", maps), ("parts", parts)):
-        assert (found[name].dtype, found[name].shape) == (np.float32, expected.shape)
-        assert (np.abs(found[name] - expected) <= TOLERANCE * (1 + np.abs(expected))).all()
-    if threshold is None:
-        return
-    assert found["anomalous"].dtype == np.bool_
-    clear = np.abs(scores - threshold) > TOLERANCE * (1 + np.abs(scores))
-    assert (found["anomalous"] == (scores > threshold))[clear].all()
 
 
 @pytest.fixture(scope="module")
@@ -212,55 +191,6 @@ def test_openvino_in_less_than_float32_gives_no_numbers_and_passes_no_image(
 EXPOSURE = Exposure((50.0, 200.0), (10.0, 100.0), "", 1)
 
 
-class SmallNetworks(nn.Module):
-    """Stands in for DSKD: one level, one convolution per network."""
-
-    image_size = 32
-
-    def __init__(self, branches=("local", "global")):
-        super().__init__()
-        self.branches = self.students = branches
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.convolutions = nn.ModuleList(nn.Conv2d(3, 12, 4, stride=4) for _ in range(3))
-        self.teacher = nn.Module()
-        self.teacher.name = "small"
-        self.teacher.register_buffer("mean", torch.zeros(1))
-
-    @torch.no_grad()
-    def anomaly_maps(self, images, temperature, *, align_corners, **kinds):
-        teacher, local, global_ = (convolution(images).relu() for convolution in self.convolutions)
-        maps = functional.cosine_distance(local, teacher), functional.contextual_affinity(global_, teacher, temperature)
-        return tuple(
-            nnf.interpolate(m[:, None], images.shape[-2:], mode="bilinear", align_corners=align_corners)[:, 0]
-            if name in self.branches
-            else None
-            for name, m in zip(("local", "global"), maps, strict=True)
-        )
-
-
-def small_detector(threshold=None, exposure=None, **scoring):
-    statistics = {"local": Statistics(0.3, 0.02), "global": Statistics(1e-3, 5e-4)}
-    limit = None if threshold is None else Threshold(threshold, "", 1, 0.5)
-    scoring = Scoring(**{"temperature": 1.0, "sigma": 1.5} | scoring)
-    return Detector(SmallNetworks(), scoring, Calibration(statistics, "validation", 1, limit, exposure=exposure))
-
-
-@pytest.mark.parametrize(
-    "scoring",
-    [
-        {"align_corners": True, "temperature": 0.05},
-        {"sigma": 20.0, "filter_maps": True},  # wider than the map: reflected more than once
-    ],
-    ids=str,
-)
-def test_settings_of_a_run_are_in_the_module(random_images, scoring):
-    detector = small_detector(**scoring)
-    run = module_run(Inspection(detector, 20.0))
-    for images in (random_images(1, 32, 45), random_images(4, 61, 32), random_images(2, 90, 70)):
-        assert_agrees(run(images), detector.predict(images.transpose(0, 2, 3, 1)), 20.0)
-
-
 @pytest.mark.slow
 def test_a_file_of_the_papers_scoring_keeps_its_digits_and_without_a_threshold_makes_no_decisions(
     tmp_path, random_images
@@ -286,55 +216,6 @@ def test_a_file_of_the_papers_scoring_keeps_its_digits_and_without_a_threshold_m
     assert (exported.metadata["scoring"], exported.metadata["parts"]) == ("paper", ["local", "global"])
     assert "exposure" not in exported.metadata
     assert exported.metadata["threshold"] is None
-
-
-@pytest.mark.parametrize(
-    ("networks", "scoring", "used"),
-    [
-        ({"students": "local"}, {}, None),
-        ({"students": "global"}, {"filter_maps": True}, None),
-        ({"gccb": 0}, {"align_corners": True}, None),
-        ({}, {}, ["global", "condensed"]),
-        ({}, {}, ["sum", "patches"]),
-    ],
-    ids=str,
-)
-def test_calibrated_scores_of_any_run_are_in_the_module(make_calibrated, random_images, networks, scoring, used):
-    detector = make_calibrated(scoring=scoring, **networks)
-    detector.calibrated.use(used or detector.parts)
-    module = Inspection(detector, 2.0)
-    assert {x.dtype for x in module.calibrated.buffers()} == {torch.float32}
-    for images in (random_images(1, 40, 64), random_images(3, 70, 90)):
-        assert_agrees(module_run(module)(images), detector.predict(images.transpose(0, 2, 3, 1)), 2.0)
-
-
-def test_the_decision_is_strict(random_images):
-    images = torch.from_numpy(random_images(1, 40, 40))
-    score = Inspection(small_detector(), None)(images)["score"].item()
-    # In float32 the second threshold would be rounded to the score.
-    for threshold, expected in ((score, False), (float(np.nextafter(score, -np.inf)), True)):
-        assert Inspection(small_detector(), threshold)(images)["anomalous"].tolist() == [expected]
-
-
-def test_resizing_is_that_of_predict_to_the_bit():
-    generator = np.random.default_rng(0)
-    for _ in range(40):
-        size = int(generator.choice([32, 64, 96]))
-        height, width = generator.choice([32, 33, 50, 64, 96, 127, 200, 311], 2)
-        image = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        image[: height // 2] = 255 * (image[: height // 2] > 127)
-        ours = resize_square(torch.from_numpy(image).permute(2, 0, 1)[None], size)[0].permute(1, 2, 0).numpy()
-        np.testing.assert_array_equal(ours, resize_with_pillow(image, size))
-
-
-@pytest.mark.parametrize("align_corners", [False, True])
-def test_maps_are_enlarged_as_those_of_predict(align_corners):
-    detector = small_detector(align_corners=align_corners)
-    anomaly_map = torch.randn((1, 32, 32), generator=torch.Generator().manual_seed(0))
-    for size in ((32, 32), (20, 31), (31, 100), (100, 20), (32, 100), (200, 130)):
-        expected = detector.localisation_map(anomaly_map[0].numpy(), size)
-        # PyTorch's own coordinates are in float32.
-        np.testing.assert_allclose(enlarge(anomaly_map, size, align_corners)[0].numpy(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

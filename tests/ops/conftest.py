@@ -6,8 +6,19 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from dskd_fast import functional
 from dskd_fast.backends import native_build
 from dskd_fast.ops import dispatch
+
+FUNCTIONS = [functional.contextual_affinity, functional.cosine_distance]
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def plain(seed, dtype=torch.float32, batch=1):
+    return random(batch, 5, 3, 4, seed=seed, dtype=dtype)
 
 
 class Place(NamedTuple):

@@ -13,12 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from dskd_fast import AffinityDistillationLoss, functional
 from dskd_fast.functional import affinity_distillation, contextual_affinity, prepare_keys, update_keys
 
+from .conftest import random
+
 operator = torch.ops.dskd_fast.affinity_distillation
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def dense(student, teacher, keys, student_temperature, teacher_temperature, normalize=True):

@@ -131,10 +131,7 @@ def test_killed_at_any_file_it_ends_with_the_same_bits(category, options, tmp_pa
             replace(temporary, path)
 
         os.replace = killed
-        if (run / "config.json").exists():
-            resume_run(run, report=report)
-        else:
-            start_run(run, category, options, holdout=0.1, report=report)
+        ensure_run(run, category, options, holdout=0.1, report=report)
 
     # The files at whose writing a training is killed, one after the other, and which time that is.
     kills = {"config.json": (1,), "checkpoint.safetensors": (1, 5)}
