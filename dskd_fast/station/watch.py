@@ -78,7 +78,7 @@ def watch(
     Args:
         detector: calibrated.
         folder: into which images are written, with its subfolders; hidden ones, and hidden files, are left out.
-        out: folder of decisions.jsonl and overlays; it may lie in `folder`.
+        out: folder of decisions.jsonl and overlays; it may lie in `folder`, but not be it.
         threshold: of the decisions.
         emit: called with each line once it is on the disk.
         is_stopped: asked before each image and at least every second in between; true ends the call.
@@ -91,17 +91,18 @@ def watch(
     as one that has vanished or a full disk, the logger "dskd_fast" says so once, and it is waited for.
 
     Raises:
-        UserError: `folder` is no folder, another process writes into `out`, it cannot be written at the start, or what
-            is there is not from here.
+        UserError: `folder` is no folder, or overlays would be drawn into it; another process writes into `out`, it
+            cannot be written at the start, or what is there is not from here.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: check the path")
-    outputs = {(out / name).resolve() for name in PICTURE_FOLDERS}
-    if out.resolve() != folder.resolve():
-        outputs.add(out.resolve())
+    here, pictures = folder.resolve(), {(out / name).resolve() for name in PICTURE_FOLDERS}
+    if here == out.resolve() or not pictures.isdisjoint((here, *here.parents)):
+        raise UserError(f"what is drawn into {out} would lie among the images of {folder}: choose another --out")
 
     def is_left_out(path: Path) -> bool:
-        return path.resolve() in outputs or is_prediction_output(path)
+        is_of_watch = path.name in PICTURE_FOLDERS and (path.parent / DECISIONS).exists()
+        return is_of_watch or is_prediction_output(path) or path.resolve() in (out.resolve(), *pictures)
 
     with Journal(out / DECISIONS) as journal, Workers() as workers:
         log.info("watching %s, decisions in %s, %d of them from before", folder, journal.path, len(journal))

@@ -275,14 +275,19 @@ def test_folders_that_vanish_are_waited_out_and_nothing_is_judged_twice(
     assert (stage, caplog.text.count("it goes on")) == (3, 2)
 
 
-@pytest.mark.parametrize("where", [".", "results"])
-def test_the_own_pictures_are_not_judged(write_images, inbox, tiny_detector, where):
+def test_what_this_or_an_earlier_watch_has_drawn_is_not_judged(write_images, inbox, tiny_detector):
     write_images(inbox, 2)
-    emitted, looks = [], iter([False] * 40)
-    options = {"threshold": -1e9, "emit": emitted.append, "is_stopped": lambda: next(looks, True), "poll": POLL}
-    watch(tiny_detector, inbox, inbox / where, **options)
-    assert [json.loads(line)["path"] for line in emitted] == ["000.png", "001.png"]
-    assert len([*(inbox / where / "overlays").iterdir()]) == 2
+    options = {"threshold": -1e9, "poll": POLL}
+    for out in (inbox / "results", inbox / "others"):
+        emitted, looks = [], iter([False] * 40)
+        watch(
+            tiny_detector, inbox, out, emit=emitted.append, is_stopped=lambda looks=looks: next(looks, True), **options
+        )
+        assert [json.loads(line)["path"] for line in emitted] == ["000.png", "001.png"]
+        assert len([*(out / "overlays").iterdir()]) == 2
+    for folder, out in ((inbox, inbox), (inbox / "results" / "overlays", inbox / "results")):
+        with pytest.raises(UserError, match=r"would lie among the images of .*: choose another --out$"):
+            watch(tiny_detector, folder, out, emit=print, is_stopped=lambda: True, **options)
 
 
 @pytest.mark.slow
