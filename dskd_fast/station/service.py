@@ -135,6 +135,8 @@ def make_app(detector: Detector, *, run: str, threshold: float | None, max_bytes
         with_map: Annotated[bool, Query(alias="map", description="send it")] = False,
     ) -> Judgement:
         """Judge the image file that is the body, whatever its content type says: PNG, JPEG, BMP, TIFF or WebP."""
+        for name in {*request.query_params} - {"overlay", "map"}:
+            raise HTTPException(422, f"there is no parameter {name[:50]!r}: overlay and map are possible")
         return await request.app.state.service.answer(request, overlay, with_map)
 
     @app.get("/health")

@@ -64,6 +64,7 @@ def test_overlay_and_map_come_on_request(client, tiny_detector, paths):
         (lambda data: {"content": iter([bytes(60_000)] * 2)}, 413, "the body has more than 100,000 bytes"),
         (lambda data: {"files": {"image": data}}, 415, "the body is a form: send the image file itself"),
         (lambda data: {"content": data, "params": {"map": "x"}}, 422, "map='x' is not possible: use true or false"),
+        (lambda data: {"content": data, "params": {"Map": 1}}, 422, "there is no parameter 'Map': overlay and map are"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(client, paths, request_of, code, sentence):
