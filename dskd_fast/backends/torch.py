@@ -128,7 +128,8 @@ def _cosine_distance(student: Tensor, teacher: Tensor, weights: Tensor | None) -
     for b in range(student.shape[0]):
         s, t, delta, inverse_norm = slabs.directions(student[b], teacher[b])
         has_direction = (s != 0).any(-1) & (t != 0).any(-1)
-        distance[b] = torch.where(has_direction, delta.square().sum(-1) / 2, 1.0)
+        half_square = delta.square().sum(-1) / 2
+        distance[b] = torch.where(has_direction | half_square.isnan(), half_square, 1.0)
         if gradient is not None and weights is not None:
             projected = delta - (delta * s).sum(-1, keepdim=True) * s
             gradient[b] = (torch.where(has_direction, inverse_norm, 0.0) * weights[b])[:, None] * projected
