@@ -9,14 +9,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageFile, ImageOps
 
-from dskd_fast.data.images import (
-    ImageError,
-    image_size,
-    pixel_limit,
-    read_image,
-    read_image_and_peak,
-    read_mask,
-)
+from dskd_fast.data.images import ImageError, image_size, pixel_limit, read_image, read_image_and_peak, read_mask
 
 from .conftest import encode
 

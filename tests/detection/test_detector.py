@@ -180,9 +180,7 @@ def test_calibrated_scores_are_found_with_their_parts_and_the_one_that_decides(c
 
 
 @pytest.mark.parametrize(
-    ("used", "shown"),
-    [(("global", "teacher-means"), "global"), (("local",), "local"), (("condensed",), None)],
-    ids=str,
+    ("used", "shown"), [(("global", "teacher-means"), "global"), (("local",), "local"), (("condensed",), None)], ids=str
 )
 def test_the_map_is_of_the_parts_that_decide_if_they_have_one(calibrated, others, used, shown):
     detector = dataclasses.replace(calibrated, calibrated=copy.deepcopy(calibrated.calibrated))

@@ -175,8 +175,7 @@ def test_test_images_that_are_trained_on_are_warned_of(tiny_detector, own_data):
 
 
 @pytest.mark.parametrize(
-    ("removed", "absent"),
-    [("good", {"structural", "logical", "mean"}), ("logical_anomalies", {"logical", "mean"})],
+    ("removed", "absent"), [("good", {"structural", "logical", "mean"}), ("logical_anomalies", {"logical", "mean"})]
 )
 def test_a_kind_without_images_has_no_figures_and_a_reason(tiny_detector, own_data, removed, absent):
     shutil.rmtree(own_data / "test" / removed)

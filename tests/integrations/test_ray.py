@@ -182,10 +182,7 @@ def test_what_is_no_image_is_an_error_of_its_row(tiny_run, columns, message):
 
 
 def test_wrong_arguments_are_refused_in_a_sentence(tiny_run):
-    for arguments, message in [
-        ({"overlays": "all"}, "pass out"),
-        ({"out": "nowhere://folder"}, "fsspec knows"),
-    ]:
+    for arguments, message in [({"overlays": "all"}, "pass out"), ({"out": "nowhere://folder"}, "fsspec knows")]:
         with pytest.raises(UserError, match=message):
             Predict(str(tiny_run), **arguments)
     with pytest.raises(UserError, match="the columns are item: have path"):

@@ -9,11 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <source_location>
-#include <utility>
-#include <vector>
 
 #include "fibers.h"
 #include "launch.h"
