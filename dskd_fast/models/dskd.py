@@ -54,6 +54,7 @@ class Measurements(NamedTuple):
             3 x 3 positions, see `DSKD.measure`.
         local_errors: features of the local student less the teacher's, each at unit length, of the two finest levels,
             (B, C, h, w).
+        arrangement: None as measured; what `dskd_fast.detection.scoring` makes of patches beside their distances.
     """
 
     local_levels: list[Tensor] | None
@@ -63,6 +64,7 @@ class Measurements(NamedTuple):
     teacher_means: Tensor
     patches: Tensor
     local_errors: list[Tensor] | None
+    arrangement: list[Tensor] | None = None
 
 
 class DSKD(nn.Module):

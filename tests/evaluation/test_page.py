@@ -191,7 +191,7 @@ def test_a_run_with_one_student_has_what_there_is(data_root, tiny_arguments, tmp
     assert run["recipe"].endswith("epochs: 1, the local student alone")
     assert run["variants"]["teacher-means"]["map"] == "combined"
     for result in (image["runs"][0] for image in found["images"]):
-        parts = ["local", "local-whitened", "patches", "teacher-means"]
+        parts = ["local", "local-whitened", "patches", "arrangement", "teacher-means"]
         assert list(result["scores"]) == list(run["variants"]) == ["combined", *parts]
         assert list(result["maps"]) == ["combined", "local"]
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
+from dskd_fast.detection.scoring.arrangement import ArrangementPart, ImageSample
 from dskd_fast.detection.scoring.distances import Mahalanobis, NearestNeighbour
 from dskd_fast.detection.scoring.maps import MapPart, SumPart
 from dskd_fast.detection.scoring.parts import LEVELS, PARTS, SHARPNESS, Kind, handicaps, soft_maximum
@@ -91,6 +92,7 @@ class CalibratedScore(nn.Module):
             "global-means": "global" in model.students,
             "sum": "local" in model.students and "global" in model.students,
             "patches": True,
+            "arrangement": True,
             "teacher-means": True,
         }
         self._all_names = tuple(name for name in PARTS if has[name])
@@ -133,10 +135,14 @@ class CalibratedScore(nn.Module):
 
     def reduced(self, measured: Measurements, training_image: int | None = None) -> Measurements:
         """The same with distances (B, h, w) in place of vectors, which are many; see `PatchPart.distances`."""
-        errors = measured.local_errors
+
+        def distances(name: str, *found: Any) -> Any:
+            return self._part(name).distances(*found) if name in self.names else None
+
         return measured._replace(
-            patches=self._part("patches").distances(measured.patches, training_image),
-            local_errors=self._part("local-whitened").distances(errors) if "local-whitened" in self.names else None,
+            patches=distances("patches", measured.patches, training_image),
+            arrangement=distances("arrangement", measured.patches, training_image),
+            local_errors=distances("local-whitened", measured.local_errors),
         )
 
     def combined(self, scored: Scored) -> Tensor:
@@ -155,19 +161,18 @@ class CalibratedScore(nn.Module):
         """Learn what training images are like; of the batches each is taken once."""
         # Before the first batch is measured: what is learned anew is as in new runs, whatever version the run is of.
         self._begin()
-        sample, covariances = PatchSample(), ErrorCovariances()
+        samples: dict[str, Any] = {"patches": PatchSample(), "arrangement": ImageSample()}
+        if "local-whitened" in self.names:
+            samples["local-whitened"] = ErrorCovariances()
         batches = []
         for measured in training:
-            sample.add(measured.patches)
-            if measured.local_errors is not None:
-                covariances.add(measured.local_errors)
+            for name, sample in samples.items():
+                sample.add(measured.local_errors if name == "local-whitened" else measured.patches)
             batches.append(measured._replace(patches=torch.empty(0), local_errors=None))
         of_all = collected(batches)
         for name in self.names:
-            if name == "patches":
-                self._part(name).fit(sample)
-            elif name == "local-whitened":
-                self._part(name).fit(covariances)
+            if name in samples:
+                self._part(name).fit(samples[name])
             elif not PARTS[name].has_map:
                 self._part(name).fit(_vectors(name, of_all))
         if len(of_all.teacher_means) >= _ENOUGH_TO_TELL:
@@ -194,11 +199,8 @@ class CalibratedScore(nn.Module):
         for name in self.names:
             part = self._part(name)
             if PARTS[name].has_map:
-                maps = (
-                    part(normal.patches, self.size)
-                    if name == "patches"
-                    else part.calibrate(_maps(name, normal), self.size)
-                )
+                calibrated = part if name == "patches" else part.calibrate
+                maps = calibrated(_maps(name, normal), self.size)
                 columns.append(_filtered(maps, self.filter.cpu()).amax((1, 2)))
             else:
                 vectors = _vectors(name, normal)
@@ -293,16 +295,16 @@ class CalibratedScore(nn.Module):
     def _match(self, state: dict[str, Any], prefix: str) -> None:
         """Have the parts that a state has, and complete it where it is of an earlier version.
 
-        Then weights of maps were those of scores, and errors were not whitened.
+        Then weights of maps were those of scores, errors were not whitened, and there was no arrangement.
         """
         if (handicap := state.get(prefix + "handicap")) is not None:
             state.setdefault(prefix + "map_handicap", handicap.clone())
         PatchPart.complete(state, f"{prefix}parts.{_module_name('patches')}.")
         self._begin()
-        name = "local-whitened"
-        if name in self.names and f"{prefix}parts.{_module_name(name)}.mean0" not in state:
-            del self.parts[_module_name(name)]
-            self.names = tuple(x for x in self.names if x != name)
+        for name in ("local-whitened", "arrangement"):
+            if name in self.names and f"{prefix}parts.{_module_name(name)}.mean0" not in state:
+                del self.parts[_module_name(name)]
+                self.names = tuple(x for x in self.names if x != name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._match(state_dict, prefix)
@@ -341,6 +343,8 @@ def _make_part(name: str) -> nn.Module:
         return SumPart(LEVELS[name])
     if name == "local-whitened":
         return WhitenedPart(LEVELS[name])
+    if name == "arrangement":
+        return ArrangementPart()
     if name in LEVELS:
         return MapPart(LEVELS[name])
     if name == "patches":
@@ -356,6 +360,7 @@ def _maps(name: str, measured: Measurements) -> Any:
         "global": measured.global_levels,
         "sum": (measured.local_levels, measured.global_levels),
         "patches": measured.patches,
+        "arrangement": measured.arrangement,
     }[name]
 
 

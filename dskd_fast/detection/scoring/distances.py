@@ -9,7 +9,7 @@ MAX_REFERENCES = 1000
 # Images whose differences from all references are in memory together.
 _AT_A_TIME = 8
 # Parts into which training images are divided where they have to stand in for others.
-_FOLDS = 5
+FOLDS = 5
 # Vectors that differ by less than this share of their largest value are equal but for float32 rounding.
 _ROUNDING = 1e-5
 
@@ -134,8 +134,8 @@ def _thinned_out(vectors: Tensor) -> Tensor:
 def _cross_fitted(kind: type[NearestNeighbour] | type[Mahalanobis], vectors: Tensor) -> Tensor:
     n = len(vectors)
     distances = torch.zeros(n)
-    for fold in range(min(_FOLDS, n) if n > 1 else 0):
-        is_out = torch.arange(n) % min(_FOLDS, n) == fold
+    for fold in range(min(FOLDS, n) if n > 1 else 0):
+        is_out = torch.arange(n) % min(FOLDS, n) == fold
         part = kind()
         part.fit(vectors[~is_out])
         distances[is_out] = part(vectors[is_out]).cpu()

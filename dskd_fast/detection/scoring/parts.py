@@ -62,6 +62,13 @@ PARTS: dict[str, Kind] = {
         0.2,
         weight_in_map=0.03,
     ),
+    "arrangement": Kind(
+        "the teacher's patches, what is left of them after the mixture of training images nearest to the whole image",
+        0.1,
+        0.01,
+        1.0,
+        weight_in_map=0.1,
+    ),
     "condensed": Kind(
         "the global student's condensed vector, distance from the nearest training image's", 0.1, 0.01, 1.0
     ),
@@ -74,7 +81,7 @@ PARTS: dict[str, Kind] = {
 }
 """Everything a calibrated score is made of; a run has those whose student there is."""
 
-LEVELS = {"local": (0, 1), "local-whitened": (0, 1), "global": (0, 1, 2), "sum": (0, 1, 2)}
+LEVELS = {"local": (0, 1), "local-whitened": (0, 1), "global": (0, 1, 2), "sum": (0, 1, 2), "arrangement": (0,)}
 """Which levels make a map. The local student's coarsest finds what the global one finds, less well."""
 
 

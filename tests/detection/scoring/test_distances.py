@@ -48,7 +48,7 @@ def test_distances_are_those_of_the_formula(kind, n, channels):
 def test_each_training_image_is_measured_from_images_that_it_is_not_among(kind, n):
     training = vectors(n)
     found = kind().of_training(training)
-    folds = np.arange(n) % distances_module._FOLDS
+    folds = np.arange(n) % distances_module.FOLDS
     for i in range(n):
         others = fitted(kind, training[folds != folds[i]])
         torch.testing.assert_close(found[i : i + 1], others(training[i : i + 1]), rtol=1e-5, atol=1e-6)
