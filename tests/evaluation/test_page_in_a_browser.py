@@ -130,6 +130,7 @@ def test_a_part_without_a_map_of_its_own_has_scores_and_curves_and_another_map(s
         "Global",
         "Sum",
         "Patches",
+        "Arrangement",
         "Condensed",
         "Global means",
         "Teacher means",
