@@ -307,15 +307,20 @@ class DSKD(nn.Module):
 
 def _patches(teacher: list[Tensor], counts_beyond: bool) -> Tensor:
     """As PatchCore makes them (arXiv 2106.08265)."""
-    second, third = (nnf.avg_pool2d(x.float(), 3, 1, 1, count_include_pad=counts_beyond) for x in teacher[1:])
+    # Channels of a place side by side are averaged in a quarter of the time, and read in order afterwards.
+    maps = [x.float().contiguous(memory_format=torch.channels_last) for x in teacher[1:]]
+    second, third = (nnf.avg_pool2d(x, 3, 1, 1, count_include_pad=counts_beyond) for x in maps)
     third = nnf.interpolate(third, second.shape[2:], mode="bilinear")
     return torch.cat([second, third], 1).permute(0, 2, 3, 1)
 
 
 def _errors(student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
-    return [
-        nnf.normalize(s.float(), dim=1) - nnf.normalize(t.float(), dim=1) for s, t in zip(student, teacher, strict=True)
-    ]
+    return [_at_unit_length(s.float()) - _at_unit_length(t.float()) for s, t in zip(student, teacher, strict=True)]
+
+
+def _at_unit_length(features: Tensor) -> Tensor:
+    # As `nnf.normalize`, whose norm over channels that lie apart takes four times as long.
+    return features / features.square().sum(1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def enlarged(level_maps: Sequence[Tensor], size: Sequence[int], align_corners: bool = False) -> Tensor:

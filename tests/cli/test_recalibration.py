@@ -15,6 +15,8 @@ from dskd_fast.detection.calibration import threshold_from
 from dskd_fast.runs import folder as runs
 from dskd_fast.runs.folder import load_run
 
+ONE = "global-means"
+
 
 @pytest.fixture
 def good(write_images, tmp_path):
@@ -141,33 +143,34 @@ def test_each_bad_image_and_what_each_part_would_find_is_reported(recalibrated, 
 
 
 @pytest.fixture
-def bad_by_local(monkeypatch):
-    """Bad images whose local part has a value, and all others another: bad_by_local(detector -> value, other)."""
+def bad_by_one(monkeypatch):
+    """Bad images of which one part has a value, and all others another: bad_by_one(detector -> value, other)."""
 
-    def replace(of_local, other):
+    def replace(of_one, other):
         def score_bad(detector, paths):
-            parts = {n: np.full(len(paths), of_local(detector) if n == "local" else other) for n in detector.parts}
-            return Caught(paths, parts, ["local"] * len(paths))
+            parts = {n: np.full(len(paths), of_one(detector) if n == ONE else other) for n in detector.parts}
+            return Caught(paths, parts, [ONE] * len(paths))
 
         monkeypatch.setattr(recalibration, "score_bad", score_bad)
 
     return replace
 
 
-def test_chosen_parts_alone_decide_until_they_are_no_longer_chosen(recalibrated, own_run, good, bad, bad_by_local):
+def test_chosen_parts_alone_decide_until_they_are_no_longer_chosen(recalibrated, own_run, good, bad, bad_by_one):
     def just_found(detector):
-        """What the other parts say of the good images raises the threshold of all above this."""
+        """What the other parts, of more weight, say of the good images raises the threshold of all above this."""
         calibrated = detector.calibrated
-        return threshold_from(calibrated.left_out[:, 0], calibrated.rounding(), are_left_out=True).value + 1e-3
+        own = calibrated.left_out[:, detector.parts.index(ONE)]
+        return threshold_from(own, calibrated.rounding(), are_left_out=True).value + 1e-3
 
-    bad_by_local(just_found, -99.0)
+    bad_by_one(just_found, -99.0)
     parts = load_run(own_run, "cpu")[0].parts
     out = " ".join(recalibrated("--good", good, "--bad", bad, "--choose-parts").split())
     assert "bad images found at the threshold: 3 of 3" in out
     content = calibration(own_run)
     (warning,) = (text for text in content["warnings"] if "decide" in text)
     chosen = content["chosen_parts"]
-    assert "local" in chosen
+    assert ONE in chosen
     assert set(chosen) < set(parts)
     assert warning.startswith(f"only {', '.join(chosen)} decide: chosen by 3 known bad images")
     assert f"warning: {warning}" in out
@@ -175,7 +178,7 @@ def test_chosen_parts_alone_decide_until_they_are_no_longer_chosen(recalibrated,
     assert set(found_in(own_run, bad)[1]) <= set(chosen)
 
     # Without bad images all decide, and where no choice of parts finds more of them.
-    bad_by_local(lambda _: 99.0, 99.0)
+    bad_by_one(lambda _: 99.0, 99.0)
     for more in ([], ["--bad", bad, "--choose-parts"]):
         out = recalibrated("--good", good, *more)
         assert ("all parts decide: no choice of them finds more of the bad images\n" in out) == (more != [])

@@ -60,7 +60,7 @@ class ArrangementPart(MapPart):
             training_image: the first one's number, where they are the training images themselves: each is then
                 compared with those of other folds alone, if there are others.
         """
-        places = (_coarser(patches) - self.origin) @ self.axes
+        places = _coarser(patches) @ self.axes - self.origin @ self.axes
         vectors = places.flatten(1)
         if training_image is None or not self._without_fold:
             left = _left(vectors, self.mean, self.directions)

@@ -38,7 +38,7 @@ class WhitenedPart(MapPart):
     def distances(self, errors: list[Tensor]) -> list[Tensor]:
         """Errors (B, C, h, w) of each level -> maps (B, h, w)."""
         return [
-            (errors[level].permute(0, 2, 3, 1) @ getattr(self, f"whitening{level}").mT).square().sum(3)
+            (getattr(self, f"whitening{level}") @ errors[level].flatten(2)).square().sum(1).view_as(errors[level][:, 0])
             for level in self.levels
         ]
 
