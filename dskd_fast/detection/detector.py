@@ -285,7 +285,8 @@ class Detector:
                 size, align_corners = images.shape[-2:], self.scoring.align_corners
                 of_students = (added(x, size, align_corners) for x in (of_batch.local_levels, of_batch.global_levels))
                 raw_maps = tuple(x for x in of_students if x is not None)
-                measured.append(self.calibrated.reduced(of_batch, n_images if source == "train" else None))
+                with torch.inference_mode(), numerics("fp32", self.device):  # as `find` does
+                    measured.append(self.calibrated.reduced(of_batch, n_images if source == "train" else None))
             raw = torch.stack(raw_maps).double().flatten(1)
             # Sums of deviations from the first batch's mean: squares of the values themselves would cancel.
             if n_images == 0:

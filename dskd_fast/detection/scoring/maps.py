@@ -39,6 +39,11 @@ class MapPart(nn.Module):
             for name in ("mean", "std"):
                 self.register_buffer(f"{name}{level}", torch.empty(0))
 
+    @property
+    def least_deviation(self) -> float:
+        """What the deviation of a level map is at least."""
+        return 0.0
+
     def calibrate(self, level_maps: list[Tensor], size: int) -> Tensor:
         """Take the statistics from normal images.
 
@@ -53,10 +58,10 @@ class MapPart(nn.Module):
         left_out = []
         for level in self.levels:
             values = level_maps[level].double().cpu().numpy()
-            mean, std = (torch.from_numpy(x).float() for x in _statistics(values))
+            mean, std = (torch.from_numpy(x).float() for x in _statistics(values, self.least_deviation))
             setattr(self, f"mean{level}", mean)
             setattr(self, f"std{level}", std)
-            left_out.append(torch.from_numpy(_without_each(values)).float())
+            left_out.append(torch.from_numpy(_without_each(values, self.least_deviation)).float())
         return enlarged(left_out, (size, size)).mean(1)
 
     def forward(self, level_maps: list[Tensor], size: int) -> Tensor:
@@ -115,23 +120,25 @@ def _towards_all(values: NDArray[np.float64], share: float) -> NDArray[np.float6
     return share * values + (1 - share) * values.mean((-2, -1), keepdims=True)
 
 
-def _deviation(variance: NDArray[np.float64], mean: NDArray[np.float64], share: float) -> NDArray[np.float64]:
-    deviation = np.sqrt(_towards_all(np.maximum(variance, 0), _SHARE_OF_VARIANCE * share))
+def _deviation(
+    variance: NDArray[np.float64], mean: NDArray[np.float64], share: float, least: float
+) -> NDArray[np.float64]:
+    deviation = np.maximum(np.sqrt(_towards_all(np.maximum(variance, 0), _SHARE_OF_VARIANCE * share)), least)
     return np.where(deviation > _ROUNDING * np.abs(mean), deviation, 1.0)
 
 
-def _statistics(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _statistics(values: NDArray[np.float64], least: float = 0.0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and deviation (h, w) of maps (n, h, w)."""
     share = len(values) / (len(values) + _IMAGES_TO_KNOW)
     mean = _towards_all(_smoothed(values.mean(0)), share)
-    return mean, _deviation(_smoothed(((values - mean) ** 2).mean(0)), mean, share)
+    return mean, _deviation(_smoothed(((values - mean) ** 2).mean(0)), mean, share, least)
 
 
-def _without_each(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def _without_each(values: NDArray[np.float64], least: float = 0.0) -> NDArray[np.float64]:
     """Each of n maps normalised by the statistics of the other n - 1; a single one by its own."""
     n = len(values)
     if n == 1:
-        mean, std = _statistics(values)
+        mean, std = _statistics(values, least)
         return (values - mean) / std
     centred = values - values.mean()  # squares of the values themselves would cancel
     of_others = (centred.sum(0) - centred) / (n - 1)
@@ -139,4 +146,4 @@ def _without_each(values: NDArray[np.float64]) -> NDArray[np.float64]:
     mean = _towards_all(_smoothed(of_others), share)
     # The mean of the others' squared distances from their smoothed mean.
     squares = ((centred**2).sum(0) - centred**2) / (n - 1) - 2 * mean * of_others + mean**2
-    return (centred - mean) / _deviation(_smoothed(squares), mean + values.mean(), share)
+    return (centred - mean) / _deviation(_smoothed(squares), mean + values.mean(), share, least)

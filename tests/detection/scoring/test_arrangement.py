@@ -81,21 +81,39 @@ def test_training_images_are_compared_with_those_of_other_folds(n, n_folds):
     for fold in range(n_folds):
         expected = left(training[folds == fold], training[folds != fold], training)
         np.testing.assert_allclose(found[folds == fold], expected, rtol=1e-4)
+    np.testing.assert_allclose(part.usual, found[folds == 0].mean(), rtol=1e-4)
 
 
 def test_of_many_images_some_are_kept_and_the_first_ones_give_the_axes(monkeypatch):
-    monkeypatch.setattr(arrangement, "_N_FOR_AXES", 3)
+    monkeypatch.setattr(arrangement, "_N_FOR_AXES", 3 * SIDE**2)
     monkeypatch.setattr(arrangement, "_MAX_IMAGES", 4)
     training, new = patches(19), patches(2, seed=1)
     (found,) = fitted(*training.split(5)).distances(new)
     np.testing.assert_allclose(found, left(new, training[::4], training[:3]), rtol=1e-4)
-    assert sample_of(training[:8]).finished()[1].tolist() == [0, 2, 4, 6]
+    part = fitted(training[:9])  # of which 0, 2, 4, 6 and 8 are kept
+    kept, fold = training[:9:2], torch.tensor([0, 2, 4, 1, 3])
+    np.testing.assert_allclose(
+        part.distances(training[7:8], 7)[0], left(training[7:8], kept[fold != 2], training[:3]), 1e-4
+    )
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_images_that_are_equal_have_no_directions(n):
+def test_images_that_are_equal_differ_in_no_direction(n):
     image, new = patches(1), patches(1, seed=1)
     part = fitted(image.repeat(n, 1, 1, 1))
-    assert len(part.directions) == 0
     np.testing.assert_allclose(part.distances(new)[0], left(new, image, image), rtol=1e-4)
-    assert (part.distances(image)[0] < 1e-9).all()
+    assert (part.distances(image)[0] == 0).all()
+
+
+@pytest.mark.parametrize("n_others", [0, 1])
+def test_copies_of_training_images_do_not_make_rounding_the_measure_of_new_ones(n_others):
+    training, new = patches(9), patches(1, seed=1)
+    normal = torch.cat([training[:6], patches(n_others, seed=2)])
+    part = fitted(training)
+    least, usual = 0.1 * float(part.usual), float(part.distances(new)[0].mean())
+    left_out = part.calibrate(part.distances(normal), SIDE)
+    assert part.std0.min() >= 0.99 * least
+    assert left_out.abs().max() < 100 * usual / least
+    assert 0 < part(part.distances(new), SIDE).mean() < 2 * usual / least
+    twice = fitted(training.repeat_interleave(5, 0)[:10])  # in all folds
+    torch.testing.assert_close(twice.usual, 4 * twice._training.square().mean())

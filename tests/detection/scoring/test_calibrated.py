@@ -42,9 +42,9 @@ def measured(n, seed=0, students=BOTH, gccb=6):
     )
 
 
-def trained(normal, n_training=8, **which):
+def trained(normal, n_training=8, batch=8, **which):
     score = make_score(**which)
-    score.fit([measured(n_training, 1, **which)])
+    score.fit(split(measured(n_training, 1, **which), batch))
     return score, score.calibrate(score.reduced(normal), "validation")
 
 
@@ -173,10 +173,19 @@ def test_a_student_whose_maps_are_constant_does_not_blow_up_rounding():
 def test_batches_do_not_matter(size):
     normal, new = measured(5), measured(7, 2)
     score, thresholds = trained(normal)
-    again, same = trained(collected(split(normal, size)))
-    np.testing.assert_array_equal(thresholds, same)
+    again, same = trained(collected(split(normal, size)), batch=size)
+    np.testing.assert_allclose(thresholds, same, rtol=1e-5)
     parts = [again(batch) for batch in split(new, size)]
     torch.testing.assert_close(torch.cat([part.values for part in parts]), score(new).values, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["patches", "arrangement"])
+def test_training_images_are_not_compared_with_themselves(name):
+    score, _ = trained(measured(4))
+    training = measured(8, 1)
+    found, with_own = (score.reduced(training, first)._asdict()[name] for first in (0, None))
+    torch.testing.assert_close(found, score._part(name).distances(training.patches, 0), rtol=0, atol=0)
+    assert all((a > b).all() for a, b in zip(found, with_own, strict=True))
 
 
 def test_a_saved_score_is_loaded_whatever_the_number_of_its_references_and_no_other():
