@@ -41,7 +41,7 @@ def recalibrate(
 
     Statistics, threshold and the limits of brightness and contrast are then of these images alone. Distances are
     measured from them and from all images before (`NearestNeighbour`), or from their mean in the training images'
-    covariance (`Mahalanobis`); those of patches from the training images' alone.
+    covariance (`Mahalanobis`); those of patches and arrangement from the training images' alone.
 
     Args:
         detector: of a finished run; its calibration is replaced.
