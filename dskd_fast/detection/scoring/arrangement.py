@@ -56,13 +56,13 @@ class ArrangementPart(MapPart):
         self._training, self._numbers, self.origin, self.axes = sample.finished()
         self._without_fold = {}
         self.mean, self.directions = _mean_and_directions(self._training)
-        n_places = self.mean.numel() // self.axes.shape[1]
-        of_others = self._training[:0]
+        n_channels = self.axes.shape[1]
+        self.usual = self._training.square().mean() * n_channels
         if self._n_folds > 1:
-            of_others = _left(self._training[self._numbers % self._n_folds == 0], *self._without(0))
-        of_all = self._training.square().mean() * self.axes.shape[1]
-        usual = of_others.square().sum() / max(1, len(of_others) * n_places)
-        self.usual = usual if usual > _ROUNDING * of_all else of_all  # of images that are there twice, nothing is left
+            fold = self._training[self._numbers % self._n_folds == 0]
+            of_fold = _left(fold, *self._without(0)).square().mean() * n_channels
+            if of_fold > _ROUNDING * self.usual:  # nothing is left of images that are there twice
+                self.usual = of_fold
 
     @property
     def least_deviation(self) -> float:

@@ -127,14 +127,14 @@ def _deviation(
     return np.where(deviation > _ROUNDING * np.abs(mean), deviation, 1.0)
 
 
-def _statistics(values: NDArray[np.float64], least: float = 0.0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _statistics(values: NDArray[np.float64], least: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and deviation (h, w) of maps (n, h, w)."""
     share = len(values) / (len(values) + _IMAGES_TO_KNOW)
     mean = _towards_all(_smoothed(values.mean(0)), share)
     return mean, _deviation(_smoothed(((values - mean) ** 2).mean(0)), mean, share, least)
 
 
-def _without_each(values: NDArray[np.float64], least: float = 0.0) -> NDArray[np.float64]:
+def _without_each(values: NDArray[np.float64], least: float) -> NDArray[np.float64]:
     """Each of n maps normalised by the statistics of the other n - 1; a single one by its own."""
     n = len(values)
     if n == 1:

@@ -22,16 +22,11 @@ def patches(n, seed=0, side=SIDE):
     return 5 + torch.randn(n, side, side, CHANNELS, generator=generator) * torch.arange(1, 1 + CHANNELS)
 
 
-def sample_of(*batches):
-    sample = ImageSample()
+def fitted(*batches):
+    sample, part = ImageSample(), ArrangementPart()
     for batch in batches:
         sample.add(batch)
-    return sample
-
-
-def fitted(*batches):
-    part = ArrangementPart()
-    part.fit(sample_of(*batches))
+    part.fit(sample)
     return part
 
 
